@@ -1,0 +1,58 @@
+//! Speech in, faces out: the [`Generator`] trait and its implementations.
+//!
+//! Push audio, pull frames. Weights are shared and immutable; everything one face remembers lives in its [`Stream`]
+//! and dies with it. How audio is cut never changes the frames.
+
+use crate::media::{AudioBlock, FrameBlock, Geometry, Portrait};
+
+/// Why a face could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum AvatarError {
+    /// The caller's picture cannot be used; the text says why and what to do.
+    #[error("{0}")]
+    Portrait(String),
+    /// Audio that does not continue where the stream stands.
+    #[error("audio at {got_ms:.1} ms does not continue the stream, which stands at {want_ms:.1} ms")]
+    Discontinuous { got_ms: f64, want_ms: f64 },
+    /// The weights do not fit the engine; the text lists what is missing or misshapen.
+    #[error("{0}")]
+    Weights(String),
+    /// The device failed; the engine must be rebuilt.
+    #[error("block {block}, {stage}: {source}")]
+    Device { block: u64, stage: &'static str, #[source] source: Box<dyn std::error::Error + Send + Sync> },
+}
+
+pub type Result<T> = std::result::Result<T, AvatarError>;
+
+/// What a face is opened with.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Same seed, portrait and audio give the same frames, bit for bit.
+    pub seed: u64,
+    /// Denoising steps; `None` takes the model's default.
+    pub steps: Option<usize>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions { seed: 1, steps: None }
+    }
+}
+
+/// A loaded model that can give faces. Lives on its device's thread.
+pub trait Generator: Send {
+    fn geometry(&self) -> Geometry;
+    /// Prepares a face (encodes the portrait, fills the conditioning caches).
+    fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>>;
+}
+
+/// One face. Frame k shows the speech of `[k/fps, (k+1)/fps)` since the first pushed sample, whose time it inherits.
+pub trait Stream: Send {
+    /// Appends speech; never computes more than features that are cheap.
+    fn push(&mut self, audio: &AudioBlock) -> Result<()>;
+    /// The next block, or `None`: more audio, please.
+    fn pull(&mut self) -> Result<Option<FrameBlock>>;
+    /// Speech ended: what is held back for look-ahead may be completed with silence. The last block is padded with
+    /// silence to its full length.
+    fn finish(&mut self) -> Result<()>;
+}

@@ -1,0 +1,1 @@
+//! The commands. The only room with `anyhow`, the environment and exit codes.

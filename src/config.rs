@@ -1,0 +1,1 @@
+//! Composes each room's `Config`; load, validate, print.

@@ -1,0 +1,1 @@
+//! One thread per device: slots, admission, health, warm-up.

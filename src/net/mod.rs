@@ -1,0 +1,1 @@
+//! WebRTC: peers, SDP, ICE, tracks, data channel, congestion.

@@ -1,0 +1,1 @@
+//! axum: API, pages, WHIP-shaped routes, health, metrics, shutdown.

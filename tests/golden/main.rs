@@ -1,0 +1,3 @@
+//! Golden vectors of the official programs.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Fast tests, no GPU, no browser: one binary so that candle is linked once.
+
+mod tidy;
