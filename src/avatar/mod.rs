@@ -19,7 +19,12 @@ pub enum AvatarError {
     Weights(String),
     /// The device failed; the engine must be rebuilt.
     #[error("block {block}, {stage}: {source}")]
-    Device { block: u64, stage: &'static str, #[source] source: Box<dyn std::error::Error + Send + Sync> },
+    Device {
+        block: u64,
+        stage: &'static str,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 pub type Result<T> = std::result::Result<T, AvatarError>;

@@ -1,6 +1,10 @@
 //! Keeps the arrows of `src/lib.rs` and the invariants that a text search can see.
 
-use std::{collections::BTreeMap, fs, path::{Path, PathBuf}};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 fn sources() -> Vec<(PathBuf, String)> {
     fn walk(dir: &Path, out: &mut Vec<(PathBuf, String)>) {
@@ -58,7 +62,12 @@ fn rooms_use_only_rooms_their_arrow_allows() {
         let Some(Some(allowed)) = arrows.get(&here) else { continue };
         for part in code(&text).split("crate::").skip(1) {
             let used: Vec<String> = if let Some(list) = part.strip_prefix('{') {
-                list.split('}').next().unwrap().split(',').map(|s| s.trim().split("::").next().unwrap().to_string()).collect()
+                list.split('}')
+                    .next()
+                    .unwrap()
+                    .split(',')
+                    .map(|s| s.trim().split("::").next().unwrap().to_string())
+                    .collect()
             } else {
                 vec![part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()]
             };
@@ -92,7 +101,9 @@ fn libraries_stay_in_their_rooms() {
             for (library, rooms) in homes {
                 let Some(at) = line.find(library) else { continue };
                 let before = line[..at].chars().next_back();
-                if !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':' || c == '"') && !rooms.contains(&here.as_str()) {
+                if !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':' || c == '"')
+                    && !rooms.contains(&here.as_str())
+                {
                     wrong.push(format!("{}: `{library}` outside {rooms:?}: {}", path.display(), line.trim()));
                 }
             }
