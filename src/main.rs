@@ -1,5 +1,5 @@
 //! The program: parse, run, exit code. Everything else is in the library.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    loquent::cli::main()
 }
