@@ -3,6 +3,12 @@
 //! Push audio, pull frames. Weights are shared and immutable; everything one face remembers lives in its [`Stream`]
 //! and dies with it. How audio is cut never changes the frames.
 
+mod intake;
+mod test_card;
+
+pub use intake::Intake;
+pub use test_card::test_card;
+
 use crate::media::{AudioBlock, FrameBlock, Geometry, Portrait};
 
 /// Why a face could not be made.
@@ -49,6 +55,11 @@ pub trait Generator: Send {
     fn geometry(&self) -> Geometry;
     /// Prepares a face (encodes the portrait, fills the conditioning caches).
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>>;
+    /// A picture this generator surely accepts: for warm-up and for measuring. Mid-grey unless a model knows better.
+    fn sample_portrait(&self) -> Portrait {
+        let Geometry { width, height, .. } = self.geometry();
+        Portrait { width, height, rgb: vec![128; 3 * width as usize * height as usize].into() }
+    }
 }
 
 /// One face. Frame k shows the speech of `[k/fps, (k+1)/fps)` since the first pushed sample, whose time it inherits.

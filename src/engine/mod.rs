@@ -1,1 +1,249 @@
-//! One thread per device: slots, admission, health, warm-up.
+//! One thread per device: slots, admission, health, lanes, warm-up.
+//!
+//! An [`Engine`] owns a generator on a thread of its own. [`Engine::admit`] gives a [`Slot`] (the right to a face) or
+//! refuses at once; [`Slot::open`] turns it into a [`Lane`]: speech in, blocks of frames out. The device thread serves
+//! the lane whose block is due first, never waits for the network, and sleeps until something happens.
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | commands | 8 | `open` waits |
+//! | speech → lane | [`INPUT_BLOCKS`] messages, and two blocks of speech beyond what is being made | `push` waits, `try_push` says so; lag grows and is visible |
+//! | frames → session | [`OUTPUT_BLOCKS`] blocks | that lane waits, the others go on |
+
+mod device;
+mod lane;
+mod stats;
+
+pub use lane::{INPUT_BLOCKS, Lane, LaneClosed, LaneEvent, LaneInput, OUTPUT_BLOCKS, TryPush};
+pub use stats::{BLOCK_BUCKETS, EngineStats};
+
+use crate::{
+    avatar::{self, Generator, OpenOptions},
+    media::{Geometry, Portrait},
+};
+use device::{Command, Device};
+use serde::{Deserialize, Serialize};
+use stats::Meter;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Settings of the engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Faces served at once; more people are told "full" at once.
+    pub sessions: usize,
+    /// Threads for the arithmetic; 0 = all cores.
+    pub threads: usize,
+    /// Denoising steps; absent = what the model was judged best with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<usize>,
+    /// What a refused caller is told to wait before trying again, seconds.
+    pub retry_after_s: u64,
+    /// Blocks made before anyone is admitted, so that the first guest does not pay for cold caches.
+    pub warm_up_blocks: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config { sessions: 1, threads: 0, steps: None, retry_after_s: 5, warm_up_blocks: 3 }
+    }
+}
+
+/// Why an engine or a lane could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("the engine `{name}` could not start its thread: {source}")]
+    Thread { name: String, source: std::io::Error },
+    #[error("the engine `{name}` could not be built: {source}")]
+    Build { name: String, source: avatar::AvatarError },
+    #[error("the engine `{name}` failed its warm-up: {message}")]
+    WarmUp { name: String, message: String },
+    /// The generator refused to open this face (most often: the portrait cannot be used).
+    #[error(transparent)]
+    Open(#[from] avatar::AvatarError),
+    #[error("the engine has failed: {0}")]
+    Failed(String),
+}
+
+/// Why nobody is admitted now.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("every face is taken; try again in {} s", retry_after.as_secs())]
+    Full { retry_after: Duration },
+    #[error("the engine has failed: {0}")]
+    Failed(String),
+    #[error("the service is closing and admits nobody any more")]
+    Draining,
+}
+
+/// How the device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    Ready,
+    /// For good: the engine must be built anew. The text says what happened.
+    Failed(String),
+}
+
+/// A handle to a device thread. Cheap to clone; the thread ends and is joined when the last handle is dropped.
+#[derive(Clone)]
+pub struct Engine(Arc<Inner>);
+
+struct Inner {
+    geometry: Geometry,
+    config: Config,
+    commands: mpsc::Sender<Command>,
+    seats: Arc<Seats>,
+    draining: AtomicBool,
+    health: watch::Receiver<Health>,
+    meter: Arc<Meter>,
+    /// Dropped to stop the thread; lanes still open are told.
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop.take();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the device thread ended by a panic of its own");
+        }
+    }
+}
+
+impl Engine {
+    /// Builds the generator on its own named thread, warms it up; returns when ready or failed. Blocks for as long as
+    /// that takes: call it before anything listens, or from a blocking task.
+    pub fn start(
+        name: &str,
+        config: &Config,
+        build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+    ) -> Result<Engine, EngineError> {
+        let (commands, command_rx) = mpsc::channel(8);
+        let (stop, stop_rx) = oneshot::channel();
+        let (health_tx, health) = watch::channel(Health::Ready);
+        let (ready_tx, ready_rx) = std::sync::mpsc::sync_channel(1);
+        let meter = Arc::new(Meter::default());
+        let device = Device::new(name, config.clone(), command_rx, stop_rx, health_tx, meter.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("engine-{name}"))
+            .spawn(move || device.run(build, ready_tx))
+            .map_err(|source| EngineError::Thread { name: name.into(), source })?;
+        let geometry = match ready_rx.recv() {
+            Ok(Ok(geometry)) => geometry,
+            Ok(Err(error)) => {
+                let _ = thread.join();
+                return Err(error);
+            }
+            Err(_) => {
+                let _ = thread.join();
+                let message = "its thread ended before it was ready".into();
+                return Err(EngineError::WarmUp { name: name.into(), message });
+            }
+        };
+        Ok(Engine(Arc::new(Inner {
+            geometry,
+            config: config.clone(),
+            commands,
+            seats: Arc::new(Seats { slots: config.sessions, used: AtomicUsize::new(0) }),
+            draining: AtomicBool::new(false),
+            health,
+            meter,
+            stop: Some(stop),
+            thread: Some(thread),
+        })))
+    }
+
+    /// Size, rate, block lengths and look-ahead of what comes out.
+    pub fn geometry(&self) -> &Geometry {
+        &self.0.geometry
+    }
+
+    /// The right to a face, or at once the reason why not.
+    pub fn admit(&self) -> Result<Slot, Refusal> {
+        if let Health::Failed(why) = &*self.0.health.borrow() {
+            return Err(Refusal::Failed(why.clone()));
+        }
+        if self.0.draining.load(Ordering::Acquire) {
+            return Err(Refusal::Draining);
+        }
+        let retry_after = Duration::from_secs(self.0.config.retry_after_s);
+        let seat = Seats::take(&self.0.seats).ok_or(Refusal::Full { retry_after })?;
+        Ok(Slot { seat, commands: self.0.commands.clone(), health: self.0.health.clone() })
+    }
+
+    /// Turns to `Failed` once, and stays.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.0.health.clone()
+    }
+
+    /// Counters and medians for panels, metrics and `doctor`.
+    pub fn stats(&self) -> EngineStats {
+        self.0.meter.stats(self.0.seats.slots, self.0.seats.used.load(Ordering::Acquire))
+    }
+
+    /// Admits nobody any more; open lanes go on to their end.
+    pub fn drain(&self) {
+        self.0.draining.store(true, Ordering::Release);
+    }
+}
+
+/// How many may have a face at once, and how many have.
+struct Seats {
+    slots: usize,
+    used: AtomicUsize,
+}
+
+impl Seats {
+    fn take(seats: &Arc<Seats>) -> Option<Seat> {
+        seats
+            .used
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| (used < seats.slots).then_some(used + 1))
+            .ok()
+            .map(|_| Seat(seats.clone()))
+    }
+}
+
+/// One taken seat; given back on drop, wherever that happens.
+pub(crate) struct Seat(Arc<Seats>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.used.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The right to a face; given back on drop.
+pub struct Slot {
+    seat: Seat,
+    commands: mpsc::Sender<Command>,
+    health: watch::Receiver<Health>,
+}
+
+impl Slot {
+    /// Opens a face. Work begins here, not before. If the future is dropped half-way the slot is given back.
+    pub async fn open(self, portrait: Portrait, options: OpenOptions) -> Result<Lane, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command { portrait, options, seat: self.seat, reply };
+        if self.commands.send(command).await.is_err() {
+            return Err(EngineError::Failed(failure(&self.health)));
+        }
+        answer.await.unwrap_or_else(|_| Err(EngineError::Failed(failure(&self.health))))
+    }
+}
+
+fn failure(health: &watch::Receiver<Health>) -> String {
+    match &*health.borrow() {
+        Health::Failed(why) => why.clone(),
+        Health::Ready => "it was stopped".into(),
+    }
+}

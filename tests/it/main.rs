@@ -1,3 +1,4 @@
 //! Fast tests, no GPU, no browser: one binary so that candle is linked once.
 
+mod engine;
 mod tidy;

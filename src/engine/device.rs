@@ -1,0 +1,372 @@
+//! The device thread: opens faces, feeds them, makes the block that is due first, and sleeps until something happens.
+
+use super::{
+    Config, EngineError, Health, Seat,
+    lane::{INPUT_BLOCKS, Lane, LaneEvent, LaneInput, OUTPUT_BLOCKS, Speech, Track},
+    stats::Meter,
+};
+use crate::{
+    avatar::{self, AvatarError, Generator, OpenOptions, Stream},
+    media::{AudioBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
+};
+use futures::future::poll_fn;
+use std::{
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{Arc, mpsc::SyncSender},
+    task::Poll,
+    time::Instant,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Open a face; the seat travels with it.
+pub(super) struct Command {
+    pub(super) portrait: Portrait,
+    pub(super) options: OpenOptions,
+    pub(super) seat: Seat,
+    pub(super) reply: oneshot::Sender<Result<Lane, EngineError>>,
+}
+
+pub(super) struct Device {
+    name: String,
+    config: Config,
+    commands: mpsc::Receiver<Command>,
+    stop: oneshot::Receiver<()>,
+    health: watch::Sender<Health>,
+    meter: Arc<Meter>,
+}
+
+/// Why a call into the generator did not return a value.
+enum Fault {
+    /// This face only.
+    Face(AvatarError),
+    /// The device itself: a panic, or an error that says so.
+    Device(String),
+}
+
+/// Calls into a generator; a panic becomes a fault of the device.
+fn guarded<T>(call: impl FnOnce() -> avatar::Result<T>) -> Result<T, Fault> {
+    // Whatever was touched is thrown away after a panic, so nothing half-changed is looked at again.
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error @ AvatarError::Device { .. })) => Err(Fault::Device(describe(&error))),
+        Ok(Err(error)) => Err(Fault::Face(error)),
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<&str>()
+                .map(|s| s.to_string())
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_else(|| "no message".into());
+            Err(Fault::Device(format!("the generator panicked: {text}")))
+        }
+    }
+}
+
+/// An error with its causes on one line.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(c) = cause {
+        text.push_str(": ");
+        text.push_str(&c.to_string());
+        cause = c.source();
+    }
+    text
+}
+
+/// A stream whose panics are caught, also the one in its drop.
+pub(super) struct Guarded(Option<Box<dyn Stream>>);
+
+impl Guarded {
+    fn call<T>(&mut self, f: impl FnOnce(&mut dyn Stream) -> avatar::Result<T>) -> Result<T, Fault> {
+        match &mut self.0 {
+            Some(stream) => guarded(|| f(stream.as_mut())),
+            None => Err(Fault::Device("the stream is gone".into())),
+        }
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let stream = self.0.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(stream))).is_err() {
+            tracing::error!("a stream panicked while it was dropped");
+        }
+    }
+}
+
+/// Turns health to failed if the thread leaves by a way nobody thought of.
+struct LastWill(watch::Sender<Health>);
+
+impl Drop for LastWill {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.send_replace(Health::Failed("the device thread panicked".into()));
+        }
+    }
+}
+
+/// What woke the thread.
+enum Woken {
+    Stop,
+    Open(Command),
+    /// Speech for a lane, or `None`: every sender is gone.
+    Heard(usize, Option<Speech>),
+    /// Room for a block, or a reader that went away: a look will tell.
+    Look,
+}
+
+impl Device {
+    pub(super) fn new(
+        name: &str,
+        config: Config,
+        commands: mpsc::Receiver<Command>,
+        stop: oneshot::Receiver<()>,
+        health: watch::Sender<Health>,
+        meter: Arc<Meter>,
+    ) -> Device {
+        Device { name: name.into(), config, commands, stop, health, meter }
+    }
+
+    /// The thread's whole life.
+    pub(super) fn run(
+        mut self,
+        build: impl FnOnce() -> avatar::Result<Box<dyn Generator>>,
+        ready: SyncSender<Result<Geometry, EngineError>>,
+    ) {
+        let _will = LastWill(self.health.clone());
+        let started = guarded(build).map_err(|fault| match fault {
+            Fault::Face(source) => EngineError::Build { name: self.name.clone(), source },
+            Fault::Device(message) => EngineError::WarmUp { name: self.name.clone(), message },
+        });
+        let started = started.and_then(|mut generator| match self.warm_up(generator.as_mut()) {
+            Ok(geometry) => Ok((generator, geometry)),
+            Err(Fault::Device(message)) => Err(EngineError::WarmUp { name: self.name.clone(), message }),
+            Err(Fault::Face(error)) => Err(EngineError::WarmUp { name: self.name.clone(), message: describe(&error) }),
+        });
+        let (mut generator, geometry) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        if ready.send(Ok(geometry.clone())).is_err() {
+            return;
+        }
+        let mut tracks = Vec::new();
+        let why = self.serve(generator.as_mut(), &geometry, &mut tracks);
+        // No more faces: whoever still waits to open one is told by the closed channel.
+        self.commands.close();
+        let message = match &why {
+            Some(fault) => {
+                tracing::error!(engine = self.name, "{fault}");
+                self.health.send_replace(Health::Failed(fault.clone()));
+                fault.clone()
+            }
+            None => "the engine was stopped".to_string(),
+        };
+        for track in tracks {
+            track.end(LaneEvent::Failed(message.clone()));
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            let _ = command.reply.send(Err(EngineError::Failed(message.clone())));
+        }
+        if catch_unwind(AssertUnwindSafe(|| drop(generator))).is_err() {
+            tracing::error!(engine = self.name, "the generator panicked while it was dropped");
+        }
+    }
+
+    /// Makes a few blocks of silence and measures them.
+    fn warm_up(&self, generator: &mut dyn Generator) -> Result<Geometry, Fault> {
+        let geometry = guarded(|| Ok(generator.geometry()))?;
+        if self.config.warm_up_blocks == 0 {
+            return Ok(geometry);
+        }
+        let options = OpenOptions { steps: self.config.steps, ..OpenOptions::default() };
+        let stream = guarded(|| generator.open(&generator.sample_portrait(), &options))?;
+        let mut stream = Guarded(Some(stream));
+        let end = MediaTime::from_units(geometry.first_frame(self.config.warm_up_blocks) as i64, geometry.fps);
+        let samples = vec![0.0; end.units(SPEECH_RATE).max(0) as usize];
+        stream.call(|s| s.push(&AudioBlock { at: MediaTime::ZERO, samples }))?;
+        stream.call(|s| s.finish())?;
+        loop {
+            let began = Instant::now();
+            let Some(block) = stream.call(|s| s.pull())? else { return Ok(geometry) };
+            let span = geometry.block_span(block.index).as_duration();
+            self.meter.block(began.elapsed(), span, block.stages, None);
+        }
+    }
+
+    /// Serves until stopped (`None`) or until the device fails (why).
+    fn serve(&mut self, generator: &mut dyn Generator, geometry: &Geometry, tracks: &mut Vec<Track>) -> Option<String> {
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                if let Err(fault) = self.open(generator, tracks, command) {
+                    return Some(fault);
+                }
+            }
+            let mut at = 0;
+            while at < tracks.len() {
+                match self.feed(geometry, &mut tracks[at]) {
+                    Ok(true) => at += 1,
+                    Ok(false) => drop(tracks.swap_remove(at)),
+                    Err(Fault::Face(error)) => tracks.swap_remove(at).end(LaneEvent::Failed(describe(&error))),
+                    Err(Fault::Device(fault)) => return Some(fault),
+                }
+            }
+            let now = Instant::now();
+            let due = (0..tracks.len())
+                .filter(|&i| tracks[i].worth_a_pull && tracks[i].room.is_some())
+                .min_by_key(|&i| tracks[i].deadline(geometry, now));
+            if let Some(i) = due {
+                match self.make(geometry, &mut tracks[i]) {
+                    Ok(true) => {}
+                    Ok(false) => tracks.swap_remove(i).end(LaneEvent::Finished),
+                    Err(Fault::Face(error)) => tracks.swap_remove(i).end(LaneEvent::Failed(describe(&error))),
+                    Err(Fault::Device(fault)) => return Some(fault),
+                }
+                if self.stopped() {
+                    return None;
+                }
+                continue;
+            }
+            let fault = match self.wait(tracks) {
+                Woken::Look => None,
+                Woken::Stop => return None,
+                Woken::Open(command) => self.open(generator, tracks, command).err(),
+                Woken::Heard(i, speech) => match self.hear(geometry, &mut tracks[i], speech) {
+                    Ok(()) => None,
+                    Err(Fault::Face(error)) => {
+                        tracks.swap_remove(i).end(LaneEvent::Failed(describe(&error)));
+                        None
+                    }
+                    Err(Fault::Device(fault)) => Some(fault),
+                },
+            };
+            if fault.is_some() {
+                return fault;
+            }
+        }
+    }
+
+    fn stopped(&mut self) -> bool {
+        !matches!(self.stop.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+    }
+
+    /// Opens a face and answers. `Err`: the device failed.
+    fn open(&self, generator: &mut dyn Generator, tracks: &mut Vec<Track>, command: Command) -> Result<(), String> {
+        let Command { portrait, mut options, seat, reply } = command;
+        if reply.is_closed() {
+            return Ok(());
+        }
+        options.steps = options.steps.or(self.config.steps);
+        match guarded(|| generator.open(&portrait, &options)) {
+            Ok(stream) => {
+                let (speech, input) = mpsc::channel(INPUT_BLOCKS);
+                // One place more than blocks may wait: it is kept for the last event.
+                let (output, events) = mpsc::channel(OUTPUT_BLOCKS + 1);
+                let track = Track::new(Guarded(Some(stream)), input, output, seat);
+                if reply.send(Ok(Lane { input: LaneInput(speech), output: events })).is_ok() {
+                    tracks.push(track);
+                }
+                Ok(())
+            }
+            Err(Fault::Face(error)) => {
+                drop(seat);
+                let _ = reply.send(Err(EngineError::Open(error)));
+                Ok(())
+            }
+            Err(Fault::Device(fault)) => {
+                drop(seat);
+                let _ = reply.send(Err(EngineError::Failed(fault.clone())));
+                Err(fault)
+            }
+        }
+    }
+
+    /// Takes what waits for a lane. `Ok(false)`: its reader is gone, the lane is over.
+    fn feed(&self, geometry: &Geometry, track: &mut Track) -> Result<bool, Fault> {
+        if track.output.is_closed() {
+            return Ok(false);
+        }
+        if track.room.is_none() {
+            track.room = track.output.clone().try_reserve_owned().ok();
+        }
+        while track.hungry() {
+            match track.input.try_recv() {
+                Ok(speech) => self.hear(geometry, track, Some(speech))?,
+                Err(mpsc::error::TryRecvError::Disconnected) => self.hear(geometry, track, None)?,
+                Err(mpsc::error::TryRecvError::Empty) => break,
+            }
+        }
+        Ok(true)
+    }
+
+    fn hear(&self, geometry: &Geometry, track: &mut Track, speech: Option<Speech>) -> Result<(), Fault> {
+        match speech {
+            Some(Speech::Audio(audio, handed_over)) => {
+                track.stream.call(|s| s.push(&audio))?;
+                self.meter.heard(audio.samples.len());
+                track.heard(geometry, audio.samples.len(), handed_over);
+            }
+            Some(Speech::Finish) | None => {
+                track.stream.call(|s| s.finish())?;
+                track.input.close();
+                track.finishing = true;
+                track.worth_a_pull = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the next block of a lane that has room. `Ok(false)`: the stream is complete.
+    fn make(&self, geometry: &Geometry, track: &mut Track) -> Result<bool, Fault> {
+        let began = Instant::now();
+        let Some(block) = track.stream.call(|s| s.pull())? else {
+            track.nothing_yet();
+            return Ok(!track.finishing);
+        };
+        let now = Instant::now();
+        let span = geometry.block_span(block.index).as_duration();
+        self.meter.block(now - began, span, block.stages, Some(track.made(now)));
+        if let Some(permit) = track.room.take() {
+            permit.send(LaneEvent::Block(block));
+        }
+        Ok(true)
+    }
+
+    /// Sleeps until a command, speech, room, a closed reader or the stop comes.
+    fn wait(&mut self, tracks: &mut [Track]) -> Woken {
+        let mut looks: Vec<Pin<Box<dyn Future<Output = ()>>>> = Vec::new();
+        for track in tracks.iter() {
+            let output = track.output.clone();
+            looks.push(Box::pin(async move { output.closed().await }));
+            if track.room.is_none() {
+                let output = track.output.clone();
+                // The place is taken by the next look; here it is only waited for.
+                looks.push(Box::pin(async move { drop(output.reserve().await) }));
+            }
+        }
+        futures::executor::block_on(poll_fn(|cx| {
+            if Pin::new(&mut self.stop).poll(cx).is_ready() {
+                return Poll::Ready(Woken::Stop);
+            }
+            if let Poll::Ready(Some(command)) = self.commands.poll_recv(cx) {
+                return Poll::Ready(Woken::Open(command));
+            }
+            for (i, track) in tracks.iter_mut().enumerate() {
+                if track.hungry()
+                    && let Poll::Ready(speech) = track.input.poll_recv(cx)
+                {
+                    return Poll::Ready(Woken::Heard(i, speech));
+                }
+            }
+            if looks.iter_mut().any(|look| look.as_mut().poll(cx).is_ready()) {
+                return Poll::Ready(Woken::Look);
+            }
+            Poll::Pending
+        }))
+    }
+}

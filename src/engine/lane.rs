@@ -1,0 +1,170 @@
+//! The two ends of a lane: what a session holds and what the device thread holds.
+
+use super::{Seat, device::Guarded};
+use crate::media::{AudioBlock, FrameBlock, Geometry, MediaTime, SPEECH_RATE};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
+
+/// Messages of speech that may wait before the device; 20 ms each, that is a third of a second.
+pub const INPUT_BLOCKS: usize = 16;
+/// Blocks of frames that may wait for the session.
+pub const OUTPUT_BLOCKS: usize = 2;
+
+/// One face. Dropping `output`, or both halves, ends the stream and gives the slot back; dropping every
+/// [`LaneInput`] alone is the same as [`LaneInput::finish`].
+pub struct Lane {
+    pub input: LaneInput,
+    pub output: mpsc::Receiver<LaneEvent>,
+}
+
+/// What a lane says.
+#[derive(Debug)]
+pub enum LaneEvent {
+    Block(FrameBlock),
+    /// Every block of a finished stream was sent; the last event.
+    Finished,
+    /// The stream is lost; the text says why. The last event.
+    Failed(String),
+}
+
+/// The lane is over: finished, failed or its receiver dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the lane is closed")]
+pub struct LaneClosed;
+
+/// Why [`LaneInput::try_push`] did not take a block.
+#[derive(Debug, thiserror::Error)]
+pub enum TryPush {
+    /// The device is behind; the block comes back.
+    #[error("the engine is behind and takes no more speech now")]
+    Full(AudioBlock),
+    #[error("the lane is closed")]
+    Closed,
+}
+
+pub(super) enum Speech {
+    /// When it was handed over: waiting for room counts as lag.
+    Audio(AudioBlock, Instant),
+    Finish,
+}
+
+/// The speech half of a lane.
+#[derive(Clone)]
+pub struct LaneInput(pub(super) mpsc::Sender<Speech>);
+
+impl LaneInput {
+    /// Hands over speech; waits while the device is more than two blocks behind.
+    pub async fn push(&self, audio: AudioBlock) -> Result<(), LaneClosed> {
+        self.0.send(Speech::Audio(audio, Instant::now())).await.map_err(|_| LaneClosed)
+    }
+    /// Hands over speech or says at once why not.
+    pub fn try_push(&self, audio: AudioBlock) -> Result<(), TryPush> {
+        self.0.try_send(Speech::Audio(audio, Instant::now())).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(Speech::Audio(audio, _)) => TryPush::Full(audio),
+            _ => TryPush::Closed,
+        })
+    }
+    /// Speech ended: what is held back is completed with silence, then [`LaneEvent::Finished`] comes.
+    pub async fn finish(&self) {
+        // A closed lane is already finished.
+        let _ = self.0.send(Speech::Finish).await;
+    }
+}
+
+/// The device's half.
+pub(super) struct Track {
+    pub(super) stream: Guarded,
+    pub(super) input: mpsc::Receiver<Speech>,
+    pub(super) output: mpsc::Sender<LaneEvent>,
+    /// Room kept from the start for the last event, so that a reader who does not read still learns the end.
+    pub(super) last_word: Option<mpsc::OwnedPermit<LaneEvent>>,
+    /// Room for the next block, once had.
+    pub(super) room: Option<mpsc::OwnedPermit<LaneEvent>>,
+    /// The next block is complete in the stream as far as we know: worth a `pull`.
+    pub(super) worth_a_pull: bool,
+    pub(super) finishing: bool,
+    next: u64,
+    samples: u64,
+    opened_at: Option<Instant>,
+    /// When the speech for block `next`, `next + 1`… was complete.
+    complete_since: VecDeque<Instant>,
+    /// Returned on drop.
+    _seat: Seat,
+}
+
+impl Track {
+    pub(super) fn new(
+        stream: Guarded,
+        input: mpsc::Receiver<Speech>,
+        output: mpsc::Sender<LaneEvent>,
+        seat: Seat,
+    ) -> Track {
+        let last_word = output.clone().try_reserve_owned().ok();
+        Track {
+            stream,
+            input,
+            output,
+            last_word,
+            room: None,
+            worth_a_pull: false,
+            finishing: false,
+            next: 0,
+            samples: 0,
+            opened_at: None,
+            complete_since: VecDeque::new(),
+            _seat: seat,
+        }
+    }
+
+    /// Whether more speech is taken now: at most two complete blocks wait in the stream.
+    pub(super) fn hungry(&self) -> bool {
+        !self.finishing && self.complete_since.len() < 2
+    }
+
+    pub(super) fn heard(&mut self, geometry: &Geometry, samples: usize, handed_over: Instant) {
+        self.samples += samples as u64;
+        self.opened_at.get_or_insert(handed_over);
+        let have = MediaTime::from_units(self.samples as i64, SPEECH_RATE);
+        loop {
+            let block = self.next + self.complete_since.len() as u64;
+            let end = MediaTime::from_units(geometry.first_frame(block + 1) as i64, geometry.fps);
+            if end + geometry.look_ahead > have {
+                break;
+            }
+            self.complete_since.push_back(handed_over);
+        }
+        self.worth_a_pull = true;
+    }
+
+    /// When the next block is due: one block after its speech was complete; a file that is fed faster than it plays
+    /// is due by its own timeline, so that it never stands in the way of a live voice.
+    pub(super) fn deadline(&self, geometry: &Geometry, now: Instant) -> Instant {
+        let span = geometry.block_span(self.next).as_duration();
+        let played = MediaTime::from_units(geometry.first_frame(self.next + 1) as i64, geometry.fps);
+        let by_feed = self.complete_since.front().copied().unwrap_or(now) + span;
+        let by_play = self.opened_at.unwrap_or(now) + (played + geometry.look_ahead).as_duration() + span;
+        by_feed.max(by_play)
+    }
+
+    /// The next block was made; returns how long its complete speech waited for it.
+    pub(super) fn made(&mut self, now: Instant) -> Duration {
+        self.next += 1;
+        self.complete_since.pop_front().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    /// The stream asked for more: what was believed complete is not.
+    pub(super) fn nothing_yet(&mut self) {
+        self.worth_a_pull = false;
+        self.complete_since.clear();
+    }
+
+    /// Sends the last event; the lane is to be dropped after it.
+    pub(super) fn end(mut self, event: LaneEvent) {
+        if let Some(permit) = self.last_word.take() {
+            permit.send(event);
+        }
+    }
+}
