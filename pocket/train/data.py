@@ -1,0 +1,96 @@
+"""Training data on the device: speech windows, mel augmentation, random clips of random presenters."""
+import glob
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import presenters as ps
+
+LEFT, RIGHT = 20, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead)
+
+
+class Speech:
+    def __init__(self, folder, device, pattern="speech_*.npz"):
+        files = [np.load(f) for f in sorted(glob.glob(os.path.join(folder, pattern)))]
+        self.mel = torch.from_numpy(np.concatenate([f["mel"] for f in files])).to(device)       # u8 [2N, 64]
+        self.vis = torch.from_numpy(np.concatenate([f["vis"] for f in files])).to(device)       # u8 [N, 6]
+        self.frames = len(self.vis)
+
+    def starts(self, n, length, g):
+        return torch.randint(LEFT, self.frames - length - RIGHT, (n,), generator=g, device=self.vis.device)
+
+    def mels(self, s, length):
+        """log-mels of frames s-LEFT .. s+length+RIGHT, [B, 2(LEFT+length+RIGHT), 64]"""
+        i = 2 * s[:, None] + torch.arange(-2 * LEFT, 2 * (length + RIGHT), device=s.device)
+        return self.mel[i].float() * (11 / 255)
+
+    def visemes(self, s, length):
+        return self.vis[s[:, None] + torch.arange(length, device=s.device)].float() / 100 - 1
+
+
+def loudness(visemes):
+    """a slow 0..1 measure of how much is being said, for nods and brows"""
+    k = torch.ones(1, 1, 9, device=visemes.device) / 9
+    return F.conv1d(F.pad(visemes[:, None, :, 0] * 1.4, (8, 0), mode="replicate"), k)[:, 0].clamp(0, 1)
+
+
+def augment(m, g):
+    """m [B, T, 64] clamped log-mel.  Voice (warp, sharpness, equaliser, gain), room, noise, babble, floor, telephone band."""
+    b, t, n = m.shape
+    device = m.device
+    uniform = lambda *s: torch.rand(*s, generator=g, device=device)
+    normal = lambda *s: torch.randn(*s, generator=g, device=device)
+    chance = lambda p: (uniform(b, 1, 1) < p).float()
+    stretch = torch.where(uniform(b, 1) < .7, .86 + .28 * uniform(b, 1), torch.ones(b, 1, device=device))
+    position = (torch.arange(n, device=device) * stretch + (uniform(b, 1) - .5) * 3 * (uniform(b, 1) < .4)).clamp(0, n - 1.001)
+    low, fraction = position.long(), (position - position.floor())[:, None]
+    index = low[:, None].expand(b, t, n)
+    m = m.gather(2, index) * (1 - fraction) + m.gather(2, index + 1) * fraction
+    blurred = F.avg_pool1d(F.pad(m.reshape(b * t, 1, n), (1, 1), mode="replicate"), 3, 1).view(b, t, n)
+    m = m + (blurred - m) * (1.4 * uniform(b, 1, 1) - .3) * chance(.6)
+    curve = F.interpolate(normal(b, 1, 7) * .5 * uniform(b, 1, 1), size=n, mode="linear", align_corners=True)
+    m = m + curve + 2.6 * uniform(b, 1, 1) - 1.8
+    p = 10 ** m
+    decay = .8 * uniform(b, 1, 1) * chance(.35)
+    wet = p.clone()
+    for k in range(1, 10):
+        wet[:, k:] += decay ** k * p[:, :-k]
+    p = wet
+    peak = p.mean(-1).amax(1).clamp(min=1e-3).log10()[:, None, None]
+    colour = F.interpolate(normal(b, 1, 6) * .5, size=n, mode="linear", align_corners=True)
+    snr = torch.where(uniform(b, 1, 1) < .35, .5 + 1.5 * uniform(b, 1, 1), torch.where(uniform(b, 1, 1) < .6, 2 + 3 * uniform(b, 1, 1), torch.full((b, 1, 1), 9., device=device)))
+    sway = 1 + .5 * torch.sin(torch.arange(t, device=device)[None, :, None] * .12 * uniform(b, 1, 1) + 6 * uniform(b, 1, 1)) * chance(.5)
+    p = p + 10 ** (peak - snr + colour) * sway * -(1 - .999 * uniform(b, t, n)).log()
+    p = p + p.roll(1, 0) * 10 ** (-1.0 - 1.6 * uniform(b, 1, 1)) * chance(.2)
+    floor = 1.5 * uniform(b, 1, 1)
+    m = torch.maximum(torch.log10(p + 1e-8), floor)
+    telephone = (uniform(b, 1, 1) < .12) & (torch.arange(n, device=device) > 40 + 24 * uniform(b, 1, 1))
+    return torch.where(telephone, floor, m).clamp(0, 11)
+
+
+class Clips:
+    """Random clips: speech window, identity, controls -> renderer parameters"""
+
+    def __init__(self, speech, identities, g):
+        self.speech, self.ids, self.g = speech, identities, g
+        self.device = identities.device
+
+    def draw(self, n, length):
+        """start [n], identity index [n], controls [n, T, 10], parameters [n, T, 72]"""
+        s = self.speech.starts(n, length, self.g)
+        v = self.speech.visemes(s, length)
+        c = ps.controls(n, length, self.g, self.device, loudness(v))
+        i = torch.randint(0, len(self.ids), (n,), generator=self.g, device=self.device)
+        return s, i, c, ps.assemble(self.ids[i], c, v)
+
+    def references(self, i):
+        """[n, 2, 72]: the neutral pose, and the same face at some other moment"""
+        n = len(i)
+        v = self.speech.visemes(self.speech.starts(n, 12, self.g), 12)
+        c = ps.controls(n, 12, self.g, self.device, loudness(v))
+        j = torch.randint(0, 12, (n,), generator=self.g, device=self.device)
+        k = torch.arange(n, device=self.device)
+        other = ps.assemble(self.ids[i], c[k, j][:, None], v[k, j][:, None])
+        return torch.cat([ps.neutral(self.ids[i]), other], 1)

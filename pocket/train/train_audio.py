@@ -1,0 +1,99 @@
+"""Audio net (log-mel -> visemes), then the evaluation probe.   python train_audio.py DATA_DIR OUT_DIR AUDIO_SECONDS PROBE_SECONDS"""
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import presenters as ps
+from common import DEVICE, GPU, half_precision, log, save, schedule
+from data import LEFT, RIGHT, Clips, Speech, augment
+from model import AudioNet, Probe
+
+data, out, audio_budget, probe_budget = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
+WEIGHT = [1.2, 1.0, 1.5, .8, .6, .6]
+
+
+def correlation(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.pow(2).sum() * b.pow(2).sum()).sqrt().clamp(min=1e-9))
+
+
+def main():
+    torch.manual_seed(3)
+    g = torch.Generator(device=DEVICE).manual_seed(3)
+    speech = Speech(data, DEVICE)
+    held = Speech(data, DEVICE, "held_out.npz")
+    net = AudioNet().to(DEVICE)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(.9, .98), weight_decay=.02, fused=GPU)
+    batch, length = (192, 96) if GPU else (4, 32)
+    weight = torch.tensor(WEIGHT, device=DEVICE)
+    prepare = torch.compile(augment) if False else augment
+    start, step = time.time(), 0
+
+    def evaluate():
+        with torch.no_grad():
+            s = torch.arange(LEFT, held.frames - length - RIGHT, length, device=DEVICE)
+            y, v = net.visemes(net(held.mels(s, length)))[:, LEFT:LEFT + length], held.visemes(s, length)
+            return [round(correlation(y[..., k], v[..., k]), 3) for k in range(6)]
+    while True:
+        p = (time.time() - start) / audio_budget
+        if p >= 1 or (not GPU and step >= 3):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * schedule(p)
+        with torch.no_grad():
+            s = speech.starts(batch, length, g)
+            m, v = prepare(speech.mels(s, length), g), speech.visemes(s, length)
+        with half_precision():
+            y = net.visemes(net(m))[:, LEFT:LEFT + length]
+        y = y.float()
+        loss = ((y - v).pow(2) * weight).mean() + .5 * ((y.diff(dim=1) - v.diff(dim=1)).pow(2) * weight).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+        optimizer.step()
+        step += 1
+        if step % 500 == 0:
+            log("audio", step, f"p {p:.2f} loss {loss.item():.5f}", evaluate())
+            if step % 1000 == 0:
+                save(os.path.join(out, "audio.safetensors"), net.state_dict())
+    save(os.path.join(out, "audio.safetensors"), net.state_dict())
+    log("audio net: held-out correlation jaw, width, press, fv, tongue, upper", evaluate(), "steps", step)
+
+    clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(21), 8000 if GPU else 8)).to(DEVICE), g)
+    probe = Probe().to(DEVICE)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=.01, fused=GPU)
+    start, step, n = time.time(), 0, 32 if GPU else 1
+    while True:
+        p = (time.time() - start) / probe_budget
+        if p >= 1 or (not GPU and step >= 3):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * schedule(p)
+        with torch.no_grad():
+            params = clips.draw(n, 48)[3][:, ::6].flatten(0, 1)
+            x = ps.render(params).float() / 127.5 - 1
+            k = torch.arange(-3, 4, device=DEVICE).float()
+            blur = torch.exp(-.5 * (k / (.2 + 1.2 * float(torch.rand(1)))) ** 2)
+            blur = (blur / blur.sum()).view(1, 1, -1).expand(3, 1, -1)
+            x = F.conv2d(F.conv2d(x, blur[:, :, None], padding=(0, 3), groups=3), blur[..., None], padding=(3, 0), groups=3)
+            x = x + .04 * torch.rand(1, device=DEVICE) * torch.randn_like(x)
+            target = ps.readings(params)
+        with half_precision():
+            y = probe(x)
+        loss = F.smooth_l1_loss(y.float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 300 == 0:
+            log("probe", step, f"loss {loss.item():.4f} opening r {correlation(y[:, 0].detach().float(), target[:, 0]):.3f}")
+    save(os.path.join(out, "probe.safetensors"), probe.state_dict())
+    log("probe steps", step)
+
+
+if __name__ == "__main__":
+    main()

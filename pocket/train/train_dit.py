@@ -1,0 +1,254 @@
+"""Transformer.   torchrun --nproc-per-node N train_dit.py DATA_DIR MODELS_DIR OUT_DIR SECONDS [--resume PATH] [options]
+
+MODELS_DIR holds ae.safetensors and audio.safetensors.  Latents of many random clips are made once on each GPU
+and a part of them is replaced every few steps.  The loss: weighted latent error; from --pixels on (a fraction of
+the run) also the error of decoded pixels around mouth and eyes; from --own on, half of the sigma < 1 inputs are
+built from the model's own prediction at sigma 1.
+"""
+import argparse
+import copy
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import presenters as ps
+from common import DEVICE, GPU, RANK, WORLD, half_precision, load, log, save, schedule
+from data import LEFT, Clips, Speech, augment
+from model import CHANNELS, AudioNet, Decoder, Encoder, Transformer, count
+from train_ae import picture_loss, pixel_weights
+
+parser = argparse.ArgumentParser()
+parser.add_argument("data")
+parser.add_argument("models")
+parser.add_argument("out")
+parser.add_argument("seconds", type=float)
+parser.add_argument("--resume")
+parser.add_argument("--batch", type=int, default=64 if GPU else 2)
+parser.add_argument("--length", type=int, default=16 if GPU else 5)
+parser.add_argument("--clips", type=int, default=12000 if GPU else 6)
+parser.add_argument("--identities", type=int, default=16000 if GPU else 8)
+parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--optimizer", default="muon")
+parser.add_argument("--pixels", type=float, default=.55)
+parser.add_argument("--own", type=float, default=.35)
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--max-steps", type=int, default=10 ** 9 if GPU else 4)
+args = parser.parse_args()
+
+PARTS = 2
+REFRESH_EVERY, REFRESH = 4, 24 if GPU else 2
+
+
+class Muon:
+    """Momentum, orthogonalised (Newton-Schulz), for matrices of like shape together; the size of a step is AdamW's."""
+
+    def __init__(self, matrices, weight_decay=.02, momentum=.95):
+        groups = {}
+        for p in matrices:
+            groups.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        self.groups = [(ps_, torch.zeros(len(ps_), *shape, device=ps_[0].device)) for shape, ps_ in groups.items()]
+        self.weight_decay, self.momentum = weight_decay, momentum
+
+    @torch.no_grad()
+    def step(self, lr):
+        for parameters, m in self.groups:
+            g = torch.stack([p.grad.flatten(1) for p in parameters])
+            m.lerp_(g, 1 - self.momentum)
+            x = torch.lerp(g, m, self.momentum).bfloat16()
+            turned = x.shape[1] > x.shape[2]
+            if turned:
+                x = x.mT
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
+                y = x @ x.mT
+                x = a * x + (b * y + c * (y @ y)) @ x
+            x = (x.mT if turned else x).float() * (.2 * max(x.shape[1:]) ** .5)
+            for p, u in zip(parameters, x):
+                p.mul_(1 - lr * self.weight_decay).add_(u.view_as(p), alpha=-lr)
+
+
+def latent_weights():
+    w = torch.ones(32, 32)
+    w[10:16, 8:24] = 1.8
+    w[17:25, 10:22] = 3.0
+    return (w / w.mean()).to(DEVICE)
+
+
+class Bank:
+    """Clips as latents on the GPU."""
+
+    def __init__(self, clips, encoder, n, length):
+        self.clips, self.encoder, self.length, self.n = clips, encoder, length, n
+        new = lambda *s, dtype=torch.float32: torch.zeros(n, *s, dtype=dtype, device=DEVICE)
+        self.z, self.ref = new(length, CHANNELS, 32, 32, dtype=torch.float16), new(2, CHANNELS, 32, 32, dtype=torch.float16)
+        self.start, self.params = new(dtype=torch.long), new(length * 4, ps.PARAMETERS)
+        chunk = 64 if GPU else 2
+        for i in range(0, n, chunk):
+            self.fill(torch.arange(i, min(n, i + chunk), device=DEVICE))
+        self.next = 0
+
+    @torch.no_grad()
+    def fill(self, index):
+        n = len(index)
+        s, i, _, params = self.clips.draw(n, 4 * self.length)
+        refs = self.clips.references(i)
+        encode = lambda x: torch.cat([self.encoder((q.float() / 127.5 - 1)) for q in x.split(512)])
+        with half_precision():
+            z = encode(ps.render(params).view(-1, 4, 3, 256, 256))
+            r = encode(ps.render(refs).view(-1, 1, 3, 256, 256).expand(-1, 4, -1, -1, -1))
+        self.z[index], self.ref[index] = z.view(n, self.length, *z.shape[1:]).half(), r.view(n, 2, *r.shape[1:]).half()
+        self.start[index], self.params[index] = s, params
+
+    def refresh(self, k):
+        self.fill((torch.arange(k, device=DEVICE) + self.next) % self.n)
+        self.next = (self.next + k) % self.n
+
+
+def main():
+    if WORLD > 1:
+        dist.init_process_group("nccl", device_id=DEVICE)
+    torch.manual_seed(args.seed * 100 + RANK)
+    g = torch.Generator(device=DEVICE).manual_seed(args.seed * 1000 + RANK)
+    t0 = time.time()
+    speech = Speech(args.data, DEVICE)
+    clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(31 + RANK + 10 * args.seed), args.identities)).to(DEVICE), g)
+    encoder, decoder, audio = Encoder().to(DEVICE), Decoder().to(DEVICE), AudioNet().to(DEVICE)
+    if os.path.exists(os.path.join(args.models, "ae.safetensors")):
+        state = load(os.path.join(args.models, "ae.safetensors"))
+        for name, m in (("encoder.", encoder), ("decoder.", decoder)):
+            m.load_state_dict({k[len(name):]: v for k, v in state.items() if k.startswith(name)})
+        audio.load_state_dict(load(os.path.join(args.models, "audio.safetensors")))
+    else:                                                     # speed trials only
+        log("NO AUTOENCODER: random one")
+        with torch.no_grad():
+            for _ in range(60):
+                encoder(ps.render(clips.draw(8 if GPU else 1, 4)[3]).view(-1, 4, 3, 256, 256).float() / 127.5 - 1)
+    for m in (encoder, decoder, audio):
+        m.eval().requires_grad_(False).to(memory_format=torch.channels_last) if m is not audio else m.eval().requires_grad_(False)
+    net = Transformer().to(DEVICE)
+    if args.resume:
+        net.load_state_dict(load(args.resume), strict=False)
+        log("resumed", args.resume)
+    if WORLD > 1:
+        for p in net.parameters():
+            dist.broadcast(p.data, 0)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    if GPU and not os.environ.get("NO_COMPILE"):
+        torch._dynamo.config.cache_size_limit = 64
+        net.layer_fn, net.inject_fn = torch.compile(net._layer, dynamic=False), torch.compile(net._inject, dynamic=False)
+    trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    sizes = [p.numel() for _, p in trained]
+    flat = torch.zeros(sum(sizes), device=DEVICE)
+    for (_, p), v in zip(trained, flat.split(sizes)):
+        p.grad = v.view_as(p)
+    matrix = lambda n, p: args.optimizer == "muon" and p.ndim >= 2 and n.endswith("weight") and (".self_attn." in n or ".ffn." in n or "injector.injector." in n)
+    muon = Muon([p for n, p in trained if matrix(n, p)]) if args.optimizer == "muon" else None
+    rest = [p for n, p in trained if not matrix(n, p)]
+    adam = torch.optim.AdamW([{"params": [p for p in rest if p.ndim >= 2], "weight_decay": .02}, {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.}],
+                             lr=args.lr, betas=(.9, .97), fused=GPU)
+    ema_list, net_list = list(ema.parameters()), list(net.parameters())
+    log(f"networks: transformer {count(net) / 1e6:.2f} M parameters")
+    bank = Bank(clips, encoder, args.clips, args.length)
+    if GPU:
+        torch.cuda.synchronize()
+    log(f"bank of {args.clips} clips, latent std {bank.z[:64].float().std().item():.3f}, speech {speech.frames / 1500:.0f} min")
+    weight, pixel_weight = latent_weights(), pixel_weights()
+    scale = torch.tensor(ps.CONTROL_SCALE, device=DEVICE)
+    b, length, step, start, saved = args.batch, args.length, 0, None, 0
+    sums, seen = {}, 0
+    save_as = os.path.join(args.out, "dit.safetensors")
+    while True:
+        if step == 4:
+            if GPU:
+                torch.cuda.synchronize()
+            start, budget = time.time(), args.seconds - (time.time() - t0)
+            log("compiled")
+        elapsed = 0. if start is None else time.time() - start
+        p = 0. if start is None else elapsed / budget
+        if WORLD > 1 and step % 16 == 0:                      # all ranks agree on the time
+            shared = torch.tensor([p], device=DEVICE)
+            dist.broadcast(shared, 0)
+            clock = shared.item(), time.time()
+        if WORLD > 1:
+            p = clock[0]
+        if p >= 1 or step >= args.max_steps:
+            break
+        lr = args.lr * schedule(p, .02 if not args.resume else .04)
+        for group in adam.param_groups:
+            group["lr"] = lr
+        k = torch.randint(0, bank.n, (b,), device=DEVICE, generator=g)
+        z, s, params = bank.z[k].float(), bank.start[k], bank.params[k]
+        ref = bank.ref[k, (torch.rand(b, device=DEVICE) < .22).long()].float()
+        u = torch.rand(b, device=DEVICE)
+        sigma = torch.where(u < .52, 1., torch.where(u < .80, .5, (.05 + .95 * torch.rand(b, device=DEVICE)).round(decimals=2)))
+        noise, wide = torch.randn_like(z), sigma[:, None, None, None, None]
+        with torch.no_grad(), half_precision():
+            m = speech.mels(s, 4 * length)
+            if step % 8:
+                m = augment(m, g)
+            features = audio(m)[:, LEFT:LEFT + 4 * length].float()
+            a = torch.cat([features, params[..., 56:66] * scale], -1)
+            origin = z
+            if p >= args.own or step < 2:                     # the first steps also compile this case
+                order = torch.argsort(sigma)                  # the lowest sigmas first: these get the model's own prediction
+                few = order[:max(1, b * 5 // 16)]
+                origin = z.clone()
+                origin[few] = net(noise[few], torch.ones(len(few), device=DEVICE), a[few], ref[few])
+        x = (1 - wide) * origin + wide * noise
+        with half_precision():
+            x0 = net(x, sigma, a, ref)
+        error = (x0 - z).pow(2)
+        loss = latent = (error * weight).mean()
+        if p >= args.pixels:
+            n, t = min(b, 20), 3
+            first = int(torch.randint(0, length - t + 1, (1,)))
+            rows = torch.cat([torch.argsort(sigma, descending=True)[:n // 2], torch.argsort(sigma)[:n - n // 2]])
+            truth = ps.render(params[rows, 4 * first:4 * (first + t)]).view(n, 4 * t, 3, 256, 256).float() / 127.5 - 1
+            with half_precision():
+                y = decoder(x0[rows, first:first + t])
+            picture = picture_loss(y.float(), truth, pixel_weight)
+            loss = loss + 1.5 * picture
+        flat.zero_()
+        loss.backward()
+        if WORLD > 1:
+            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+        norm = flat.norm()
+        flat.mul_((1. / (norm + 1e-6)).clamp(max=1.))
+        adam.step()
+        if muon:
+            muon.step(lr)
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(ema_list, net_list, 1 - min(.9985, step / (step + 10.)))
+        if step % REFRESH_EVERY == 0:
+            bank.refresh(REFRESH)
+        if step % 50 == 0 or not GPU:
+            with torch.no_grad():
+                one, half = sigma == 1, sigma == .5
+                e = error.detach().mean(2)
+                values = {"loss": latent.detach(), "s1": e[one].mean(), "s1mouth": e[one][..., 17:25, 10:22].mean(), "s1eyes": e[one][..., 10:16, 8:24].mean(), "s.5": e[half].mean()}
+                if p >= args.pixels:
+                    values["picture"] = picture.detach()
+                for q, v in values.items():
+                    sums.setdefault(q, []).append(v)
+        if step % 250 == 0 or not GPU or step in (1, 4, 100):
+            log("dit", step, f"p {p:.2f} norm {norm.item():.2f}", " ".join(f"{q} {torch.stack(v).nanmean().item():.4f}" for q, v in sums.items()))
+            sums = {}
+        if RANK == 0 and p > .25 * (saved + 1):
+            saved += 1
+            save(save_as, ema.state_dict(), PARTS)
+    if RANK == 0:
+        save(save_as, ema.state_dict(), PARTS)
+        log("done, steps", step, f"{(time.time() - start) / max(1, step - 4) * 1e3:.1f} ms a step" if start else "")
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
