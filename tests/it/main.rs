@@ -1,4 +1,5 @@
 //! Fast tests, no GPU, no browser: one binary so that candle is linked once.
 
 mod engine;
+mod codec;
 mod tidy;
