@@ -104,7 +104,7 @@ def controls(b, t, g, device, energy=None):
     blink = torch.zeros(b, t, device=device)
     begin = (uniform(b, t) < 1 / 45).float()
     length, depth = 3 + uniform(b, 1) * 3.5, torch.where(uniform(b, 1) < .8, torch.ones(b, 1, device=device), .5 + .5 * uniform(b, 1))
-    for i in range(7):
+    for i in range(min(7, t)):
         phase = torch.tensor(float(i), device=device) + .3 + .5 * uniform(b, 1)
         shape = (1.7 * torch.minimum(phase / (.30 * length), (length + .6 - phase) / (.70 * length))).clamp(0, 1)
         blink[:, i:] = torch.maximum(blink[:, i:], begin[:, :t - i] * shape * depth)

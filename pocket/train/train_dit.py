@@ -109,6 +109,22 @@ class Bank:
         self.next = (self.next + k) % self.n
 
 
+def compiled(net, b):
+    """Compile the layers and try them; if that fails, train without."""
+    torch._dynamo.config.cache_size_limit = 64
+    net.layer_fn, net.inject_fn = torch.compile(net._layer, dynamic=False), torch.compile(net._inject, dynamic=False)
+    try:
+        with half_precision():
+            z = torch.randn(b, args.length, CHANNELS, 32, 32, device=DEVICE)
+            net(z, torch.ones(b, device=DEVICE), torch.randn(b, 4 * args.length, net.config["audio_dim"], device=DEVICE), z[:, 0]).pow(2).mean().backward()
+        torch.cuda.synchronize()
+        log("compiled layers")
+    except Exception as error:                                # noqa: BLE001  (a compiler may fail in any way)
+        log("NOT COMPILED:", type(error).__name__, str(error)[:400])
+        net.layer_fn, net.inject_fn = net._layer, net._inject
+    net.zero_grad(set_to_none=True)
+
+
 def main():
     if WORLD > 1:
         dist.init_process_group("nccl", device_id=DEVICE)
@@ -139,8 +155,7 @@ def main():
             dist.broadcast(p.data, 0)
     ema = copy.deepcopy(net).requires_grad_(False)
     if GPU and not os.environ.get("NO_COMPILE"):
-        torch._dynamo.config.cache_size_limit = 64
-        net.layer_fn, net.inject_fn = torch.compile(net._layer, dynamic=False), torch.compile(net._inject, dynamic=False)
+        compiled(net, args.batch)
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     sizes = [p.numel() for _, p in trained]
     flat = torch.zeros(sum(sizes), device=DEVICE)
