@@ -2,4 +2,6 @@
 
 mod engine;
 mod codec;
+mod net;
+mod peer;
 mod tidy;

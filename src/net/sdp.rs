@@ -1,0 +1,358 @@
+//! Session descriptions and their fragments as text: what we check in an offer before the WebRTC library sees it, and
+//! the trickle and restart fragments of RFC 8840 / RFC 9725 §4.3. Pure: no sockets, no clock.
+//!
+//! Everything here reads text from strangers. Nothing indexes, nothing unwraps; sizes are bounded first.
+
+use super::NetError;
+use std::net::IpAddr;
+
+/// Largest description or fragment accepted. Chromium's offers have 3–8 KiB.
+pub(super) const MAX_BYTES: usize = 64 * 1024;
+/// Most media sections accepted. The live page offers three.
+const MAX_SECTIONS: usize = 16;
+/// Most candidates taken from one description or fragment.
+const MAX_CANDIDATES: usize = 64;
+
+/// Checks that `offer` can become a live session and returns it cleaned: line ends `\r\n`, candidates we cannot use
+/// left out.
+///
+/// # Errors
+/// [`NetError::TooLarge`], `Malformed`, `NoMicrophone`, `NoOpus`, `NoVideo`, `NoH264`.
+pub(super) fn check_offer(offer: &str) -> Result<String, NetError> {
+    let lines = lines(offer)?;
+    if lines.first() != Some(&"v=0") {
+        return Err(NetError::Malformed("it does not begin with `v=0`".into()));
+    }
+    for (n, line) in lines.iter().enumerate() {
+        let mut chars = line.chars();
+        if !(chars.next().is_some_and(|c| c.is_ascii_lowercase()) && chars.next() == Some('=')) {
+            return Err(NetError::Malformed(format!("line {} is not of the form `x=value`", n + 1)));
+        }
+    }
+    let sections = sections(&lines);
+    if sections.len() > MAX_SECTIONS {
+        return Err(NetError::Malformed(format!("it has {} media sections", sections.len())));
+    }
+    let session = &lines[..lines.iter().position(|l| l.starts_with("m=")).unwrap_or(lines.len())];
+    let audio = sections.iter().find(|s| s.kind == "audio" && s.sends(session)).ok_or(NetError::NoMicrophone)?;
+    if audio.rtpmaps("opus/48000").is_empty() {
+        return Err(NetError::NoOpus);
+    }
+    let video = sections.iter().find(|s| s.kind == "video" && s.receives(session)).ok_or(NetError::NoVideo)?;
+    if !video.offers_our_h264() {
+        return Err(NetError::NoH264);
+    }
+    let has = |name: &str| lines.iter().any(|l| l.starts_with(name));
+    if !has("a=ice-ufrag:") || !has("a=ice-pwd:") {
+        return Err(NetError::Malformed("it has no a=ice-ufrag and a=ice-pwd".into()));
+    }
+    if !has("a=fingerprint:") {
+        return Err(NetError::Malformed("it has no a=fingerprint, and media without encryption is refused".into()));
+    }
+    let mut taken = 0;
+    let mut clean = String::with_capacity(offer.len() + lines.len());
+    for line in &lines {
+        if let Some(candidate) = line.strip_prefix("a=") && candidate.starts_with("candidate:") {
+            taken += 1;
+            if taken > MAX_CANDIDATES || !usable(candidate) {
+                continue;
+            }
+        }
+        clean.push_str(line);
+        clean.push_str("\r\n");
+    }
+    Ok(clean)
+}
+
+/// A media section of a description.
+struct Section<'a> {
+    kind: &'a str,
+    port: &'a str,
+    lines: &'a [&'a str],
+}
+
+impl<'a> Section<'a> {
+    fn direction(&self, session: &[&'a str]) -> &'a str {
+        let find = |lines: &[&'a str]| {
+            lines.iter().rev().find_map(|l| {
+                let d = l.strip_prefix("a=")?;
+                ["sendrecv", "sendonly", "recvonly", "inactive"].contains(&d).then_some(d)
+            })
+        };
+        find(self.lines).or_else(|| find(session)).unwrap_or("sendrecv")
+    }
+    /// A zero port rejects a section, unless it is bundled with another (RFC 8843 §6).
+    fn rejected(&self) -> bool {
+        self.port == "0" && !self.lines.contains(&"a=bundle-only")
+    }
+    fn sends(&self, session: &[&'a str]) -> bool {
+        !self.rejected() && self.direction(session).starts_with("send")
+    }
+    fn receives(&self, session: &[&'a str]) -> bool {
+        !self.rejected() && ["sendrecv", "recvonly"].contains(&self.direction(session))
+    }
+    /// Payload types whose rtpmap begins with `codec` (any case).
+    fn rtpmaps(&self, codec: &str) -> Vec<&'a str> {
+        self.lines
+            .iter()
+            .filter_map(|l| l.strip_prefix("a=rtpmap:")?.split_once(' '))
+            .filter(|(_, name)| {
+                name.get(..codec.len()).is_some_and(|start| start.eq_ignore_ascii_case(codec))
+            })
+            .map(|(pt, _)| pt)
+            .collect()
+    }
+    /// Whether one H.264 payload type is baseline (profile 42) with packetization mode 1.
+    fn offers_our_h264(&self) -> bool {
+        self.rtpmaps("h264/90000").iter().any(|pt| {
+            self.lines.iter().any(|l| {
+                let Some((number, parameters)) = l.strip_prefix("a=fmtp:").and_then(|l| l.split_once(' ')) else {
+                    return false;
+                };
+                let value = |name: &str| {
+                    parameters.split(';').find_map(|p| {
+                        let (key, value) = p.trim().split_once('=')?;
+                        key.eq_ignore_ascii_case(name).then_some(value)
+                    })
+                };
+                number == *pt
+                    && value("packetization-mode") == Some("1")
+                    && value("profile-level-id").is_some_and(|p| p.len() == 6 && p.starts_with("42"))
+            })
+        })
+    }
+}
+
+fn lines(text: &str) -> Result<Vec<&str>, NetError> {
+    if text.len() > MAX_BYTES {
+        return Err(NetError::TooLarge(text.len()));
+    }
+    if text.contains('\0') {
+        return Err(NetError::Malformed("it contains a zero byte".into()));
+    }
+    Ok(text.lines().map(str::trim_end).filter(|l| !l.is_empty()).collect())
+}
+
+fn sections<'a>(lines: &'a [&'a str]) -> Vec<Section<'a>> {
+    let starts: Vec<usize> =
+        lines.iter().enumerate().filter(|(_, l)| l.starts_with("m=")).map(|(i, _)| i).collect();
+    starts
+        .iter()
+        .enumerate()
+        .map(|(n, &start)| {
+            let end = starts.get(n + 1).copied().unwrap_or(lines.len());
+            let mut words = lines[start].trim_start_matches("m=").split(' ');
+            Section {
+                kind: words.next().unwrap_or_default(),
+                port: words.next().unwrap_or_default(),
+                lines: &lines[start + 1..end],
+            }
+        })
+        .collect()
+}
+
+/// Whether `candidate` (`candidate:…`) names a literal address over UDP or TCP. Names such as `….local` (mDNS) are
+/// not resolved: the browser reaches us first, and its real address is learnt from its checks.
+pub(super) fn usable(candidate: &str) -> bool {
+    let words: Vec<&str> = candidate.trim_start_matches("candidate:").split_ascii_whitespace().collect();
+    let [foundation, component, transport, priority, address, port, typ, kind, ..] = words[..] else { return false };
+    foundation.len() <= 32
+        && component.parse::<u16>().is_ok_and(|c| c == 1 || c == 2)
+        && ["udp", "tcp"].contains(&transport.to_ascii_lowercase().as_str())
+        && priority.parse::<u32>().is_ok()
+        && address.parse::<IpAddr>().is_ok_and(|ip| !ip.is_unspecified() && !ip.is_multicast())
+        && port.parse::<u16>().is_ok()
+        && typ == "typ"
+        && ["host", "srflx", "prflx", "relay"].contains(&kind)
+        // An active TCP candidate is a client that will connect by itself; there is nothing to check towards it.
+        && !words.windows(2).any(|w| w == ["tcptype", "active"])
+}
+
+/// What a fragment says (RFC 8840): credentials, and candidates by media section.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Fragment {
+    pub(super) ufrag: Option<String>,
+    pub(super) pwd: Option<String>,
+    /// Usable ones only: (mid, `candidate:…`).
+    pub(super) candidates: Vec<(Option<String>, String)>,
+    /// Candidates left out because they cannot be used here (names, unknown transports).
+    pub(super) skipped: usize,
+    pub(super) end_of_candidates: bool,
+}
+
+/// Reads an `application/trickle-ice-sdpfrag` body.
+///
+/// # Errors
+/// [`NetError::TooLarge`]; [`NetError::Malformed`] when a line is not `x=value` or nothing in it concerns ICE.
+pub(super) fn parse_fragment(text: &str) -> Result<Fragment, NetError> {
+    let lines = lines(text)?;
+    let mut fragment = Fragment::default();
+    let mut mid = None;
+    let mut known = false;
+    for (n, line) in lines.iter().enumerate() {
+        let Some((key, value)) = line.split_once('=').filter(|(k, _)| k.len() == 1) else {
+            return Err(NetError::Malformed(format!("line {} of the fragment is not of the form `x=value`", n + 1)));
+        };
+        if key == "m" {
+            mid = None;
+            continue;
+        }
+        if key != "a" {
+            continue;
+        }
+        if let Some(v) = value.strip_prefix("mid:") {
+            mid = Some(v.to_string());
+        } else if let Some(v) = value.strip_prefix("ice-ufrag:") {
+            known = true;
+            fragment.ufrag.get_or_insert_with(|| v.to_string());
+        } else if let Some(v) = value.strip_prefix("ice-pwd:") {
+            known = true;
+            fragment.pwd.get_or_insert_with(|| v.to_string());
+        } else if value.starts_with("candidate:") {
+            known = true;
+            if fragment.candidates.len() < MAX_CANDIDATES && usable(value) {
+                fragment.candidates.push((mid.clone(), value.to_string()));
+            } else {
+                fragment.skipped += 1;
+            }
+        } else if value == "end-of-candidates" {
+            known = true;
+            fragment.end_of_candidates = true;
+        }
+    }
+    let fits = |v: &Option<String>, least: usize| {
+        v.as_ref().is_none_or(|v| {
+            (least..=256).contains(&v.len()) && v.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/')
+        })
+    };
+    if !known {
+        return Err(NetError::Malformed("the fragment has no ICE credentials and no candidates".into()));
+    }
+    if !fits(&fragment.ufrag, 4) || !fits(&fragment.pwd, 22) {
+        return Err(NetError::Malformed("a=ice-ufrag or a=ice-pwd is not as RFC 8839 §5.4 wants it".into()));
+    }
+    Ok(fragment)
+}
+
+/// The first credentials in a description.
+pub(super) fn credentials(sdp: &str) -> Option<(String, String)> {
+    let find = |name: &str| sdp.lines().find_map(|l| l.trim_end().strip_prefix(name)).map(str::to_string);
+    Some((find("a=ice-ufrag:")?, find("a=ice-pwd:")?))
+}
+
+/// A stored offer with other ICE credentials and candidates: what a client's new offer would say after its restart.
+pub(super) fn with_credentials(offer: &str, ufrag: &str, pwd: &str, candidates: &[(Option<String>, String)]) -> String {
+    let mut out = String::with_capacity(offer.len() + 512);
+    let mut placed = false;
+    let mut in_media = false;
+    let place = |out: &mut String, placed: &mut bool| {
+        if !std::mem::replace(placed, true) {
+            for (_, candidate) in candidates {
+                out.push_str("a=");
+                out.push_str(candidate);
+                out.push_str("\r\n");
+            }
+        }
+    };
+    for line in offer.lines().map(str::trim_end).filter(|l| !l.is_empty()) {
+        if line.starts_with("m=") {
+            // BUNDLE: the first section's transport is everybody's.
+            if in_media {
+                place(&mut out, &mut placed);
+            }
+            in_media = true;
+        }
+        if line.starts_with("a=candidate:") || line == "a=end-of-candidates" {
+            continue;
+        } else if line.starts_with("a=ice-ufrag:") {
+            out.push_str("a=ice-ufrag:");
+            out.push_str(ufrag);
+        } else if line.starts_with("a=ice-pwd:") {
+            out.push_str("a=ice-pwd:");
+            out.push_str(pwd);
+        } else {
+            out.push_str(line);
+        }
+        out.push_str("\r\n");
+    }
+    if in_media {
+        place(&mut out, &mut placed);
+    }
+    out
+}
+
+/// The fragment to answer an ICE restart with, cut from our new answer (RFC 9725 §4.3.3).
+pub(super) fn fragment_of(answer: &str) -> String {
+    let mut head = String::new();
+    let mut body = String::new();
+    let mut first_media: Option<&str> = None;
+    for line in answer.lines().map(str::trim_end) {
+        if line.starts_with("m=") {
+            if first_media.is_some() {
+                break;
+            }
+            first_media = Some(line);
+        } else if line == "a=ice-lite" || line.starts_with("a=ice-options:") || line.starts_with("a=group:BUNDLE") {
+            head.push_str(line);
+            head.push_str("\r\n");
+        } else if line.starts_with("a=ice-ufrag:") || line.starts_with("a=ice-pwd:") {
+            // Credentials stand once, before the sections (max-bundle).
+            if !head.contains(line) {
+                head.push_str(line);
+                head.push_str("\r\n");
+            }
+        } else if line.starts_with("a=mid:") || line.starts_with("a=candidate:") || line == "a=end-of-candidates" {
+            body.push_str(line);
+            body.push_str("\r\n");
+        }
+    }
+    if let Some(media) = first_media {
+        head.push_str(media);
+        head.push_str("\r\n");
+    }
+    head + &body
+}
+
+/// Our answer with its private host addresses replaced by `public` ones of the same family, and without second
+/// components and repeated candidates (everything is bundled and RTCP is multiplexed).
+pub(super) fn publish(answer: &str, public: &[IpAddr]) -> String {
+    let mut out = String::with_capacity(answer.len());
+    let mut seen: Vec<String> = Vec::new();
+    for line in answer.lines().map(str::trim_end).filter(|l| !l.is_empty()) {
+        if line.starts_with("m=") {
+            seen.clear();
+        }
+        if let Some(candidate) = line.strip_prefix("a=candidate:") {
+            let mut words: Vec<String> = candidate.split(' ').map(str::to_string).collect();
+            if words.get(1).is_some_and(|component| component != "1") {
+                continue;
+            }
+            let address = words.get(4).and_then(|a| a.parse::<IpAddr>().ok());
+            let host = words.get(7).is_some_and(|k| k == "host");
+            let same: Vec<&IpAddr> = public.iter().filter(|p| address.is_some_and(|a| a.is_ipv4() == p.is_ipv4())).collect();
+            let mut variants = Vec::new();
+            if host && !same.is_empty() && address.is_some_and(|a| !a.is_loopback()) {
+                for ip in same {
+                    words[4] = ip.to_string();
+                    variants.push(words.join(" "));
+                }
+            } else {
+                variants.push(words.join(" "));
+            }
+            for variant in variants {
+                // The foundation may differ between repeats; compare from the transport on.
+                let key = variant.split(' ').skip(2).collect::<Vec<_>>().join(" ");
+                if !seen.contains(&key) {
+                    seen.push(key);
+                    out.push_str("a=candidate:");
+                    out.push_str(&variant);
+                    out.push_str("\r\n");
+                }
+            }
+            continue;
+        }
+        out.push_str(line);
+        out.push_str("\r\n");
+    }
+    out
+}
