@@ -1,7 +1,10 @@
 //! Access units and Opus packets into RTP, with timestamps of our own.
 
 use super::clock::RtpClock;
-use crate::{media::MediaTime, session::{EncodedAudio, EncodedVideo}};
+use crate::{
+    media::MediaTime,
+    session::{EncodedAudio, EncodedVideo},
+};
 use bytes::Bytes;
 use rtc::rtp::{self, codec::h264::H264Payloader, packetizer::Payloader};
 

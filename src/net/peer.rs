@@ -1,13 +1,14 @@
 //! One peer: its connection, its handlers, its life.
 
 use super::{
-    Config, NetError, sdp,
+    Config, NetError,
     clock::{MediaClock, RtpClock},
     error::short,
     events::Events,
     out::{self, Out},
     packetise::Stream,
     ports::Lease,
+    sdp,
     shared::{Shared, lock},
     speech::SpeechIn,
     traffic::Traffic,
@@ -21,7 +22,7 @@ use rtc::{
     media_stream::MediaStreamTrack,
     peer_connection::{
         configuration::{interceptor_registry::configure_twcc_receiver_only, media_engine::*},
-        transport::RTCIceCandidateInit,
+        transport::{RTCDtlsTransportState, RTCIceCandidateInit},
     },
     rtp_transceiver::rtp_sender::*,
 };
@@ -44,6 +45,7 @@ use webrtc::{
         track_remote::{TrackRemote, TrackRemoteEvent},
     },
     peer_connection::*,
+    rtp_transceiver::RtpSender,
 };
 
 /// Label of the data channel that carries our messages. The page creates it, before its offer: then the offer has the
@@ -103,7 +105,7 @@ pub(super) async fn open(
     });
     let pc = build(config, &lease, shared.clone(), handler.clone()).await?;
     let negotiated = guarded(negotiate(&pc, &shared, offer.clone(), &mut gathered)).await;
-    let (answer, video_track, audio_track, video_pt, audio_pt) = match negotiated.and_then(|result| result) {
+    let Negotiated { answer, video_track, audio_track, video_pt, audio_pt, sender } = match negotiated.and_then(|r| r) {
         Ok(done) => done,
         Err(error) => {
             let _ = pc.close().await;
@@ -122,6 +124,7 @@ pub(super) async fn open(
         stop: stop.clone(),
         end: end_rx,
         ended: ended_tx,
+        sender,
         write: out::write(queues.video, queues.audio, video_track, audio_track),
         _lease: lease,
     }));
@@ -148,7 +151,9 @@ impl Peer {
         self.open()?;
         let remote = self.remote.lock().await;
         let current = sdp::credentials(&remote);
-        if let (Some(ufrag), Some((now, _))) = (&fragment.ufrag, &current) && ufrag != now {
+        if let (Some(ufrag), Some((now, _))) = (&fragment.ufrag, &current)
+            && ufrag != now
+        {
             return Err(NetError::Malformed("the fragment belongs to another ICE session (its ufrag differs)".into()));
         }
         for (mid, candidate) in fragment.candidates {
@@ -263,10 +268,7 @@ async fn build(
         .register_codec(RTCRtpCodecParameters { rtp_codec: rtx, payload_type: 103 }, RtpCodecKind::Video)
         .map_err(NetError::stack)?;
     for (typ, parameter) in [("nack", ""), ("nack", "pli"), ("ccm", "fir")] {
-        media.register_feedback(
-            RTCPFeedback { typ: typ.into(), parameter: parameter.into() },
-            RtpCodecKind::Video,
-        );
+        media.register_feedback(RTCPFeedback { typ: typ.into(), parameter: parameter.into() }, RtpCodecKind::Video);
     }
     let registry = configure_twcc_receiver_only(Registry::new(), &mut media)
         .map_err(NetError::stack)?
@@ -344,7 +346,14 @@ fn track(kind: RtpCodecKind, codec: RTCRtpCodec, ssrc: u32, rtx: Option<u32>) ->
     )))
 }
 
-type Negotiated = (String, Arc<TrackLocalStaticRTP>, Arc<TrackLocalStaticRTP>, u8, u8);
+struct Negotiated {
+    answer: String,
+    video_track: Arc<TrackLocalStaticRTP>,
+    audio_track: Arc<TrackLocalStaticRTP>,
+    video_pt: u8,
+    audio_pt: u8,
+    sender: Arc<dyn RtpSender>,
+}
 
 async fn negotiate(
     pc: &Arc<dyn PeerConnection>,
@@ -368,10 +377,10 @@ async fn negotiate(
     // The payload types are the browser's, not ours; and what is not in there was not agreed on.
     let video_pt = payload_type(&video_sender, MIME_TYPE_H264).await.ok_or(NetError::NoH264)?;
     let audio_pt = payload_type(&audio_sender, MIME_TYPE_OPUS).await.ok_or(NetError::NoOpus)?;
-    Ok((answer, video, audio, video_pt, audio_pt))
+    Ok(Negotiated { answer, video_track: video, audio_track: audio, video_pt, audio_pt, sender: audio_sender })
 }
 
-async fn payload_type(sender: &Arc<dyn webrtc::rtp_transceiver::RtpSender>, mime: &str) -> Option<u8> {
+async fn payload_type(sender: &Arc<dyn RtpSender>, mime: &str) -> Option<u8> {
     let parameters = sender.get_parameters().await.ok()?;
     let codecs = &parameters.rtp_parameters.codecs;
     codecs.iter().find(|c| c.rtp_codec.mime_type.eq_ignore_ascii_case(mime)).map(|c| c.payload_type)
@@ -384,6 +393,7 @@ struct Life<W> {
     stop: CancellationToken,
     end: mpsc::Receiver<String>,
     ended: watch::Sender<bool>,
+    sender: Arc<dyn RtpSender>,
     write: W,
     _lease: Lease,
 }
@@ -396,6 +406,7 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
         () = life.stop.cancelled() => "closed by this server".to_string(),
         () = shared.events.gone() => "the session ended".to_string(),
         reason = life.end.recv() => reason.unwrap_or_else(|| "the WebRTC driver ended".into()),
+        () = left(life.sender) => "the peer left".into(),
         reason = life.write => reason,
     };
     life.stop.cancel();
@@ -406,6 +417,20 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
     }
     shared.events.send(LinkEvent::Closed(reason));
     let _ = life.ended.send(true);
+}
+
+/// Waits until the peer has said goodbye (DTLS close_notify: a closed tab does, a lost network does not). The library has
+/// no event for it, only a state.
+async fn left(sender: Arc<dyn RtpSender>) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(250));
+    loop {
+        ticks.tick().await;
+        if let Ok(Some(transport)) = sender.transport().await
+            && let Ok(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = transport.state().await
+        {
+            return;
+        }
+    }
 }
 
 /// Called on the driver's own task: nothing in here waits.

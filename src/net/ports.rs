@@ -68,12 +68,8 @@ mod tests {
     #[test]
     fn a_range_is_bounded_and_ports_come_back() {
         let free = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let config = Config {
-            bind: vec!["127.0.0.1".parse().unwrap()],
-            port_min: free,
-            port_max: free,
-            ..Config::default()
-        };
+        let config =
+            Config { bind: vec!["127.0.0.1".parse().unwrap()], port_min: free, port_max: free, ..Config::default() };
         let ports = Ports::new(&config);
         let lease = ports.lease().unwrap();
         assert_eq!(lease.port(), free);

@@ -52,7 +52,9 @@ pub(super) fn check_offer(offer: &str) -> Result<String, NetError> {
     let mut taken = 0;
     let mut clean = String::with_capacity(offer.len() + lines.len());
     for line in &lines {
-        if let Some(candidate) = line.strip_prefix("a=") && candidate.starts_with("candidate:") {
+        if let Some(candidate) = line.strip_prefix("a=")
+            && candidate.starts_with("candidate:")
+        {
             taken += 1;
             if taken > MAX_CANDIDATES || !usable(candidate) {
                 continue;
@@ -96,9 +98,7 @@ impl<'a> Section<'a> {
         self.lines
             .iter()
             .filter_map(|l| l.strip_prefix("a=rtpmap:")?.split_once(' '))
-            .filter(|(_, name)| {
-                name.get(..codec.len()).is_some_and(|start| start.eq_ignore_ascii_case(codec))
-            })
+            .filter(|(_, name)| name.get(..codec.len()).is_some_and(|start| start.eq_ignore_ascii_case(codec)))
             .map(|(pt, _)| pt)
             .collect()
     }
@@ -134,8 +134,7 @@ fn lines(text: &str) -> Result<Vec<&str>, NetError> {
 }
 
 fn sections<'a>(lines: &'a [&'a str]) -> Vec<Section<'a>> {
-    let starts: Vec<usize> =
-        lines.iter().enumerate().filter(|(_, l)| l.starts_with("m=")).map(|(i, _)| i).collect();
+    let starts: Vec<usize> = lines.iter().enumerate().filter(|(_, l)| l.starts_with("m=")).map(|(i, _)| i).collect();
     starts
         .iter()
         .enumerate()
@@ -329,7 +328,8 @@ pub(super) fn publish(answer: &str, public: &[IpAddr]) -> String {
             }
             let address = words.get(4).and_then(|a| a.parse::<IpAddr>().ok());
             let host = words.get(7).is_some_and(|k| k == "host");
-            let same: Vec<&IpAddr> = public.iter().filter(|p| address.is_some_and(|a| a.is_ipv4() == p.is_ipv4())).collect();
+            let same: Vec<&IpAddr> =
+                public.iter().filter(|p| address.is_some_and(|a| a.is_ipv4() == p.is_ipv4())).collect();
             let mut variants = Vec::new();
             if host && !same.is_empty() && address.is_some_and(|a| !a.is_loopback()) {
                 for ip in same {
@@ -355,4 +355,71 @@ pub(super) fn publish(answer: &str, public: &[IpAddr]) -> String {
         out.push_str("\r\n");
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OFFER: &str = "v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\ns=-\r\nt=0 0\r\na=group:BUNDLE 0 1\r\na=fingerprint:sha-256 AA\r\n\
+        m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:0\r\na=ice-ufrag:abcd\r\na=ice-pwd:0123456789012345678901\r\n\
+        a=candidate:1 1 udp 2113937151 5a6b.local 50000 typ host\r\na=candidate:2 1 udp 2113937151 10.0.0.2 50000 typ host\r\n\
+        a=sendrecv\r\na=rtpmap:111 opus/48000/2\r\n\
+        m=video 9 UDP/TLS/RTP/SAVPF 108 109\r\na=mid:1\r\na=ice-ufrag:abcd\r\na=ice-pwd:0123456789012345678901\r\n\
+        a=recvonly\r\na=rtpmap:108 H264/90000\r\n\
+        a=fmtp:108 level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f\r\n";
+
+    #[test]
+    fn an_offer_is_cleaned_of_what_cannot_be_used() {
+        let clean = check_offer(&OFFER.replace("\r\n", "\n")).unwrap();
+        assert!(!clean.contains(".local") && clean.contains("10.0.0.2") && clean.contains("\r\n"));
+        // The direction may also stand in the session part.
+        assert!(check_offer(&OFFER.replace("a=sendrecv\r\n", "")).is_ok());
+        let session_level = OFFER.replace("a=sendrecv\r\n", "").replace("t=0 0\r\n", "t=0 0\r\na=recvonly\r\n");
+        assert!(matches!(check_offer(&session_level), Err(NetError::NoMicrophone)));
+        assert!(matches!(check_offer(&OFFER.replace("m=video 9", "m=video 0")), Err(NetError::NoVideo)));
+        assert!(matches!(check_offer(&OFFER.replace("42e01f", "640c1f")), Err(NetError::NoH264)));
+    }
+
+    #[test]
+    fn fragments_are_read_and_unusable_candidates_skipped() {
+        let fragment = parse_fragment(
+            "a=ice-ufrag:EsAw\r\na=ice-pwd:P2uYro0UCOQ4zxjKXaWCBui1\r\nm=audio 9 RTP/AVP 0\r\na=mid:0\r\n\
+             a=candidate:1387637174 1 udp 2122260223 192.0.2.1 61764 typ host generation 0 ufrag EsAw network-id 1\r\n\
+             a=candidate:1 1 udp 1 x.local 1 typ host\r\na=candidate:2 1 tcp 1 192.0.2.1 9 typ host tcptype active\r\n\
+             a=candidate:garbage\r\na=end-of-candidates\r\n",
+        )
+        .unwrap();
+        assert_eq!(fragment.candidates.len(), 1);
+        assert_eq!(fragment.candidates[0].0.as_deref(), Some("0"));
+        assert_eq!((fragment.skipped, fragment.end_of_candidates), (3, true));
+        for bad in ["", "hello", "a=mid:0", "a=ice-ufrag:x y z w", "a=ice-pwd:short"] {
+            assert!(matches!(parse_fragment(bad), Err(NetError::Malformed(_))), "{bad}");
+        }
+        assert!(matches!(parse_fragment(&"a=mid:0\r\n".repeat(10_000)), Err(NetError::TooLarge(_))));
+    }
+
+    #[test]
+    fn a_restart_changes_every_credential_and_moves_candidates_to_the_first_section() {
+        let candidates = vec![(Some("0".into()), "candidate:9 1 udp 1 192.0.2.9 9 typ host".into())];
+        let offer = with_credentials(OFFER, "efgh", "9876543210987654321098", &candidates);
+        assert_eq!(offer.matches("a=ice-ufrag:efgh\r\n").count(), 2);
+        assert_eq!(offer.matches("a=candidate:").count(), 1);
+        assert!(offer.find("192.0.2.9").unwrap() < offer.find("m=video").unwrap());
+        assert_eq!(credentials(&offer).unwrap().1, "9876543210987654321098");
+        assert!(check_offer(&offer).is_ok());
+        let fragment = fragment_of(&offer);
+        assert!(fragment.contains("m=audio") && !fragment.contains("m=video") && fragment.contains("192.0.2.9"));
+        let read = parse_fragment(&fragment).unwrap();
+        assert_eq!((read.ufrag.as_deref(), read.candidates.len()), (Some("efgh"), 1));
+    }
+
+    #[test]
+    fn the_answer_shows_public_addresses_and_each_candidate_once() {
+        let answer = "m=audio 9 x 0\r\na=candidate:1 1 udp 5 10.0.0.5 4000 typ host\r\na=candidate:1 2 udp 5 10.0.0.5 4000 typ host\r\n\
+            a=candidate:2 1 udp 5 127.0.0.1 4000 typ host\r\na=candidate:1 1 udp 5 10.0.0.5 4000 typ host\r\n";
+        let out = publish(answer, &["203.0.113.7".parse().unwrap()]);
+        assert_eq!(out.matches("a=candidate").count(), 2);
+        assert!(out.contains("203.0.113.7 4000 typ host") && out.contains("127.0.0.1") && !out.contains("10.0.0.5"));
+    }
 }

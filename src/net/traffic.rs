@@ -5,9 +5,7 @@ use rtc::{
     interceptor::{AttributedPacket, Interceptor, Packet, StreamInfo, TaggedPacket},
     rtcp::{
         self,
-        payload_feedbacks::{
-            full_intra_request::FullIntraRequest, picture_loss_indication::PictureLossIndication,
-        },
+        payload_feedbacks::{full_intra_request::FullIntraRequest, picture_loss_indication::PictureLossIndication},
         receiver_report::ReceiverReport,
         reception_report::ReceptionReport,
         sender_report::SenderReport,
@@ -60,8 +58,7 @@ impl Traffic {
 
     fn reception(&mut self, now: Instant, reports: &[ReceptionReport]) {
         for report in reports {
-            let round_trip =
-                lock(&self.shared.clock).round_trip(now, report.last_sender_report, report.delay);
+            let round_trip = lock(&self.shared.clock).round_trip(now, report.last_sender_report, report.delay);
             let mut stats = lock(&self.shared.stats);
             if let Some(rtt) = round_trip {
                 stats.round_trip = Some(stats.round_trip.map_or(rtt, |old| (old * 3 + rtt) / 4));

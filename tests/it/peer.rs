@@ -28,44 +28,45 @@ use webrtc::{
 
 /// What has arrived so far.
 #[derive(Default)]
-pub struct Received {
-    pub audio: Vec<(Instant, rtp::Packet)>,
-    pub video: Vec<(Instant, rtp::Packet)>,
-    pub reports: Vec<(Instant, SenderReport)>,
-    pub messages: Vec<String>,
+pub(crate) struct Received {
+    pub(crate) audio: Vec<(Instant, rtp::Packet)>,
+    pub(crate) video: Vec<(Instant, rtp::Packet)>,
+    pub(crate) reports: Vec<(Instant, SenderReport)>,
+    pub(crate) messages: Vec<String>,
 }
 
 /// An access unit put together from received packets.
 #[derive(Debug, PartialEq)]
-pub struct Unit {
-    pub timestamp: u32,
+pub(crate) struct Unit {
+    pub(crate) timestamp: u32,
     /// Annex B.
-    pub data: Vec<u8>,
-    pub complete: bool,
+    pub(crate) data: Vec<u8>,
+    pub(crate) complete: bool,
 }
 
-pub struct Client {
-    pub pc: Arc<dyn PeerConnection>,
-    pub received: Arc<Mutex<Received>>,
-    pub state: watch::Receiver<RTCPeerConnectionState>,
+pub(crate) struct Client {
+    pub(crate) pc: Arc<dyn PeerConnection>,
+    pub(crate) received: Arc<Mutex<Received>>,
+    pub(crate) state: watch::Receiver<RTCPeerConnectionState>,
     microphone: Arc<TrackLocalStaticRTP>,
     channel: Option<Arc<dyn DataChannel>>,
     gathered: watch::Receiver<bool>,
     video: Arc<Mutex<Option<Arc<dyn TrackRemote>>>>,
 }
 
-pub const SPEECH_SSRC: u32 = 0x5eec;
+pub(crate) const SPEECH_SSRC: u32 = 0x5eec;
 const OPUS_PT: u8 = 111;
 
 impl Client {
     /// A client on loopback that has not offered anything yet.
-    pub async fn new() -> Client {
+    pub(crate) async fn new() -> Client {
         let mut media = MediaEngine::default();
         media.register_default_codecs().unwrap();
         let received: Arc<Mutex<Received>> = Default::default();
-        let registry = register_default_interceptors(Registry::new(), &mut media)
-            .unwrap()
-            .with(Slot::from(900), Tap { received: received.clone(), read: Default::default(), write: Default::default() });
+        let registry = register_default_interceptors(Registry::new(), &mut media).unwrap().with(
+            Slot::from(900),
+            Tap { received: received.clone(), read: Default::default(), write: Default::default() },
+        );
         let (gathered_tx, gathered) = watch::channel(false);
         let (state_tx, state) = watch::channel(RTCPeerConnectionState::New);
         let video: Arc<Mutex<Option<Arc<dyn TrackRemote>>>> = Default::default();
@@ -107,7 +108,7 @@ impl Client {
     }
 
     /// The usual offer: microphone, receive-only video, data channel `loquent`; candidates included.
-    pub async fn offer(&mut self) -> String {
+    pub(crate) async fn offer(&mut self) -> String {
         self.pc.add_track(self.microphone.clone() as Arc<dyn TrackLocal>).await.unwrap();
         let init = RTCRtpTransceiverInit {
             direction: RTCRtpTransceiverDirection::Recvonly,
@@ -131,18 +132,18 @@ impl Client {
         self.pc.local_description().await.unwrap().sdp
     }
 
-    pub async fn accept(&self, answer: &str) {
+    pub(crate) async fn accept(&self, answer: &str) {
         self.pc.set_remote_description(RTCSessionDescription::answer(answer.to_string()).unwrap()).await.unwrap();
     }
 
     /// Waits until the connection stands.
-    pub async fn connected(&mut self, within: Duration) -> bool {
+    pub(crate) async fn connected(&mut self, within: Duration) -> bool {
         let wait = self.state.wait_for(|s| *s == RTCPeerConnectionState::Connected);
         tokio::time::timeout(within, wait).await.is_ok_and(|r| r.is_ok())
     }
 
     /// Sends one Opus packet of 20 ms as number `n` of the microphone.
-    pub async fn speak(&self, n: u32, payload: &[u8]) {
+    pub(crate) async fn speak(&self, n: u32, payload: &[u8]) {
         let packet = rtp::Packet {
             header: rtp::header::Header {
                 version: 2,
@@ -158,22 +159,22 @@ impl Client {
     }
 
     /// Asks for a keyframe.
-    pub async fn picture_loss(&self) {
+    pub(crate) async fn picture_loss(&self) {
         let track = self.video.lock().unwrap().clone().expect("no video yet");
         let media_ssrc = track.ssrcs().await[0];
         track.write_rtcp(vec![Box::new(PictureLossIndication { sender_ssrc: 1, media_ssrc })]).await.unwrap();
     }
 
-    pub async fn message(&self, text: &str) {
+    pub(crate) async fn message(&self, text: &str) {
         self.channel.as_ref().unwrap().send_text(text).await.unwrap();
     }
 
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         self.pc.close().await.unwrap();
     }
 
     /// The access units received so far, in order of their timestamps.
-    pub fn units(&self) -> Vec<Unit> {
+    pub(crate) fn units(&self) -> Vec<Unit> {
         let received = self.received.lock().unwrap();
         let mut packets: Vec<&rtp::Packet> = received.video.iter().map(|(_, p)| p).collect();
         let first = packets.first().map_or(0, |p| p.header.sequence_number);
@@ -182,7 +183,8 @@ impl Client {
         let mut units: Vec<Unit> = Vec::new();
         let mut last = None;
         for p in packets {
-            let gap = last.replace(p.header.sequence_number).is_some_and(|l| p.header.sequence_number != l.wrapping_add(1));
+            let gap =
+                last.replace(p.header.sequence_number).is_some_and(|l| p.header.sequence_number != l.wrapping_add(1));
             if units.last().is_none_or(|u| u.timestamp != p.header.timestamp) {
                 units.push(Unit { timestamp: p.header.timestamp, data: vec![], complete: false });
             }
