@@ -1,0 +1,80 @@
+//! `x Wᵀ + b`.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::model::{Error, Result, kernels::dit_linear};
+
+/// A matrix `[out, in]` with an optional bias. The one place where a GEMM is chosen.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+/// What is applied to the result while it is still near.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    None,
+    /// GELU, tanh approximation.
+    GeluTanh,
+}
+
+impl Linear {
+    /// `weight` `[out, in]`, `bias` `[out]`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let out = weight.dims2()?.0;
+        if let Some(b) = &bias
+            && b.dims() != [out]
+        {
+            return Err(Error::Weights(format!("a matrix with {out} rows has a bias of shape {:?}", b.dims())));
+        }
+        Ok(Self { weight, bias })
+    }
+
+    /// Several matrices over the same input as one, results side by side.
+    pub fn stacked(parts: &[&Linear]) -> Result<Self> {
+        let weight = Tensor::cat(&parts.iter().map(|l| &l.weight).collect::<Vec<_>>(), 0)?;
+        let zero = |l: &Linear| Tensor::zeros(l.out(), l.weight.dtype(), l.weight.device());
+        let bias = if parts.iter().any(|l| l.bias.is_some()) {
+            let all: candle_core::Result<Vec<Tensor>> =
+                parts.iter().map(|l| l.bias.clone().map_or_else(|| zero(l), Ok)).collect();
+            Some(Tensor::cat(&all?, 0)?)
+        } else {
+            None
+        };
+        Self::new(weight, bias)
+    }
+
+    /// Rows of the matrix.
+    pub fn out(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// Columns of the matrix.
+    pub fn width(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    /// `[n, in]` → `[n, out]`, in the element type of the weights.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_with(x, Activation::None)
+    }
+
+    /// The same with an activation.
+    pub fn forward_with(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let x = x.to_dtype(self.weight.dtype())?;
+        if matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32 && self.weight.is_contiguous() {
+            return Ok(dit_linear::linear(&x.contiguous()?, &self.weight, self.bias.as_ref(), activation)?);
+        }
+        let y = x.matmul(&self.weight.t()?)?;
+        let y = match &self.bias {
+            Some(b) => y.broadcast_add(b)?,
+            None => y,
+        };
+        Ok(match activation {
+            Activation::None => y,
+            Activation::GeluTanh => y.gelu()?,
+        })
+    }
+}

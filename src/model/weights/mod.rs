@@ -1,0 +1,207 @@
+//! Where numbers come from.
+//!
+//! A [`Source`] knows names, shapes and values of one checkpoint; each file format (safetensors here, others beside it)
+//! and each transformation (LoRA merge, renaming) is one implementation. A [`Weights`] is a cursor into a source: it
+//! carries the prefix, the device and the element type, and keeps a ledger. Constructors ask it for tensors with the
+//! shape they need and go on when one is absent; [`Weights::finish`] then says everything that was wrong at once.
+
+mod safetensors;
+mod tensors;
+
+pub use safetensors::Safetensors;
+pub use tensors::Tensors;
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::model::{Error, Result, nn::Linear};
+
+/// One checkpoint, read lazily.
+pub trait Source: Send + Sync {
+    /// All names, sorted, as the model asks for them (row scales of quantised matrices are not names of their own).
+    fn names(&self) -> Vec<String>;
+    /// Shape, or none if the name is absent.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+    /// The tensor in the stored element type (quantised rows come back as f32), on the CPU.
+    fn load(&self, name: &str) -> Result<Tensor>;
+    /// What error messages call this checkpoint, usually its path.
+    fn origin(&self) -> String;
+    /// Rows as stored int8 with one f32 scale each, when `name` is stored so and a kernel can use it as it is.
+    fn int8_rows(&self, _name: &str) -> Option<Int8Rows> {
+        None
+    }
+}
+
+/// A matrix whose row `o` is `values[o, ..] * scales[o]`.
+pub struct Int8Rows {
+    /// `[out, in]`, row-major.
+    pub values: Vec<i8>,
+    /// `[out]`.
+    pub scales: Vec<f32>,
+    /// Rows.
+    pub out: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+#[derive(Default)]
+struct Ledger {
+    used: BTreeSet<String>,
+    missing: BTreeSet<String>,
+    misshapen: BTreeSet<String>,
+}
+
+/// What a constructor found; see [`Weights::finish`].
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Tensors that were taken.
+    pub used: usize,
+    /// Names below the prefix that nobody asked for.
+    pub unexpected: Vec<String>,
+}
+
+/// A cursor into a checkpoint. Cheap to clone; clones share the ledger.
+#[derive(Clone)]
+pub struct Weights {
+    source: Arc<dyn Source>,
+    ledger: Arc<Mutex<Ledger>>,
+    prefix: String,
+    device: Device,
+    dtype: DType,
+}
+
+impl Weights {
+    /// Starts at the root of `source`; tensors go to `device` as `dtype`.
+    pub fn new(source: Arc<dyn Source>, device: &Device, dtype: DType) -> Self {
+        Self { source, ledger: Arc::default(), prefix: String::new(), device: device.clone(), dtype }
+    }
+
+    /// Goes down one name (dots allowed).
+    pub fn pp(&self, name: impl AsRef<str>) -> Self {
+        let mut next = self.clone();
+        next.prefix = self.full(name.as_ref());
+        next
+    }
+
+    /// The same place with another element type: norms and modulation stay f32 where matrices are bf16.
+    pub fn with_dtype(&self, dtype: DType) -> Self {
+        Self { dtype, ..self.clone() }
+    }
+
+    /// Where tensors go.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Element type of loaded tensors.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Full name of `name` below this place.
+    pub fn full(&self, name: &str) -> String {
+        match (self.prefix.is_empty(), name.is_empty()) {
+            (true, _) => name.to_string(),
+            (_, true) => self.prefix.clone(),
+            _ => format!("{}.{name}", self.prefix),
+        }
+    }
+
+    /// Whether the checkpoint has `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.source.shape(&self.full(name)).is_some()
+    }
+
+    /// Shape as stored, to derive sizes that no configuration names.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.source.shape(&self.full(name))
+    }
+
+    /// The tensor, on the device, as this place's element type. Absent or misshapen: noted in the ledger, and zeros
+    /// (which take no memory) stand in, so that one load reports all problems.
+    pub fn get(&self, shape: impl Into<candle_core::Shape>, name: &str) -> Result<Tensor> {
+        let shape = shape.into();
+        let full = self.full(name);
+        let found = self.source.shape(&full);
+        {
+            let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
+            ledger.used.insert(full.clone());
+            match &found {
+                None => {
+                    ledger.missing.insert(full.clone());
+                }
+                Some(s) if s != shape.dims() => {
+                    ledger.misshapen.insert(format!("{full} is {s:?}, expected {:?}", shape.dims()));
+                }
+                Some(_) => {}
+            }
+        }
+        if found.as_deref() != Some(shape.dims()) {
+            return Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?);
+        }
+        let t = self.source.load(&full)?;
+        // Convert on the CPU only when that makes the transfer smaller.
+        let t = if t.dtype().size_in_bytes() > self.dtype.size_in_bytes() { t.to_dtype(self.dtype)? } else { t };
+        Ok(t.to_device(&self.device)?.to_dtype(self.dtype)?)
+    }
+
+    /// `name.weight` `[out, in]` and, if `bias`, `name.bias` `[out]`.
+    pub fn linear(&self, name: &str, width: usize, out: usize, bias: bool) -> Result<Linear> {
+        let at = self.pp(name);
+        let weight = at.get((out, width), "weight")?;
+        let bias = if bias { Some(at.get(out, "bias")?) } else { None };
+        Linear::new(weight, bias)
+    }
+
+    /// Marks everything below this place as known but unused here.
+    pub fn ignore(&self, name: &str) {
+        let full = self.full(name);
+        let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
+        for n in self.source.names() {
+            if n == full || n.starts_with(&format!("{full}.")) {
+                ledger.used.insert(n);
+            }
+        }
+    }
+
+    /// Ends a load. Fails, naming them, if tensors were missing or misshapen; otherwise tells what was left over below
+    /// this place.
+    pub fn finish(&self) -> Result<Report> {
+        let ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
+        let unexpected: Vec<String> = self
+            .source
+            .names()
+            .into_iter()
+            .filter(|n| self.prefix.is_empty() || n.starts_with(&format!("{}.", self.prefix)))
+            .filter(|n| !ledger.used.contains(n))
+            .collect();
+        if ledger.missing.is_empty() && ledger.misshapen.is_empty() {
+            return Ok(Report { used: ledger.used.len(), unexpected });
+        }
+        let mut text = format!("the weights in {} do not fit this model", self.source.origin());
+        for (what, list) in [("missing", &ledger.missing), ("wrong shape", &ledger.misshapen)] {
+            if !list.is_empty() {
+                let few: Vec<&str> = list.iter().take(8).map(String::as_str).collect();
+                let more = if list.len() > few.len() {
+                    format!(" and {} more", list.len() - few.len())
+                } else {
+                    String::new()
+                };
+                text += &format!("; {what}: {}{more}", few.join(", "));
+            }
+        }
+        if !unexpected.is_empty() {
+            let few: Vec<&str> = unexpected.iter().take(4).map(String::as_str).collect();
+            text += &format!(
+                "; the file has {} tensors that were not asked for, such as {}",
+                unexpected.len(),
+                few.join(", ")
+            );
+        }
+        Err(Error::Weights(text))
+    }
+}
