@@ -2,9 +2,13 @@
 //!
 //! Knows no clock and no network. The C libraries (libopus, openh264) and rubato are named here only.
 
+pub mod audio_file;
 mod colour;
+mod edits;
 mod h264;
+pub mod mp4;
 mod opus;
+pub mod picture;
 mod resample;
 
 pub use colour::{rgb_to_i420, scale_i420};

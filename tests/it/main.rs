@@ -4,4 +4,5 @@ mod engine;
 mod codec;
 mod net;
 mod peer;
+mod files;
 mod tidy;

@@ -1,0 +1,183 @@
+//! Portraits: PNG, JPEG or WebP bytes → an upright RGB [`Portrait`].
+//!
+//! Sizes are read from the header and checked before anything is decoded, so a small file that unfolds into gigabytes
+//! is refused for the price of its header. EXIF orientation is applied, transparency is laid on white, and a picture
+//! larger than any engine uses is made smaller here once instead of being carried around.
+
+use crate::media::Portrait;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType};
+use std::io::Cursor;
+
+/// What a caller accepts.
+#[derive(Clone, Debug)]
+pub struct PictureLimits {
+    /// Largest file, in bytes.
+    pub bytes: usize,
+    /// Largest picture, in pixels; bounds memory at about 8 bytes a pixel while decoding.
+    pub pixels: u64,
+    /// Smallest usable side, in pixels.
+    pub smallest_side: u32,
+    /// Longer sides are reduced to this.
+    pub longest_side: u32,
+}
+
+impl Default for PictureLimits {
+    fn default() -> Self {
+        PictureLimits { bytes: 20 << 20, pixels: 50_000_000, smallest_side: 64, longest_side: 2048 }
+    }
+}
+
+/// Why a picture cannot be used. Every text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum PictureError {
+    #[error("the picture is empty (0 bytes); give a PNG, JPEG or WebP file")]
+    Empty,
+    #[error("the picture has {} MB and at most {} MB are accepted; make it smaller", megabytes(*bytes), megabytes(*most))]
+    TooManyBytes { bytes: usize, most: usize },
+    #[error("this is not a picture that can be read; give a PNG, JPEG or WebP file")]
+    Unknown,
+    #[error("{0} pictures are not accepted; save it as PNG, JPEG or WebP")]
+    Format(&'static str),
+    #[error(
+        "the picture has {width} × {height} pixels and at most {} million are accepted; make it smaller",
+        most / 1_000_000
+    )]
+    TooManyPixels { width: u32, height: u32, most: u64 },
+    #[error("the picture has only {width} × {height} pixels; give one of at least {least} × {least}")]
+    TooSmall { width: u32, height: u32, least: u32 },
+    #[error("the picture is extremely narrow ({width} × {height} pixels); crop it around the face")]
+    TooNarrow { width: u32, height: u32 },
+    #[error("the picture is damaged ({0}); save or export it again")]
+    Corrupt(String),
+}
+
+fn megabytes(n: usize) -> String {
+    format!("{:.1}", n as f64 / (1 << 20) as f64)
+}
+
+/// Decodes a portrait.
+///
+/// # Errors
+/// See [`PictureError`].
+pub fn decode_portrait(bytes: &[u8], limits: &PictureLimits) -> Result<Portrait, PictureError> {
+    if bytes.is_empty() {
+        return Err(PictureError::Empty);
+    }
+    if bytes.len() > limits.bytes {
+        return Err(PictureError::TooManyBytes { bytes: bytes.len(), most: limits.bytes });
+    }
+    let format = match image::guess_format(bytes) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,
+        Ok(ImageFormat::Gif) => return Err(PictureError::Format("GIF")),
+        Ok(ImageFormat::Bmp) => return Err(PictureError::Format("BMP")),
+        Ok(ImageFormat::Tiff) => return Err(PictureError::Format("TIFF")),
+        Ok(ImageFormat::Avif) => return Err(PictureError::Format("AVIF")),
+        Ok(_) => return Err(PictureError::Format("such")),
+        Err(_) if bytes.get(4..8) == Some(b"ftyp") => return Err(PictureError::Format("HEIC")),
+        Err(_) => return Err(PictureError::Unknown),
+    };
+    let corrupt = |e: ImageError| PictureError::Corrupt(plain(&e));
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut allowed = image::Limits::no_limits();
+    // Room for 16 bits × 4 channels of the largest picture and a decoder's own buffers.
+    allowed.max_alloc = Some(limits.pixels.saturating_mul(12) + (64 << 20));
+    reader.limits(allowed);
+    let mut decoder = reader.into_decoder().map_err(corrupt)?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > limits.pixels {
+        return Err(PictureError::TooManyPixels { width, height, most: limits.pixels });
+    }
+    if width.min(height) < limits.smallest_side {
+        return Err(PictureError::TooSmall { width, height, least: limits.smallest_side });
+    }
+    if width.max(height) / width.min(height).max(1) > 8 {
+        return Err(PictureError::TooNarrow { width, height });
+    }
+    // A broken EXIF block is no reason to refuse a good picture.
+    let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(corrupt)?;
+    let longest = width.max(height);
+    if longest > limits.longest_side {
+        // At least two pixels survive: the aspect ratio is bounded above.
+        let scaled = |side: u32| (u64::from(side) * u64::from(limits.longest_side)).div_ceil(u64::from(longest)) as u32;
+        picture = flatten(picture).resize_exact(scaled(width), scaled(height), FilterType::Triangle);
+    }
+    picture.apply_orientation(orientation);
+    let rgb = flatten(picture).into_rgb8();
+    let (width, height) = rgb.dimensions();
+    Ok(Portrait { width, height, rgb: rgb.into_raw().into() })
+}
+
+/// Lays transparent pixels on white.
+fn flatten(picture: DynamicImage) -> DynamicImage {
+    if !picture.color().has_alpha() {
+        return picture;
+    }
+    let rgba = picture.into_rgba8();
+    let mut rgb = RgbImage::new(rgba.width(), rgba.height());
+    for (from, to) in rgba.pixels().zip(rgb.pixels_mut()) {
+        let [r, g, b, a] = from.0.map(u32::from);
+        let over = |c: u32| ((c * a + 255 * (255 - a) + 127) / 255) as u8;
+        *to = Rgb([over(r), over(g), over(b)]);
+    }
+    DynamicImage::ImageRgb8(rgb)
+}
+
+/// One line of a decoder's complaint.
+fn plain(error: &ImageError) -> String {
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or("unknown fault");
+    line.chars().take(160).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn png(picture: &DynamicImage) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
+        bytes.into_inner()
+    }
+
+    #[test]
+    fn transparency_lies_on_white_and_size_is_kept() {
+        let mut rgba = image::RgbaImage::new(80, 64);
+        rgba.put_pixel(0, 0, image::Rgba([10, 20, 30, 255]));
+        rgba.put_pixel(1, 0, image::Rgba([0, 0, 0, 128]));
+        let p = decode_portrait(&png(&rgba.into()), &PictureLimits::default()).unwrap();
+        assert_eq!((p.width, p.height), (80, 64));
+        assert_eq!(&p.rgb[..9], &[10, 20, 30, 127, 127, 127, 255, 255, 255]);
+    }
+
+    #[test]
+    fn large_pictures_are_reduced_and_bombs_refused_by_their_header() {
+        let big = DynamicImage::new_rgb8(3000, 1500);
+        let bytes = png(&big);
+        let p = decode_portrait(&bytes, &PictureLimits::default()).unwrap();
+        assert_eq!((p.width, p.height), (2048, 1024));
+        let limits = PictureLimits { pixels: 1_000_000, ..Default::default() };
+        assert!(matches!(decode_portrait(&bytes, &limits), Err(PictureError::TooManyPixels { .. })));
+        // A header that promises 65 000 × 65 000 pixels over no data at all.
+        let mut bomb = bytes;
+        bomb[16..20].copy_from_slice(&65_000u32.to_be_bytes());
+        bomb[20..24].copy_from_slice(&65_000u32.to_be_bytes());
+        assert!(decode_portrait(&bomb, &PictureLimits::default()).is_err());
+    }
+
+    #[test]
+    fn small_narrow_and_foreign_pictures_get_a_sentence() {
+        let limits = PictureLimits::default();
+        for (bytes, word) in [
+            (png(&DynamicImage::new_rgb8(20, 20)), "at least 64"),
+            (png(&DynamicImage::new_rgb8(1000, 100)), "crop"),
+            (b"GIF89a\x10\0\x10\0".to_vec(), "GIF"),
+            (b"\0\0\0\x18ftypheic\0\0\0\0".to_vec(), "accepted"),
+            (b"hello".to_vec(), "not a picture"),
+            (vec![], "empty"),
+        ] {
+            let said = decode_portrait(&bytes, &limits).unwrap_err().to_string();
+            assert!(said.contains(word), "{said}");
+        }
+    }
+}
