@@ -53,7 +53,9 @@ pub enum AudioFileError {
     Open { name: String, source: std::io::Error },
     #[error("{name} is empty (0 bytes); give a WAV, MP3, FLAC, Ogg or M4A file with speech in it")]
     Empty { name: String },
-    #[error("{name} is not a sound file that can be read ({why}); give WAV, MP3, FLAC, Ogg (Vorbis or Opus) or M4A (AAC)")]
+    #[error(
+        "{name} is not a sound file that can be read ({why}); give WAV, MP3, FLAC, Ogg (Vorbis or Opus) or M4A (AAC)"
+    )]
     Unknown { name: String, why: String },
     #[error("{name} has no sound track; give a file with speech in it")]
     NoTrack { name: String },
@@ -146,7 +148,10 @@ impl Source {
 enum Decoder {
     Symphonia(Box<dyn AudioDecoder>),
     /// symphonia finds Opus packets but does not decode them.
-    Opus { decoder: opus::Decoder, buffer: Vec<f32> },
+    Opus {
+        decoder: opus::Decoder,
+        buffer: Vec<f32>,
+    },
 }
 
 /// The track of one file, decoded to mono at its own rate, priming and padding removed.
@@ -191,8 +196,8 @@ impl MonoReader {
             }
             rate = VOICE_RATE;
             // libopus mixes a stereo packet down itself.
-            let mut opus = opus::Decoder::new(VOICE_RATE, opus::Channels::Mono)
-                .map_err(|e| unsupported(format!("Opus ({e})")))?;
+            let mut opus =
+                opus::Decoder::new(VOICE_RATE, opus::Channels::Mono).map_err(|e| unsupported(format!("Opus ({e})")))?;
             if edit.is_none() && head.len() >= 18 {
                 // OpusHead (RFC 7845 §5.1): pre-skip at 10, output gain in 1/256 dB at 16, little endian.
                 skip = u64::from(u16::from_le_bytes([head[10], head[11]]));
@@ -201,8 +206,8 @@ impl MonoReader {
             }
             decoder = Decoder::Opus { decoder: opus, buffer: vec![0.0; 5760] };
         } else {
-            let made =
-                symphonia::default::get_codecs().make_audio_decoder(params, &AudioDecoderOptions::default().gapless(true));
+            let made = symphonia::default::get_codecs()
+                .make_audio_decoder(params, &AudioDecoderOptions::default().gapless(true));
             decoder = Decoder::Symphonia(made.map_err(|fault| unsupported(format!("its codec ({fault})")))?);
         }
         // A container may leave the rate to the first packet; then it is learnt there.
@@ -300,7 +305,11 @@ impl MonoReader {
         AudioFileError::Unsupported { name: self.name.clone(), what: format!("its sample rate ({e})") }
     }
 
-    fn decode(&mut self, packet: &symphonia::core::packet::Packet, out: &mut Vec<f32>) -> std::result::Result<(), String> {
+    fn decode(
+        &mut self,
+        packet: &symphonia::core::packet::Packet,
+        out: &mut Vec<f32>,
+    ) -> std::result::Result<(), String> {
         match &mut self.decoder {
             Decoder::Symphonia(decoder) => {
                 let decoded = decoder.decode(packet).map_err(|fault| fault.to_string())?;
@@ -408,7 +417,11 @@ pub fn scan(source: &Source, limits: &Limits) -> Result<Summary> {
     let summary = Summary { length: exact(samples, rate), rate, samples, peak, rms, warnings };
     if summary.is_silent() {
         let mut summary = summary;
-        let peak = if peak > 0.0 { format!("its loudest sample is {:.0} dBFS", 20.0 * peak.log10()) } else { "every sample is zero".into() };
+        let peak = if peak > 0.0 {
+            format!("its loudest sample is {:.0} dBFS", 20.0 * peak.log10())
+        } else {
+            "every sample is zero".into()
+        };
         summary.warnings.push(format!("{name} is silent ({peak}); the presenter will not speak"));
         return Ok(summary);
     }

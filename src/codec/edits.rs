@@ -133,7 +133,8 @@ mod tests {
         let mut media = vec![0; 12];
         media.extend(44_100u32.to_be_bytes());
         media.extend([0; 8]);
-        let list = [&[0, 0, 0, 0, 0, 0, 0, 1][..], &1500u32.to_be_bytes(), &1024i32.to_be_bytes(), &[0, 1, 0, 0]].concat();
+        let list =
+            [&[0, 0, 0, 0, 0, 0, 0, 1][..], &1500u32.to_be_bytes(), &1024i32.to_be_bytes(), &[0, 1, 0, 0]].concat();
         let mdia = [boxed(b"mdhd", &media), boxed(b"hdlr", b"\0\0\0\0\0\0\0\0soun\0\0\0\0")].concat();
         let trak = [boxed(b"edts", &boxed(b"elst", &list)), boxed(b"mdia", &mdia)].concat();
         let moov = [boxed(b"mvhd", &header), boxed(b"trak", &trak)].concat();

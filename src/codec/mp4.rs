@@ -12,8 +12,8 @@ use crate::media::MediaTime;
 use shiguredo_mp4::{
     BoxSize, BoxType, Encode, FixedPointNumber, TrackKind, Uint,
     boxes::{
-        AudioSampleEntryFields, Avc1Box, AvccBox, Brand, DopsBox, EdtsBox, ElstBox, ElstEntry, FreeBox, FtypBox, MoovBox,
-        OpusBox, SampleEntry, TrakBox, UnknownBox, VisualSampleEntryFields,
+        AudioSampleEntryFields, Avc1Box, AvccBox, Brand, DopsBox, EdtsBox, ElstBox, ElstEntry, FreeBox, FtypBox,
+        MoovBox, OpusBox, SampleEntry, TrakBox, UnknownBox, VisualSampleEntryFields,
     },
     mux::{Mp4FileMuxer, Mp4FileMuxerOptions, Sample},
 };
@@ -415,7 +415,11 @@ fn is_voice(trak: &TrakBox) -> bool {
 }
 
 fn unknown(kind: [u8; 4], payload: Vec<u8>) -> UnknownBox {
-    UnknownBox { box_type: BoxType::Normal(kind), box_size: BoxSize::with_payload_size(BoxType::Normal(kind), payload.len() as u64), payload }
+    UnknownBox {
+        box_type: BoxType::Normal(kind),
+        box_size: BoxSize::with_payload_size(BoxType::Normal(kind), payload.len() as u64),
+        payload,
+    }
 }
 
 /// The NAL units of an Annex B byte stream, without start codes; empty ones are left out.

@@ -58,10 +58,16 @@ fn both(source: &Source) -> (Vec<f32>, Vec<f32>) {
 
 #[test]
 fn every_format_begins_where_the_recording_began() {
-    let mut sources: Vec<(String, Source, f64)> =
-        [("tone.flac", 0.0), ("tone.mp3", 1.0), ("tone.m4a", 1.0), ("tone.ogg", 1.0), ("tone.opus", 1.0), ("tone-opus.mp4", 1.0)]
-            .map(|(name, slack)| (name.to_string(), data(name), slack))
-            .into();
+    let mut sources: Vec<(String, Source, f64)> = [
+        ("tone.flac", 0.0),
+        ("tone.mp3", 1.0),
+        ("tone.m4a", 1.0),
+        ("tone.ogg", 1.0),
+        ("tone.opus", 1.0),
+        ("tone-opus.mp4", 1.0),
+    ]
+    .map(|(name, slack)| (name.to_string(), data(name), slack))
+    .into();
     for rate in [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 96_000] {
         sources.push((format!("wav {rate}"), Source::from(wav(rate, &tone(rate, 1.0))), 0.0));
     }
