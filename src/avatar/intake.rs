@@ -16,12 +16,13 @@ impl Intake {
     /// Appends `audio` to `into`, with every NaN or infinity replaced by zero (and counted) and the rest clamped to
     /// −1..1. Audio after [`Intake::finish`] or with a gap is refused.
     pub fn take(&mut self, audio: &AudioBlock, into: &mut Vec<f32>) -> Result<()> {
+        if self.finished {
+            return Err(AvatarError::Ended);
+        }
         let want = self.end().unwrap_or(audio.at);
-        if want != audio.at || self.finished {
-            return Err(AvatarError::Discontinuous {
-                got_ms: audio.at.as_millis_f64(),
-                want_ms: if self.finished { f64::NAN } else { want.as_millis_f64() },
-            });
+        if want != audio.at {
+            let (got_ms, want_ms) = (audio.at.as_millis_f64(), want.as_millis_f64());
+            return Err(AvatarError::Discontinuous { got_ms, want_ms });
         }
         self.origin.get_or_insert(audio.at);
         self.samples += audio.samples.len() as u64;

@@ -4,9 +4,11 @@
 //! and dies with it. How audio is cut never changes the frames.
 
 mod intake;
+mod liveliness;
 mod test_card;
 
 pub use intake::Intake;
+pub use liveliness::{Controls, Liveliness};
 pub use test_card::test_card;
 
 use crate::media::{AudioBlock, FrameBlock, Geometry, Portrait};
@@ -20,6 +22,9 @@ pub enum AvatarError {
     /// Audio that does not continue where the stream stands.
     #[error("audio at {got_ms:.1} ms does not continue the stream, which stands at {want_ms:.1} ms")]
     Discontinuous { got_ms: f64, want_ms: f64 },
+    /// Audio after the end of speech was announced.
+    #[error("the stream was finished; no more speech can be added")]
+    Ended,
     /// The weights do not fit the engine; the text lists what is missing or misshapen.
     #[error("{0}")]
     Weights(String),

@@ -8,6 +8,7 @@ use super::{
 use crate::{
     avatar::{self, AvatarError, Generator, OpenOptions, Stream},
     media::{AudioBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
+    telemetry,
 };
 use futures::future::poll_fn;
 use std::{
@@ -331,6 +332,11 @@ impl Device {
         let now = Instant::now();
         let span = geometry.block_span(block.index).as_duration();
         self.meter.block(now - began, span, block.stages, Some(track.made(now)));
+        let metrics = telemetry::metrics();
+        metrics.stage("features", block.stages.features);
+        metrics.stage("generation", block.stages.generation);
+        metrics.stage("decode", block.stages.decode);
+        metrics.stage("total", now - began);
         if let Some(permit) = track.room.take() {
             permit.send(LaneEvent::Block(block));
         }

@@ -34,13 +34,25 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
+/// Which generator is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The pocket model, embedded in the binary.
+    Pocket,
+    /// The test card: time code and level meter, no model.
+    Card,
+}
+
 /// Settings of the engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// Which generator is run: `pocket` or `card`.
+    pub generator: Kind,
     /// Faces served at once; more people are told "full" at once.
     pub sessions: usize,
-    /// Threads for the arithmetic; 0 = all cores.
+    /// Threads for the arithmetic; 0 = all cores. More than two help only if cores are free.
     pub threads: usize,
     /// Denoising steps; absent = what the model was judged best with.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -53,7 +65,28 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config { sessions: 1, threads: 0, steps: None, retry_after_s: 5, warm_up_blocks: 3 }
+        let generator = Kind::Pocket;
+        Config { generator, sessions: 1, threads: 2, steps: None, retry_after_s: 5, warm_up_blocks: 3 }
+    }
+}
+
+impl Config {
+    /// Says which value is wrong and what is allowed.
+    ///
+    /// # Errors
+    /// A value outside its bounds.
+    pub fn validate(&self) -> Result<(), String> {
+        let within = |key: &str, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            Err(format!("engine.{key} = {value}: allowed is {low}–{high}"))
+        };
+        within("sessions", self.sessions as u64, 1, 1000)?;
+        within("threads", self.threads as u64, 0, 1024)?;
+        within("steps", self.steps.unwrap_or(1) as u64, 1, 4)?;
+        within("retry_after_s", self.retry_after_s, 1, 3600)?;
+        within("warm_up_blocks", self.warm_up_blocks, 0, 1000)
     }
 }
 

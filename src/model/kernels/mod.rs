@@ -1,6 +1,13 @@
 //! Fused CPU operations, each with a plain twin that its test compares it to.
 
+mod conv;
 pub mod dit_attention;
 pub mod dit_linear;
 pub mod dit_rows;
+mod pool;
 mod simd;
+mod tile;
+
+pub use conv::{Conv, Output, Packed, Plane, conv_plain};
+pub use pool::Pool;
+pub use tile::Isa;

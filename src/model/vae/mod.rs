@@ -1,0 +1,3 @@
+//! Autoencoders: pixels to latents and back, block by block.
+
+pub mod patch;
