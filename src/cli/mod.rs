@@ -6,6 +6,7 @@
 mod bench;
 mod config_cmd;
 mod doctor;
+mod engines;
 mod generate;
 mod model;
 mod serve;

@@ -84,6 +84,17 @@ struct Run {
     span: MediaTime,
 }
 
+impl Run {
+    /// Everything but the newest `keep` samples.
+    fn take_but(&mut self, keep: usize) -> Run {
+        let samples = self.samples.len().saturating_sub(keep);
+        let rest = self.samples.split_off(samples);
+        let rest_data = self.data.split_off(self.samples.iter().map(|s| s.0).sum());
+        let span = rest.iter().fold(MediaTime::ZERO, |a, s| a + s.1);
+        std::mem::replace(self, Run { data: rest_data, samples: rest, span })
+    }
+}
+
 impl Mp4Writer {
     /// Opens the temporary file beside `target`.
     ///
@@ -191,25 +202,20 @@ impl Mp4Writer {
         self.voice.span += span;
         self.voice_samples += u64::from(samples);
         if self.voice.span >= RUN {
-            self.flush_voice()?;
+            // The last packet of all is cut to the voice, too.
+            self.flush_voice(1)?;
         }
         Ok(())
     }
 
     fn flush_video(&mut self, keep: usize) -> Result<()> {
-        let samples = self.video.samples.len().saturating_sub(keep);
-        let rest = self.video.samples.split_off(samples);
-        let bytes = self.video.samples.iter().map(|s| s.0).sum();
-        let rest_data = self.video.data.split_off(bytes);
-        let mut run = std::mem::take(&mut self.video);
-        self.video.span = rest.iter().fold(MediaTime::ZERO, |a, s| a + s.1);
-        (self.video.samples, self.video.data) = (rest, rest_data);
+        let run = self.video.take_but(keep);
         let entry = self.video_entry()?;
-        self.flush(TrackKind::Video, VIDEO_SCALE, entry, &mut run)
+        self.flush(TrackKind::Video, VIDEO_SCALE, entry, &run)
     }
 
-    fn flush_voice(&mut self) -> Result<()> {
-        let mut run = std::mem::take(&mut self.voice);
+    fn flush_voice(&mut self, keep: usize) -> Result<()> {
+        let run = self.voice.take_but(keep);
         let entry = SampleEntry::Opus(OpusBox {
             audio: AudioSampleEntryFields {
                 data_reference_index: AudioSampleEntryFields::DEFAULT_DATA_REFERENCE_INDEX,
@@ -225,10 +231,10 @@ impl Mp4Writer {
             },
             unknown_boxes: vec![],
         });
-        self.flush(TrackKind::Audio, VOICE_SCALE, entry, &mut run)
+        self.flush(TrackKind::Audio, VOICE_SCALE, entry, &run)
     }
 
-    fn flush(&mut self, track_kind: TrackKind, scale: u32, entry: SampleEntry, run: &mut Run) -> Result<()> {
+    fn flush(&mut self, track_kind: TrackKind, scale: u32, entry: SampleEntry, run: &Run) -> Result<()> {
         let mut entry = Some(entry);
         for &(data_size, span, keyframe) in &run.samples {
             let sample = Sample {
@@ -277,8 +283,8 @@ impl Mp4Writer {
             bit_depth_chroma_minus8: None,
             sps_ext_list: vec![],
         };
-        // BT.709 primaries and transfer (sRGB's), BT.601 matrix, limited range: what the colour conversion makes.
-        let colour = unknown(*b"colr", b"nclx\x00\x01\x00\x01\x00\x06\x00".to_vec());
+        // BT.601 throughout, limited range: the same as the stream itself says.
+        let colour = unknown(*b"colr", b"nclx\x00\x06\x00\x06\x00\x06\x00".to_vec());
         Ok(SampleEntry::Avc1(Avc1Box { visual, avcc_box, unknown_boxes: vec![colour] }))
     }
 
@@ -296,12 +302,17 @@ impl Mp4Writer {
         }
         last.1 = length - start_of_last;
         self.flush_video(0)?;
-        if !self.voice.samples.is_empty() {
-            self.flush_voice()?;
-        }
         let heard = length.units(VOICE_SCALE).max(0) as u64;
-        if self.voice_samples < heard + u64::from(self.spec.pre_skip) {
+        let Some(padding) = self.voice_samples.checked_sub(heard + u64::from(self.spec.pre_skip)) else {
             return Err(Mp4Error::Stream("its voice is shorter than the video"));
+        };
+        if let Some(last) = self.voice.samples.last_mut() {
+            let padding = MediaTime::from_units(padding as i64, VOICE_SCALE);
+            if padding >= last.1 {
+                return Err(Mp4Error::Stream("its voice is longer than the video"));
+            }
+            last.1 = last.1 - padding;
+            self.flush_voice(0)?;
         }
         let index = |e: &dyn std::fmt::Display| Mp4Error::Index(e.to_string());
         let done = self.muxer.finalize().map_err(|e| index(&e))?;
@@ -454,18 +465,5 @@ mod tests {
         assert_eq!(units, [&[0x67, 1, 2][..], &[0x68, 9], &[0x65, 0, 0, 3, 7]]);
         assert_eq!(nal_units(&[0, 0, 1]).count(), 0);
         assert_eq!(nal_units(&[]).count(), 0);
-    }
-
-    #[test]
-    fn an_unfinished_file_leaves_nothing_behind() {
-        let folder = std::env::temp_dir().join(format!("loquent-mp4-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let target = folder.join("a.mp4");
-        let spec = Mp4Spec { width: 64, height: 64, fps: 25, expected: MediaTime::from_millis(1000), pre_skip: 312 };
-        let writer = Mp4Writer::create(&target, spec).unwrap();
-        assert!(writer.temporary().exists());
-        drop(writer);
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
-        fs::remove_dir(&folder).unwrap();
     }
 }

@@ -7,7 +7,11 @@ use loquent::{
     codec::audio_file::{AudioFileError, Limits, Source, SpeechFile, read_speech, scan},
     media::MediaTime,
 };
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 fn data(name: &str) -> Source {
     Source::from(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/data").join(name).as_path())
@@ -152,4 +156,148 @@ fn faults_are_sentences() {
 fn uploads_are_read_like_files() {
     let (pcm, summary) = read_speech(&Source::from(wav(24_000, &tone(24_000, 0.7))), &Limits::default()).unwrap();
     assert_eq!((pcm.rate, pcm.samples.len(), summary.rate), (16_000, 11_200, 24_000));
+}
+
+/// A folder of its own for one test, removed at the end.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("loquent-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> =
+            std::fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn generate(folder: &Folder) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_loquent"));
+    command.args(["generate", "--engine", "card"]).current_dir(&folder.0);
+    command
+}
+
+/// Kind and body of each box at the top of a file.
+fn boxes(mut bytes: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let mut out = Vec::new();
+    while bytes.len() >= 8 {
+        let short = u32::from_be_bytes(bytes[..4].try_into().unwrap()) as usize;
+        let (size, head) =
+            if short == 1 { (u64::from_be_bytes(bytes[8..16].try_into().unwrap()) as usize, 16) } else { (short, 8) };
+        out.push((String::from_utf8_lossy(&bytes[4..8]).into(), bytes[head..size].to_vec()));
+        bytes = &bytes[size..];
+    }
+    assert!(bytes.is_empty());
+    out
+}
+
+#[test]
+fn generate_writes_a_file_that_is_aligned_from_the_first_frame_and_reproducible() {
+    let folder = Folder::new("generate");
+    // Not a whole number of frames: 1.013 s.
+    std::fs::write(folder.0.join("in.wav"), wav(44_100, &tone(44_100, 1.013))).unwrap();
+    for out in ["a", "b"] {
+        let args = [
+            "--audio",
+            "in.wav",
+            "--out",
+            &format!("{out}.mp4"),
+            "--seed",
+            "7",
+            "--trace",
+            &format!("{out}.jsonl"),
+            "--raw-frames",
+            &format!("{out}.rgb"),
+        ]
+        .map(String::from);
+        let done = generate(&folder).args(args).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+    assert_eq!(folder.names(), ["a.jsonl", "a.mp4", "a.rgb", "b.jsonl", "b.mp4", "b.rgb", "in.wav"]);
+    let read = |name: &str| std::fs::read(folder.0.join(name)).unwrap();
+    for kind in ["mp4", "rgb", "jsonl"] {
+        assert!(read(&format!("a.{kind}")) == read(&format!("b.{kind}")), "{kind} differs between two equal runs");
+    }
+    let kinds: Vec<String> = boxes(&read("a.mp4")).into_iter().map(|b| b.0).collect();
+    assert_eq!(kinds, ["ftyp", "moov", "free", "mdat"], "the index stands in front");
+    // The voice: as long as the speech to the sample, and begins where it began.
+    let voice = Source::from(folder.0.join("a.mp4").as_path());
+    let summary = scan(&voice, &Limits::default()).unwrap();
+    assert!((summary.length.as_millis_f64() - 1013.0).abs() < 0.05, "{} ms", summary.length.as_millis_f64());
+    let (_, samples) = both(&voice);
+    let at = onset_ms(&samples, 48_000);
+    assert!((at - 400.0).abs() < 1.0, "the voice begins at {at} ms");
+    // The picture: 26 frames, and the level meter of the test card rises in frame 10 (400 to 440 ms).
+    let rgb = read("a.rgb");
+    let frame = 256 * 256 * 3;
+    assert_eq!(rgb.len(), 26 * frame);
+    let meter = |i: usize| rgb[i * frame + 3 * (100 * 256 + 26) + 1] > 150;
+    assert_eq!((0..26).position(meter), Some(10));
+    let trace = String::from_utf8(read("a.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = trace.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!((lines.len(), &lines[10]["frame"], &lines[10]["at_ms"]), (26, &10.into(), &400.0.into()));
+}
+
+#[test]
+fn generate_says_what_is_wrong_and_leaves_nothing_behind() {
+    let folder = Folder::new("generate-faults");
+    let write = |name: &str, bytes: &[u8]| std::fs::write(folder.0.join(name), bytes).unwrap();
+    write("in.wav", &wav(16_000, &tone(16_000, 0.5)));
+    write("empty.wav", b"");
+    write("noise.png", b"not a picture");
+    std::fs::create_dir(folder.0.join("dir")).unwrap();
+    for (args, word) in [
+        (vec!["--audio", "none.wav", "--out", "o.mp4"], "cannot open"),
+        (vec!["--audio", "empty.wav", "--out", "o.mp4"], "empty"),
+        (vec!["--audio", "in.wav", "--out", "in.wav"], "overwritten"),
+        (vec!["--audio", "in.wav", "--out", "dir"], "folder"),
+        (vec!["--audio", "in.wav", "--out", "nowhere/o.mp4"], "cannot write"),
+        (vec!["--audio", "in.wav", "--out", "o.mp4", "--image", "noise.png"], "not a picture"),
+        (vec!["--audio", "in.wav", "--out", "o.mp4", "--longest", "0"], "at most"),
+        (vec!["--audio", "in.wav", "--out", "o.mp4", "--presenter", "nobody"], "nobody"),
+    ] {
+        let done = generate(&folder).args(&args).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr).to_string();
+        assert_eq!(done.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains(word) && !said.contains("panicked"), "{args:?}: {said}");
+    }
+    assert_eq!(folder.names(), ["dir", "empty.wav", "in.wav", "noise.png"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_leaves_no_broken_file() {
+    let folder = Folder::new("generate-stop");
+    std::fs::write(folder.0.join("in.wav"), wav(16_000, &tone(16_000, 600.0))).unwrap();
+    std::fs::write(folder.0.join("o.mp4"), b"what was there before").unwrap();
+    let mut run = generate(&folder)
+        .args(["--audio", "in.wav", "--out", "o.mp4", "--trace", "t.jsonl"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Once the temporary file is there, the work has begun.
+    let begun = std::time::Instant::now();
+    while !folder.names().iter().any(|n| n.ends_with(".part")) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the run never began");
+        assert!(run.try_wait().unwrap().is_none(), "the run ended before it could be interrupted");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(150));
+    let stopped = Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap();
+    assert!(stopped.success());
+    let done = run.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && said.contains("interrupted"), "{said}");
+    assert_eq!(folder.names(), ["in.wav", "o.mp4"]);
+    assert_eq!(std::fs::read(folder.0.join("o.mp4")).unwrap(), b"what was there before");
 }
