@@ -8,6 +8,9 @@
 //! | [`sampler`] | from noise to a latent: Euler, UniPC, DPM++ 2M, flow match |
 //! | [`audio`] | how the pocket model hears: log-mel front-end and audio net |
 //! | [`vae`] | pixels to latents and back |
+//! | [`wav2vec2`] | how the 14B model hears: all hidden states, 30 Hz features, per-frame buckets |
+//! | [`umt5`] | how it reads: prompt cleaning, tokens, text encoder |
+//! | [`picture`] | the reference picture: output size, resize, crop |
 //! | [`kernels`] | fused CPU operations, each beside its plain twin |
 
 pub mod audio;
@@ -15,8 +18,11 @@ pub mod dit;
 mod error;
 pub mod kernels;
 pub mod nn;
+pub mod picture;
 pub mod sampler;
+pub mod umt5;
 pub mod vae;
+pub mod wav2vec2;
 pub mod weights;
 
 pub use error::{At, Error, Result};

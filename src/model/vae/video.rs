@@ -1,0 +1,401 @@
+//! The Wan video autoencoders: 2.1 (16 channels, 8×8×4; MODEL.md §5) and 2.2 (48 channels, 16×16×4; §11.3), told apart
+//! by their keys. A pass is chunked by definition: pixels in groups of 1, 4, 4, …, latents one at a time; a
+//! [`Encoding`] or [`Decoding`] remembers what lies between the chunks, so that streaming equals one pass bit for bit.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, quiet};
+use crate::model::{Result as Loaded, weights::Weights};
+
+/// `vae2_1.py::Wan2_1_VAE` (Wan-Video/Wan2.2 at 42bf4cf): mean and deviation of each latent channel.
+#[rustfmt::skip]
+const STATISTICS_21: [(f32, f32); 16] = [
+    (-0.7571, 2.8184), (-0.7089, 1.4541), (-0.9113, 2.3275), (0.1075, 2.6558), (-0.1745, 1.2196), (0.9653, 1.7708),
+    (-0.1517, 2.6052), (1.5508, 2.0743), (0.4134, 3.2687), (-0.0715, 2.1526), (0.5517, 2.8652), (-0.3632, 1.5579),
+    (-0.1922, 1.6382), (-0.9497, 1.1253), (0.2503, 2.8251), (-0.2921, 1.9160),
+];
+
+/// `vae2_2.py::Wan2_2_VAE` (the same commit).
+#[rustfmt::skip]
+const STATISTICS_22: [(f32, f32); 48] = [
+    (-0.2289, 0.4765), (-0.0052, 1.0364), (-0.1323, 0.4514), (-0.2339, 1.1677), (-0.2799, 0.5313), (0.0174, 0.4990),
+    (0.1838, 0.4818), (0.1557, 0.5013), (-0.1382, 0.8158), (0.0542, 1.0344), (0.2813, 0.5894), (0.0891, 1.0901),
+    (0.1570, 0.6885), (-0.0098, 0.6165), (0.0375, 0.8454), (-0.1825, 0.4978), (-0.2246, 0.5759), (-0.1207, 0.3523),
+    (-0.0698, 0.7135), (0.5109, 0.6804), (0.2665, 0.5833), (-0.2108, 1.4146), (-0.2158, 0.8986), (0.2502, 0.5659),
+    (-0.2055, 0.7069), (-0.0322, 0.5338), (0.1109, 0.4889), (0.1567, 0.4917), (-0.0729, 0.4069), (0.0899, 0.4999),
+    (-0.2799, 0.6866), (-0.1230, 0.4093), (-0.0313, 0.5709), (-0.1649, 0.6065), (0.0117, 0.6415), (0.0723, 0.4944),
+    (-0.2839, 0.5726), (-0.2083, 1.2042), (-0.0520, 0.5458), (0.3748, 1.6887), (0.0152, 0.3971), (0.1957, 1.0600),
+    (0.1433, 0.3943), (-0.2944, 0.5537), (0.3573, 0.5444), (-0.0548, 0.4089), (-0.1681, 0.7468), (-0.0667, 0.7744),
+];
+
+/// A level of the main path; in 2.2 a parameter-free shortcut goes around it.
+struct Level {
+    layers: Vec<Layer>,
+    around: bool,
+}
+
+impl Level {
+    /// Frames and side by which the level's resampling shrinks or grows.
+    fn factors(&self) -> (usize, usize) {
+        match self.layers.last() {
+            Some(Layer::Resample(r)) if r.temporal() => (2, 2),
+            Some(Layer::Resample(_)) => (1, 2),
+            _ => (1, 1),
+        }
+    }
+}
+
+/// Encoder or decoder.
+struct Network {
+    inlet: CausalConv,
+    middle: Vec<Layer>,
+    levels: Vec<Level>,
+    head: Head,
+}
+
+/// Widths of the four levels in units of the base width, with the width before the first level in front.
+const MULTIPLIERS: [usize; 5] = [1, 1, 2, 4, 4];
+
+impl Network {
+    fn encoder(l: &mut Loader, kind: Kind, dim: usize, out: usize) -> Loaded<Self> {
+        let widths = MULTIPLIERS.map(|m| m * dim);
+        let inlet = CausalConv::load(l, "encoder.conv1", (kind.planes(), widths[0]), (3, 3))?;
+        let mut levels = Vec::new();
+        let mut number = 0;
+        for (i, pair) in widths.windows(2).enumerate() {
+            let (input, width) = (pair[0], pair[1]);
+            let mut layers = Vec::new();
+            for k in 0..3 {
+                let name = kind.name("encoder.downsamples", i, k, &mut number);
+                match k {
+                    2 if i == 3 => number -= 1,
+                    2 => layers.push(Layer::resample(l, &name, (width, width), i > 0, true)?),
+                    _ => layers.push(Layer::residual(l, &name, if k == 0 { input } else { width }, width)?),
+                }
+            }
+            kind.gather(layers, &mut levels);
+        }
+        let middle = Layer::middle(l, "encoder.middle", widths[4])?;
+        Ok(Network { inlet, middle, levels, head: Head::load(l, "encoder.head", widths[4], out)? })
+    }
+
+    fn decoder(l: &mut Loader, kind: Kind, dim: usize, input: usize) -> Loaded<Self> {
+        let widths = [4, 4, 4, 2, 1].map(|m| m * dim);
+        let inlet = CausalConv::load(l, "decoder.conv1", (input, widths[0]), (3, 3))?;
+        let middle = Layer::middle(l, "decoder.middle", widths[0])?;
+        let mut levels = Vec::new();
+        let mut number = 0;
+        for (i, pair) in widths.windows(2).enumerate() {
+            let width = pair[1];
+            // in 2.1 the upsampling before this level has halved the width already
+            let input = if kind == Kind::Wan21 && i > 0 { pair[0] / 2 } else { pair[0] };
+            let up = if kind == Kind::Wan21 { width / 2 } else { width };
+            let mut layers = Vec::new();
+            for k in 0..4 {
+                let name = kind.name("decoder.upsamples", i, k, &mut number);
+                match k {
+                    3 if i == 3 => number -= 1,
+                    3 => layers.push(Layer::resample(l, &name, (width, up), i < 2, false)?),
+                    _ => layers.push(Layer::residual(l, &name, if k == 0 { input } else { width }, width)?),
+                }
+            }
+            kind.gather(layers, &mut levels);
+        }
+        Ok(Network { inlet, middle, levels, head: Head::load(l, "decoder.head", widths[4], kind.planes())? })
+    }
+}
+
+/// Averages blocks of (frames, rows, columns) folded into channels down to `out` channels.
+fn shortcut_down(x: &Tensor, out: usize, (ft, fs): (usize, usize)) -> Result<Tensor> {
+    let x = x.pad_with_zeros(0, (ft - x.dim(0)? % ft) % ft, 0)?;
+    let (t, c, h, w) = x.dims4()?;
+    let x = x.reshape(&[t / ft, ft, c, h / fs, fs, w / fs, fs][..])?;
+    let x = x.permute(vec![0, 2, 1, 4, 6, 3, 5])?.contiguous()?;
+    let group = c * ft * fs * fs / out;
+    x.reshape((t / ft, out, group, h / fs, w / fs))?.mean(2)
+}
+
+/// Repeats channels and folds them out into (frames, rows, columns); the very first frame is not doubled.
+fn shortcut_up(x: &Tensor, out: usize, (ft, fs): (usize, usize), first: bool) -> Result<Tensor> {
+    let (t, c, h, w) = x.dims4()?;
+    let times = out * ft * fs * fs / c;
+    let x = x.unsqueeze(2)?.broadcast_as((t, c, times, h, w))?.contiguous()?;
+    let x = x.reshape(&[t, out, ft, fs, fs, h, w][..])?.permute(vec![0, 2, 1, 5, 3, 6, 4])?.contiguous()?;
+    let x = x.reshape((t * ft, out, h * fs, w * fs))?;
+    if first { x.narrow(0, ft - 1, t * ft - (ft - 1)) } else { Ok(x) }
+}
+
+/// Which of the two published autoencoders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Wan21,
+    Wan22,
+}
+
+impl Kind {
+    /// Colour planes that encoder and decoder see: 2.2 folds squares of 2×2 pixels.
+    fn planes(self) -> usize {
+        match self {
+            Kind::Wan21 => 3,
+            Kind::Wan22 => 12,
+        }
+    }
+
+    /// 2.1 numbers its layers through; 2.2 numbers levels, and layers within them.
+    fn name(self, path: &str, level: usize, layer: usize, number: &mut usize) -> String {
+        *number += 1;
+        match self {
+            Kind::Wan21 => format!("{path}.{}", *number - 1),
+            Kind::Wan22 => format!("{path}.{level}.{}.{layer}", path.rsplit('.').next().unwrap_or_default()),
+        }
+    }
+
+    fn gather(self, layers: Vec<Layer>, levels: &mut Vec<Level>) {
+        match self {
+            Kind::Wan21 => levels.extend(layers.into_iter().map(|l| Level { layers: vec![l], around: false })),
+            Kind::Wan22 => levels.push(Level { layers, around: true }),
+        }
+    }
+
+    fn statistics(self) -> &'static [(f32, f32)] {
+        match self {
+            Kind::Wan21 => &STATISTICS_21,
+            Kind::Wan22 => &STATISTICS_22,
+        }
+    }
+
+    /// Base widths of encoder and decoder as published.
+    fn widths(self) -> (usize, usize) {
+        match self {
+            Kind::Wan21 => (96, 96),
+            Kind::Wan22 => (160, 256),
+        }
+    }
+}
+
+/// A Wan video autoencoder. Immutable; shared by all who encode and decode.
+pub struct WanVae {
+    kind: Kind,
+    dtype: DType,
+    encoder: Option<Network>,
+    decoder: Network,
+    outlet: Option<CausalConv>,
+    inlet: CausalConv,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+}
+
+/// What an encoding under way remembers: surplus pixels that do not fill a group yet, and the layers' past frames.
+#[derive(Clone, Default)]
+pub struct Encoding {
+    history: History,
+    waiting: Option<Tensor>,
+    chunks: usize,
+}
+
+/// What a decoding under way remembers.
+#[derive(Clone, Default)]
+pub struct Decoding {
+    history: History,
+    chunks: usize,
+}
+
+impl WanVae {
+    /// Reads either autoencoder by its official keys; widths are the file's own. A file without `encoder.*` gives one
+    /// that only decodes.
+    pub fn load(weights: &Weights) -> Loaded<Self> {
+        let wrapped = weights.has("decoder.upsamples.0.upsamples.0.residual.2.weight");
+        let kind = if wrapped { Kind::Wan22 } else { Kind::Wan21 };
+        let table = kind.statistics();
+        let z = table.len();
+        let l = &mut Loader::new(weights);
+        let width = |name: &str, axis: usize, published: usize| match weights.shape(name) {
+            Some(s) if s.len() == 5 && s[axis] > 0 && s[axis] <= 4096 => s[axis],
+            _ => published,
+        };
+        let (encoder, outlet) = match weights.has("encoder.conv1.weight") {
+            true => (
+                Some(Network::encoder(l, kind, width("encoder.conv1.weight", 0, kind.widths().0), 2 * z)?),
+                Some(CausalConv::load(l, "conv1", (2 * z, 2 * z), (1, 1))?),
+            ),
+            false => (None, None),
+        };
+        let inlet = CausalConv::load(l, "conv2", (z, z), (1, 1))?;
+        let decoder = Network::decoder(l, kind, width("decoder.head.2.weight", 1, kind.widths().1), z)?;
+        let column = |f: &dyn Fn(&(f32, f32)) -> f32| -> Result<Tensor> {
+            Tensor::from_vec(table.iter().map(f).collect::<Vec<f32>>(), (z, 1, 1, 1), weights.device())
+        };
+        Ok(WanVae {
+            kind,
+            dtype: weights.dtype(),
+            encoder,
+            decoder,
+            outlet,
+            inlet,
+            mean: column(&|s| s.0)?,
+            inverse_deviation: column(&|s| 1.0 / s.1)?,
+        })
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Latent channels: 16 or 48.
+    pub fn channels(&self) -> usize {
+        self.mean.elem_count()
+    }
+
+    /// Pixels per latent position and side: 8 or 16.
+    pub fn scale(&self) -> usize {
+        match self.kind {
+            Kind::Wan21 => 8,
+            Kind::Wan22 => 16,
+        }
+    }
+
+    /// Mean and 1/deviation of each latent channel, `[channels]`, f32.
+    pub fn statistics(&self) -> Result<(Tensor, Tensor)> {
+        Ok((self.mean.flatten_all()?, self.inverse_deviation.flatten_all()?))
+    }
+
+    /// Encodes a whole video `[3, t, height, width]` in −1..1 to normalised latents `[channels, 1 + (t−1)/4, h, w]`, f32;
+    /// frames that do not fill a group of four are dropped.
+    pub fn encode(&self, video: &Tensor) -> Result<Tensor> {
+        match self.encode_next(&mut Encoding::default(), video)? {
+            Some(latents) => Ok(latents),
+            None => candle_core::bail!("a video without frames cannot be encoded"),
+        }
+    }
+
+    /// Encodes more of a video, cut anywhere; `None` when no group of frames is full yet.
+    pub fn encode_next(&self, state: &mut Encoding, video: &Tensor) -> Result<Option<Tensor>> {
+        self.encode_probed(state, video, &mut quiet)
+    }
+
+    /// [`WanVae::encode_next`] that shows intermediate results as `downsamples.2.0`: layer, then chunk.
+    pub fn encode_probed(&self, state: &mut Encoding, video: &Tensor, probe: Probe) -> Result<Option<Tensor>> {
+        let (Some(encoder), Some(outlet)) = (&self.encoder, &self.outlet) else {
+            candle_core::bail!("this autoencoder file has no encoder (keys `encoder.*`); take the complete one")
+        };
+        let mut frames = video.to_dtype(self.dtype)?.transpose(0, 1)?.contiguous()?;
+        if let Some(w) = state.waiting.take() {
+            frames = Tensor::cat(&[&w, &frames], 0)?;
+        }
+        let mut out = Vec::new();
+        let mut at = 0;
+        loop {
+            let size = if state.chunks == 0 { 1 } else { 4 };
+            if at + size > frames.dim(0)? {
+                break;
+            }
+            let x = frames.narrow(0, at, size)?;
+            at += size;
+            out.push(self.encode_chunk(encoder, state, &x, probe)?);
+            state.chunks += 1;
+        }
+        let rest = frames.dim(0)? - at;
+        state.waiting = (rest > 0).then(|| frames.narrow(0, at, rest)?.force_contiguous()).transpose()?;
+        if out.is_empty() {
+            return Ok(None);
+        }
+        let moments = outlet.forward(&Tensor::cat(&out, 0)?, &mut state.history)?;
+        let mu = moments.narrow(1, 0, self.channels())?.transpose(0, 1)?.to_dtype(DType::F32)?;
+        mu.broadcast_sub(&self.mean)?.broadcast_mul(&self.inverse_deviation).map(Some)
+    }
+
+    fn encode_chunk(&self, net: &Network, state: &mut Encoding, x: &Tensor, probe: Probe) -> Result<Tensor> {
+        let (n, h) = (state.chunks, &mut state.history);
+        let mut x = match self.kind {
+            Kind::Wan21 => x.clone(),
+            // pixels of a 2×2 square into channels ordered (colour, column, row)
+            Kind::Wan22 => {
+                let (t, c, height, width) = x.dims4()?;
+                if height % 2 != 0 || width % 2 != 0 {
+                    candle_core::bail!("pictures of {width}×{height} cannot be halved");
+                }
+                x.reshape((t, c, height / 2, 2, width / 2, 2))?
+                    .permute(vec![0, 1, 5, 3, 2, 4])?
+                    .contiguous()?
+                    .reshape((t, c * 4, height / 2, width / 2))?
+            }
+        };
+        x = net.inlet.forward(&x, h)?;
+        probe(&format!("conv1.{n}"), &x);
+        for (i, level) in net.levels.iter().enumerate() {
+            let kept = x.clone();
+            for layer in &level.layers {
+                x = layer.forward(&x, h)?;
+            }
+            if level.around {
+                x = (&x + shortcut_down(&kept, x.dim(1)?, level.factors())?)?;
+            }
+            probe(&format!("downsamples.{i}.{n}"), &x);
+        }
+        for (i, layer) in net.middle.iter().enumerate() {
+            x = layer.forward(&x, h)?;
+            probe(&format!("middle.{i}.{n}"), &x);
+        }
+        net.head.forward(&x, h)
+    }
+
+    /// Decodes whole normalised latents `[channels, n, h, w]` to `[3, 1 + 4(n−1), height, width]` in −1..1, f32.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        self.decode_next(&mut Decoding::default(), latents)
+    }
+
+    /// Decodes further latents of a video; the first one ever gives one frame, every other four.
+    pub fn decode_next(&self, state: &mut Decoding, latents: &Tensor) -> Result<Tensor> {
+        self.decode_probed(state, latents, &mut quiet)
+    }
+
+    /// [`WanVae::decode_next`] that shows intermediate results as `upsamples.3.1`: layer, then chunk.
+    pub fn decode_probed(&self, state: &mut Decoding, latents: &Tensor, probe: Probe) -> Result<Tensor> {
+        let z = latents.to_dtype(DType::F32)?.broadcast_div(&self.inverse_deviation)?.broadcast_add(&self.mean)?;
+        let z = z.transpose(0, 1)?.contiguous()?.to_dtype(self.dtype)?;
+        let z = self.inlet.forward(&z, &mut state.history)?;
+        let mut out = Vec::new();
+        for i in 0..z.dim(0)? {
+            out.push(self.decode_chunk(state, &z.narrow(0, i, 1)?, probe)?);
+            state.chunks += 1;
+        }
+        if out.is_empty() {
+            candle_core::bail!("no latents to decode");
+        }
+        Tensor::cat(&out, 0)?.transpose(0, 1)?.to_dtype(DType::F32)?.contiguous()?.clamp(-1.0, 1.0)
+    }
+
+    fn decode_chunk(&self, state: &mut Decoding, z: &Tensor, probe: Probe) -> Result<Tensor> {
+        let (n, h, net) = (state.chunks, &mut state.history, &self.decoder);
+        let mut x = net.inlet.forward(z, h)?;
+        probe(&format!("conv1.{n}"), &x);
+        for (i, layer) in net.middle.iter().enumerate() {
+            x = layer.forward(&x, h)?;
+            probe(&format!("middle.{i}.{n}"), &x);
+        }
+        for (i, level) in net.levels.iter().enumerate() {
+            let kept = x.clone();
+            for layer in &level.layers {
+                x = layer.forward(&x, h)?;
+            }
+            let factors = level.factors();
+            if level.around && factors.1 > 1 {
+                x = (&x + shortcut_up(&kept, x.dim(1)?, factors, n == 0)?)?;
+            }
+            probe(&format!("upsamples.{i}.{n}"), &x);
+        }
+        x = net.head.forward(&x, h)?;
+        match self.kind {
+            Kind::Wan21 => Ok(x),
+            Kind::Wan22 => {
+                let (t, c, height, width) = x.dims4()?;
+                x.reshape((t, c / 4, 2, 2, height, width))?.permute(vec![0, 1, 4, 3, 5, 2])?.contiguous()?.reshape((
+                    t,
+                    c / 4,
+                    height * 2,
+                    width * 2,
+                ))
+            }
+        }
+    }
+}
