@@ -73,15 +73,15 @@ def augment(m, g):
 class Clips:
     """Random clips: speech window, identity, controls -> renderer parameters"""
 
-    def __init__(self, speech, identities, g):
-        self.speech, self.ids, self.g = speech, identities, g
+    def __init__(self, speech, identities, g, blinks=1 / 45):
+        self.speech, self.ids, self.g, self.blinks = speech, identities, g, blinks
         self.device = identities.device
 
     def draw(self, n, length):
         """start [n], identity index [n], controls [n, T, 10], parameters [n, T, 72]"""
         s = self.speech.starts(n, length, self.g)
         v = self.speech.visemes(s, length)
-        c = ps.controls(n, length, self.g, self.device, loudness(v))
+        c = ps.controls(n, length, self.g, self.device, loudness(v), self.blinks)
         i = torch.randint(0, len(self.ids), (n,), generator=self.g, device=self.device)
         return s, i, c, ps.assemble(self.ids[i], c, v)
 

@@ -84,8 +84,8 @@ def smooth_noise(b, t, tau, g, device):
     return F.conv1d(z, (w / w.pow(2).sum().sqrt())[None, None])[:, 0, :t]
 
 
-def controls(b, t, g, device, energy=None):
-    """[b, t, 10]: a wide liveliness process (25 fps): sway, nods, saccades, blinks of 120-250 ms, brows, smiles, and stillness."""
+def controls(b, t, g, device, energy=None, blinks=1 / 45):
+    """[b, t, 10]: a wide liveliness process (25 fps): sway, nods, saccades, blinks of 120-250 ms (`blinks` a frame), brows, smiles, and stillness."""
     noise = lambda tau: smooth_noise(b, t, tau, g, device)
     uniform = lambda *s: torch.rand(*s, generator=g, device=device)
     e = torch.zeros(b, t, device=device) if energy is None else energy
@@ -102,7 +102,7 @@ def controls(b, t, g, device, energy=None):
     dx = amount * (.012 * noise(30) + .012 * yaw)
     dy = amount * (.007 * noise(24) + .008 * pitch)
     blink = torch.zeros(b, t, device=device)
-    begin = (uniform(b, t) < 1 / 45).float()
+    begin = (uniform(b, t) < blinks).float()
     length, depth = 3 + uniform(b, 1) * 3.5, torch.where(uniform(b, 1) < .8, torch.ones(b, 1, device=device), .5 + .5 * uniform(b, 1))
     for i in range(min(7, t)):
         phase = torch.tensor(float(i), device=device) + .3 + .5 * uniform(b, 1)

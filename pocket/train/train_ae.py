@@ -16,9 +16,9 @@ from model import Decoder, Encoder
 BATCH, LENGTH = (16, 3) if GPU else (1, 2)
 
 
-def pixel_weights():
+def pixel_weights(eyes=2.2):
     w = torch.ones(256, 256)
-    w[80:130, 60:196] = 2.2
+    w[84:126, 64:192] = eyes
     w[ps.MOUTH_BOX] = 3.5
     return (w / w.mean()).to(DEVICE)
 

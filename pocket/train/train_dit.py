@@ -3,7 +3,8 @@
 MODELS_DIR holds ae.safetensors and audio.safetensors.  Latents of many random clips are made once on each GPU
 and a part of them is replaced every few steps.  The loss: weighted latent error; from --pixels on (a fraction of
 the run) also the error of decoded pixels around mouth and eyes; from --own on, half of the sigma < 1 inputs are
-built from the model's own prediction at sigma 1.
+built from the model's own prediction at sigma 1.  --together trains transformer and decoder end to end (the encoder
+stays), which is what makes blinks crisp.
 """
 import argparse
 import copy
@@ -36,6 +37,7 @@ parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--optimizer", default="muon")
 parser.add_argument("--pixels", type=float, default=.55)
 parser.add_argument("--own", type=float, default=.35)
+parser.add_argument("--together", action="store_true", help="train the decoder too, on what the transformer predicts; more blinks, more sigma 1")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--max-steps", type=int, default=10 ** 9 if GPU else 4)
 args = parser.parse_args()
@@ -132,7 +134,7 @@ def main():
     g = torch.Generator(device=DEVICE).manual_seed(args.seed * 1000 + RANK)
     t0 = time.time()
     speech = Speech(args.data, DEVICE)
-    clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(31 + RANK + 10 * args.seed), args.identities)).to(DEVICE), g)
+    clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(31 + RANK + 10 * args.seed), args.identities)).to(DEVICE), g, 1 / 20 if args.together else 1 / 45)
     encoder, decoder, audio = Encoder().to(DEVICE), Decoder().to(DEVICE), AudioNet().to(DEVICE)
     if os.path.exists(os.path.join(args.models, "ae.safetensors")):
         state = load(os.path.join(args.models, "ae.safetensors"))
@@ -146,6 +148,8 @@ def main():
                 encoder(ps.render(clips.draw(8 if GPU else 1, 4)[3]).view(-1, 4, 3, 256, 256).float() / 127.5 - 1)
     for m in (encoder, decoder, audio):
         m.eval().requires_grad_(False).to(memory_format=torch.channels_last) if m is not audio else m.eval().requires_grad_(False)
+    if args.together:
+        decoder.requires_grad_(True)                          # BatchNorm keeps its running statistics
     net = Transformer().to(DEVICE)
     if args.resume:
         net.load_state_dict(load(args.resume), strict=False)
@@ -157,26 +161,34 @@ def main():
     if GPU and not os.environ.get("NO_COMPILE"):
         compiled(net, args.batch)
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    trained += [("decoder." + n, p) for n, p in decoder.named_parameters() if p.requires_grad]
+    ema_decoder = copy.deepcopy(decoder).requires_grad_(False)
     sizes = [p.numel() for _, p in trained]
     flat = torch.zeros(sum(sizes), device=DEVICE)
     for (_, p), v in zip(trained, flat.split(sizes)):
         p.grad = v.view_as(p)
     matrix = lambda n, p: args.optimizer == "muon" and p.ndim >= 2 and n.endswith("weight") and (".self_attn." in n or ".ffn." in n or "injector.injector." in n)
     muon = Muon([p for n, p in trained if matrix(n, p)]) if args.optimizer == "muon" else None
-    rest = [p for n, p in trained if not matrix(n, p)]
+    rest = [p for n, p in trained if not matrix(n, p) and not n.startswith("decoder.")]
     adam = torch.optim.AdamW([{"params": [p for p in rest if p.ndim >= 2], "weight_decay": .02}, {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.}],
                              lr=args.lr, betas=(.9, .97), fused=GPU)
-    ema_list, net_list = list(ema.parameters()), list(net.parameters())
+    if args.together:
+        adam.add_param_group({"params": list(decoder.parameters()), "weight_decay": 0.})
+    ema_list, net_list = [*ema.parameters(), *ema_decoder.parameters()], [*net.parameters(), *decoder.parameters()]
     log(f"networks: transformer {count(net) / 1e6:.2f} M parameters")
     bank = Bank(clips, encoder, args.clips, args.length)
     if GPU:
         torch.cuda.synchronize()
     log(f"bank of {args.clips} clips, latent std {bank.z[:64].float().std().item():.3f}, speech {speech.frames / 1500:.0f} min")
-    weight, pixel_weight = latent_weights(), pixel_weights()
+    weight, pixel_weight = latent_weights(), pixel_weights(4.0 if args.together else 2.2)
     scale = torch.tensor(ps.CONTROL_SCALE, device=DEVICE)
     b, length, step, start, saved = args.batch, args.length, 0, None, 0
     sums, seen = {}, 0
-    save_as = os.path.join(args.out, "dit.safetensors")
+
+    def store():
+        save(os.path.join(args.out, "dit.safetensors"), ema.state_dict(), PARTS)
+        if args.together:
+            save(os.path.join(args.out, "decoder.safetensors"), ema_decoder.state_dict())
     while True:
         if step == 4:
             if GPU:
@@ -200,7 +212,8 @@ def main():
         z, s, params = bank.z[k].float(), bank.start[k], bank.params[k]
         ref = bank.ref[k, (torch.rand(b, device=DEVICE) < .22).long()].float()
         u = torch.rand(b, device=DEVICE)
-        sigma = torch.where(u < .52, 1., torch.where(u < .80, .5, (.05 + .95 * torch.rand(b, device=DEVICE)).round(decimals=2)))
+        ones, halves = (.70, .88) if args.together else (.52, .80)
+        sigma = torch.where(u < ones, 1., torch.where(u < halves, .5, (.05 + .95 * torch.rand(b, device=DEVICE)).round(decimals=2)))
         noise, wide = torch.randn_like(z), sigma[:, None, None, None, None]
         with torch.no_grad(), half_precision():
             m = speech.mels(s, 4 * length)
@@ -211,7 +224,7 @@ def main():
             origin = z
             if p >= args.own or step < 2:                     # the first steps also compile this case
                 order = torch.argsort(sigma)                  # the lowest sigmas first: these get the model's own prediction
-                few = order[:max(1, b * 5 // 16)]
+                few = order[:max(1, b * (3 if args.together else 5) // 16)]
                 origin = z.clone()
                 origin[few] = net(noise[few], torch.ones(len(few), device=DEVICE), a[few], ref[few])
         x = (1 - wide) * origin + wide * noise
@@ -220,14 +233,15 @@ def main():
         error = (x0 - z).pow(2)
         loss = latent = (error * weight).mean()
         if p >= args.pixels:
-            n, t = min(b, 20), 3
+            n, t = min(b, 26 if args.together else 20), 3
             first = int(torch.randint(0, length - t + 1, (1,)))
-            rows = torch.cat([torch.argsort(sigma, descending=True)[:n // 2], torch.argsort(sigma)[:n - n // 2]])
+            high = n * 3 // 4 if args.together else n // 2    # most at sigma 1, some at the lowest of this batch
+            rows = torch.cat([torch.argsort(sigma, descending=True)[:high], torch.argsort(sigma)[:n - high]])
             truth = ps.render(params[rows, 4 * first:4 * (first + t)]).view(n, 4 * t, 3, 256, 256).float() / 127.5 - 1
             with half_precision():
                 y = decoder(x0[rows, first:first + t])
             picture = picture_loss(y.float(), truth, pixel_weight)
-            loss = loss + 1.5 * picture
+            loss = loss + (4 if args.together else 1.5) * picture
         flat.zero_()
         loss.backward()
         if WORLD > 1:
@@ -256,9 +270,9 @@ def main():
             sums = {}
         if RANK == 0 and p > .25 * (saved + 1):
             saved += 1
-            save(save_as, ema.state_dict(), PARTS)
+            store()
     if RANK == 0:
-        save(save_as, ema.state_dict(), PARTS)
+        store()
         log("done, steps", step, f"{(time.time() - start) / max(1, step - 4) * 1e3:.1f} ms a step" if start else "")
     if WORLD > 1:
         dist.barrier()

@@ -1,0 +1,49 @@
+"""Checkpoints -> the weights file.   python export.py MODELS_DIR DIT_PATH OUT.safetensors [--shards] [--note TEXT]
+
+MODELS_DIR holds ae.safetensors and audio.safetensors; DIT_PATH may be in parts (PATH.0, PATH.1).
+"""
+import argparse
+import json
+import os
+
+import torch
+
+import presenters as ps
+import weights
+from common import load
+from model import CONFIG, AudioNet, Decoder, Encoder, Transformer
+from speech import MEL_FILTERS
+
+
+def tensors_of(models, dit_path):
+    state = load(os.path.join(models, "ae.safetensors"))
+    encoder, decoder, audio, dit = Encoder(), Decoder(), AudioNet(), Transformer()
+    for name, m in (("encoder.", encoder), ("decoder.", decoder)):
+        m.load_state_dict({k[len(name):]: v for k, v in state.items() if k.startswith(name)})
+    if os.path.exists(os.path.join(os.path.dirname(dit_path), "decoder.safetensors")):      # trained on with the transformer
+        decoder.load_state_dict(load(os.path.join(os.path.dirname(dit_path), "decoder.safetensors")))
+    audio.load_state_dict(load(os.path.join(models, "audio.safetensors")))
+    dit.load_state_dict(load(dit_path))
+    out = weights.vae_tensors(encoder, decoder)
+    out.update({"audio." + k: v for k, v in audio.state_dict().items()})
+    out["audio.mel_filters"] = torch.from_numpy(MEL_FILTERS)
+    out.update({"dit." + k: v for k, v in dit.state_dict().items()})
+    out["control_scale"], out["control_range"] = torch.tensor(ps.CONTROL_SCALE), torch.tensor(ps.CONTROL_RANGE, dtype=torch.float32)
+    return out
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models")
+    parser.add_argument("dit")
+    parser.add_argument("out")
+    parser.add_argument("--shards", action="store_true")
+    parser.add_argument("--steps", type=int, default=CONFIG["default_steps"])
+    args = parser.parse_args()
+    config = {**CONFIG, "default_steps": args.steps, "control_names": ps.CONTROL_NAMES, "control_neutral": ps.NEUTRAL}
+    tensors = tensors_of(args.models, args.dit)
+    if args.shards:
+        for file in weights.write_shards(args.out, tensors, config):
+            print(file, os.path.getsize(file))
+    else:
+        print(args.out, weights.write(args.out, tensors, config))
