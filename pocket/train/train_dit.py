@@ -147,7 +147,10 @@ def main():
             for _ in range(60):
                 encoder(ps.render(clips.draw(8 if GPU else 1, 4)[3]).view(-1, 4, 3, 256, 256).float() / 127.5 - 1)
     for m in (encoder, decoder, audio):
-        m.eval().requires_grad_(False).to(memory_format=torch.channels_last) if m is not audio else m.eval().requires_grad_(False)
+        m.eval().requires_grad_(False)
+    encoder.to(memory_format=torch.channels_last)
+    if not args.together:                                     # a trained decoder keeps the layout of its gradients
+        decoder.to(memory_format=torch.channels_last)
     if args.together:
         decoder.requires_grad_(True)                          # BatchNorm keeps its running statistics
     net = Transformer().to(DEVICE)
