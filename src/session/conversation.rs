@@ -1,0 +1,539 @@
+//! Ties ingest, playout, ladder and machine together: events in, [`Effect`]s out, `now` always an argument. Owns all
+//! that changes in one conversation; ending it is dropping it.
+
+use super::{
+    Config, EncodedAudio, Ingest, Input, Job, Ladder, LinkEvent, LinkStats, Machine, Metrics, Output, Picture, Playout,
+    Reason, State, encoder::EncoderReport, playout::Due,
+};
+use crate::{
+    codec::{CodecError, VoiceEncoder, rgb_to_i420, scale_i420},
+    media::{AudioBlock, Frame, FrameBlock, Geometry, I420, MediaTime, Portrait, SPEECH_RATE},
+};
+use bytes::Bytes;
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+/// What is to be done outside.
+#[derive(Debug)]
+pub enum Effect {
+    /// Send this voice packet; its media time is due at the instant.
+    Voice(EncodedAudio, Instant),
+    /// The next picture is to be a keyframe.
+    Keyframe,
+    /// Encode and send this picture.
+    Show(Job),
+    /// Tell the page.
+    Message(String),
+    Entered(State),
+    /// The end.
+    Close(Reason),
+}
+
+/// The longest time between two looks at the clock while a presenter is up.
+const TICK: Duration = Duration::from_millis(10);
+/// Speech handed to the engine at a time: 20 ms.
+const HANDFUL: usize = 320;
+/// Blocks of speech that may wait for the engine (beyond what its lane holds) before whole blocks are skipped.
+const BACKLOG_BLOCKS: usize = 4;
+/// Pictures are skipped before encoding while the pacer needs longer than this to send what it has.
+const CONGESTED: Duration = Duration::from_millis(300);
+/// Messages of the page longer than this are not read.
+const LONGEST_MESSAGE: usize = 4096;
+/// Time constant of averages, in blocks.
+const SMOOTH: f64 = 0.1;
+
+/// The part that exists once the engine has opened its lane.
+struct Stage {
+    ingest: Ingest,
+    playout: Playout,
+    /// 16 kHz speech for the engine; `feed_at` is the stream time of its first sample.
+    feed: VecDeque<f32>,
+    feed_at: MediaTime,
+    /// Stream time from which media time is this much ahead of it: speech that was skipped.
+    skips: Vec<(MediaTime, MediaTime)>,
+    origin: MediaTime,
+    floor: MediaTime,
+    shown: bool,
+}
+
+impl Stage {
+    fn skipped(&self) -> MediaTime {
+        self.skips.last().map_or(MediaTime::ZERO, |s| s.1)
+    }
+    fn media(&self, stream: MediaTime) -> MediaTime {
+        let after = self.skips.partition_point(|s| s.0 <= stream);
+        stream + after.checked_sub(1).map_or(MediaTime::ZERO, |i| self.skips[i].1)
+    }
+}
+
+/// See the module.
+pub struct Conversation {
+    config: Config,
+    geometry: Geometry,
+    machine: Machine,
+    ladder: Ladder,
+    voice: VoiceEncoder,
+    stage: Option<Stage>,
+    begun: Instant,
+    portrait: Option<I420>,
+    last_picture: Option<Frame>,
+    last_at: MediaTime,
+    want_keyframe: bool,
+    keyframe_allowed: Instant,
+    draining_until: Option<MediaTime>,
+    effects: VecDeque<Effect>,
+    next: Instant,
+    metrics: Metrics,
+    /// Held, skipped by playout before anyone listened.
+    before: (u64, u64),
+    congested: u64,
+    pacer_queue: Duration,
+    measured: Instant,
+}
+
+impl Conversation {
+    pub fn new(config: &Config, geometry: &Geometry, portrait: &Portrait, now: Instant) -> Result<Self, CodecError> {
+        let ladder = Ladder::new(geometry, config);
+        Ok(Conversation {
+            machine: Machine::new(config, now),
+            voice: VoiceEncoder::new(config.voice_bitrate, config.voice_loss_percent)?,
+            stage: None,
+            begun: now,
+            // Only a courtesy until the presenter moves: what cannot be shown here the engine will judge.
+            portrait: first_picture(portrait, geometry.width, geometry.height).ok(),
+            last_picture: None,
+            last_at: MediaTime::from_ticks(-1),
+            want_keyframe: false,
+            keyframe_allowed: now,
+            draining_until: None,
+            effects: VecDeque::new(),
+            next: now,
+            metrics: Metrics { nominal_fps: ladder.fps(), ..Metrics::default() },
+            before: (0, 0),
+            congested: 0,
+            pacer_queue: Duration::ZERO,
+            measured: now,
+            config: config.clone(),
+            geometry: geometry.clone(),
+            ladder,
+        })
+    }
+
+    pub fn state(&self) -> State {
+        self.machine.state()
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The engine's lane is open: the timeline begins, with as much silence as the first block needs.
+    pub fn opened(&mut self, now: Instant) -> Result<(), CodecError> {
+        if self.stage.is_some() {
+            return Ok(());
+        }
+        let span = self.geometry.frame_span();
+        let ahead = self.geometry.block_span(0) + self.geometry.look_ahead + MediaTime::from_millis(10);
+        // An `Instant` cannot lie before its own zero (a machine that just started).
+        let (begun, lead) = match now.checked_sub(ahead.as_duration()) {
+            Some(begun) => (begun, ahead.as_duration()),
+            None => (now, Duration::ZERO),
+        };
+        // Pictures shown so far had the times since the beginning; the timeline goes on from there, on the grid.
+        let elapsed = self.elapsed(now).units(self.geometry.fps) + 2;
+        let origin = MediaTime::from_units(elapsed, self.geometry.fps);
+        let ms = |ms: u32| Duration::from_millis(u64::from(ms));
+        let expected = (ahead + self.geometry.block_span(1)).as_duration();
+        let (margin, most) = (ms(self.config.playout_margin_ms), ms(self.config.playout_max_ms));
+        self.stage = Some(Stage {
+            ingest: Ingest::new(&self.config, origin, lead, now)?,
+            playout: Playout::new(begun, origin, span, expected, margin, most),
+            feed: VecDeque::new(),
+            feed_at: origin,
+            skips: Vec::new(),
+            origin,
+            floor: origin,
+            shown: false,
+        });
+        Ok(())
+    }
+
+    /// Something from the transport.
+    pub fn link(&mut self, event: LinkEvent, now: Instant) {
+        match event {
+            LinkEvent::Connected => self.machine.handle(Input::LinkConnected, now),
+            LinkEvent::Interrupted => self.machine.handle(Input::LinkInterrupted, now),
+            LinkEvent::Closed(why) => self.machine.handle(Input::LinkClosed(why), now),
+            LinkEvent::Speech(packet) => {
+                let taking = !matches!(self.machine.state(), State::Draining | State::Closed);
+                if let Some(stage) = self.stage.as_mut().filter(|_| taking) {
+                    let waited = now.saturating_duration_since(packet.arrived).as_secs_f64() * 1e3;
+                    // The filter to 16 kHz takes 5 ms more.
+                    smooth(&mut self.metrics.ingest_ms, waited + 5.0, 0.02);
+                    stage.ingest.packet(packet);
+                }
+            }
+            LinkEvent::KeyframeRequested => self.want_keyframe = true,
+            LinkEvent::TargetBitrate(bits) => {
+                self.metrics.target_bitrate = bits;
+                self.ladder.target(bits);
+            }
+            LinkEvent::Message(text) => self.message(&text, now),
+        }
+    }
+
+    /// An order from the service.
+    pub fn order(&mut self, input: Input, now: Instant) {
+        self.machine.handle(input, now);
+    }
+
+    fn message(&mut self, text: &str, now: Instant) {
+        if text.len() > LONGEST_MESSAGE {
+            return;
+        }
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(text) else { return };
+        match message.get("type").and_then(|t| t.as_str()) {
+            Some("interrupt") => self.machine.handle(Input::Interrupt, now),
+            Some("ping") => {
+                let t = message.get("t").filter(|t| t.is_number()).cloned().unwrap_or_default();
+                self.effects.push_back(Effect::Message(serde_json::json!({"type": "pong", "t": t}).to_string()));
+            }
+            // A newer page may say things we do not know.
+            _ => {}
+        }
+    }
+
+    /// A block from the engine.
+    pub fn block(&mut self, mut block: FrameBlock, now: Instant) {
+        let Some(stage) = &mut self.stage else { return };
+        for frame in &mut block.frames {
+            frame.at = stage.media(frame.at);
+        }
+        let span = self.geometry.block_span(block.index);
+        let whole_is_stale = block.frames.last().is_some_and(|f| f.at < stage.floor);
+        let needed = stage.playout.block(block.frames, now);
+        let lag = needed.saturating_sub((span + self.geometry.look_ahead).as_duration()).as_secs_f64() * 1e3;
+        let m = &mut self.metrics;
+        m.blocks += 1;
+        m.blocks_stale += u64::from(whole_is_stale);
+        m.lag_ms = lag;
+        if m.blocks > 2 {
+            m.worst_lag_ms = m.worst_lag_ms.max(lag);
+        }
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        smooth(&mut m.features_ms, ms(block.stages.features), SMOOTH);
+        smooth(&mut m.generation_ms, ms(block.stages.generation), SMOOTH);
+        smooth(&mut m.decode_ms, ms(block.stages.decode), SMOOTH);
+        self.machine.handle(Input::Prepared, now);
+    }
+
+    /// Speech for the engine's lane, 20 ms at a time.
+    pub fn next_speech(&mut self) -> Option<AudioBlock> {
+        let stage = self.stage.as_mut()?;
+        if stage.feed.is_empty() {
+            return None;
+        }
+        let n = stage.feed.len().min(HANDFUL);
+        let block = AudioBlock { at: stage.feed_at, samples: stage.feed.drain(..n).collect() };
+        stage.feed_at = block.end();
+        Some(block)
+    }
+
+    /// The lane was full: the last handful comes back.
+    pub fn unread(&mut self, block: AudioBlock) {
+        let Some(stage) = &mut self.stage else { return };
+        if block.end() == stage.feed_at {
+            stage.feed_at = block.at;
+            for s in block.samples.into_iter().rev() {
+                stage.feed.push_front(s);
+            }
+        }
+    }
+
+    /// Brings everything to `now`; take the effects afterwards. `pacer_queue` is what the link's pacer holds.
+    pub fn advance(&mut self, pacer_queue: Duration, now: Instant) -> Result<(), CodecError> {
+        self.pacer_queue = pacer_queue;
+        self.ladder.settle(now);
+        self.hear(now)?;
+        self.decide(now);
+        self.play(now)?;
+        self.decide(now);
+        Ok(())
+    }
+
+    pub fn effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// When [`Conversation::advance`] must be called at the latest.
+    pub fn deadline(&self, now: Instant) -> Instant {
+        match &self.stage {
+            Some(stage) => self.next.min(stage.playout.deadline()).min(now + TICK),
+            None => self.next,
+        }
+    }
+
+    fn elapsed(&self, now: Instant) -> MediaTime {
+        MediaTime::from_duration(now.saturating_duration_since(self.begun))
+    }
+
+    fn hear(&mut self, now: Instant) -> Result<(), CodecError> {
+        let Some(stage) = &mut self.stage else { return Ok(()) };
+        let heard = stage.ingest.advance(now)?;
+        stage.playout.voice(&heard.voice);
+        stage.feed.extend(&heard.speech.samples);
+        let block = (self.geometry.block_span(1).units(SPEECH_RATE)).max(1) as usize;
+        if stage.feed.len() > BACKLOG_BLOCKS * block {
+            // The engine is too slow for good: whole blocks are skipped, the last picture stays meanwhile.
+            let skip = (stage.feed.len() / block - 1) as i64;
+            stage.feed.drain(..skip as usize * block);
+            let ahead = stage.skipped() + MediaTime::from_units(skip * block as i64, SPEECH_RATE);
+            stage.skips.push((stage.feed_at, ahead));
+            if stage.skips.len() > 64 {
+                stage.skips.remove(0);
+            }
+            self.metrics.blocks_skipped += skip as u64;
+        }
+        let speaking = stage.ingest.speaking();
+        if speaking != (self.machine.state() == State::Speaking) {
+            self.machine.handle(Input::Voice(speaking), now);
+        }
+        Ok(())
+    }
+
+    fn decide(&mut self, now: Instant) {
+        if let (Some(until), Some(stage)) = (self.draining_until, &self.stage)
+            && stage.playout.played(until)
+        {
+            self.draining_until = None;
+            self.machine.handle(Input::Drained, now);
+        }
+        loop {
+            match self.machine.poll(now) {
+                Output::Wait(at) => {
+                    self.next = at;
+                    return;
+                }
+                Output::Entered(state) => {
+                    let text = serde_json::json!({"type": "state", "state": state.label()}).to_string();
+                    self.effects.push_back(Effect::Message(text));
+                    self.effects.push_back(Effect::Entered(state));
+                }
+                Output::Show => {
+                    if let Some(stage) = &mut self.stage {
+                        stage.playout.listen(now);
+                        let so_far = stage.playout.stats();
+                        self.before = (so_far.held, so_far.skipped);
+                    }
+                    self.want_keyframe = true;
+                    self.keyframe_allowed = now;
+                    if !self.stage.as_ref().is_some_and(|s| s.shown) {
+                        self.show_portrait(now);
+                    } else if let Some(frame) = self.last_picture.clone() {
+                        // The next one is due within a frame's time, but a black screen is never worth it.
+                        self.show(Picture::Rgb(frame), self.last_at, now, now);
+                    }
+                }
+                Output::Hide => {}
+                Output::Raise(_) => {
+                    if let Some(stage) = &mut self.stage {
+                        stage.floor = stage.ingest.head();
+                        stage.playout.interrupt(stage.floor);
+                        stage.feed.iter_mut().for_each(|s| *s = 0.0);
+                    }
+                }
+                Output::BeginDraining => {
+                    let head = self.stage.as_ref().map(|s| s.ingest.head());
+                    self.draining_until = Some(head.unwrap_or_default());
+                }
+                Output::Close(reason) => {
+                    let text = serde_json::json!({
+                        "type": "closed",
+                        "reason": reason.label(),
+                        "message": reason.message(),
+                    });
+                    self.effects.push_back(Effect::Message(text.to_string()));
+                    self.effects.push_back(Effect::Close(reason));
+                }
+            }
+        }
+    }
+
+    fn play(&mut self, now: Instant) -> Result<(), CodecError> {
+        let flowing = self.machine.flowing();
+        while let Some(due) = self.stage.as_mut().and_then(|s| s.playout.poll(now)) {
+            match due {
+                Due::Voice { at, wall, samples } => {
+                    if flowing {
+                        let data = Bytes::from(self.voice.encode(&samples)?);
+                        let duration = MediaTime::from_millis(20);
+                        self.effects.push_back(Effect::Voice(EncodedAudio { at, duration, data }, wall));
+                    }
+                }
+                Due::Frame { frame, wall, .. } => {
+                    if let Some(stage) = &mut self.stage {
+                        stage.shown = true;
+                    }
+                    let thinned = (frame.at.units(self.geometry.fps) as u64) % u64::from(self.ladder.rung().every) != 0;
+                    self.last_picture = Some(frame.clone());
+                    if !flowing || (thinned && !self.want_keyframe) {
+                        continue;
+                    }
+                    if self.pacer_queue > CONGESTED && !self.want_keyframe {
+                        self.congested += 1;
+                        continue;
+                    }
+                    let at = frame.at;
+                    self.show(Picture::Rgb(frame), at, wall, now);
+                }
+                Due::Held { at, wall } => {
+                    // Nothing new, but a viewer who cannot decode needs the old one afresh.
+                    if let Some(frame) = self.last_picture.clone().filter(|_| flowing && self.keyframe_due(now)) {
+                        self.show(Picture::Rgb(frame), at, wall, now);
+                    }
+                }
+            }
+        }
+        if flowing && self.keyframe_due(now) && !self.stage.as_ref().is_some_and(|s| s.shown) {
+            self.show_portrait(now);
+        }
+        Ok(())
+    }
+
+    fn keyframe_due(&self, now: Instant) -> bool {
+        self.want_keyframe && now >= self.keyframe_allowed
+    }
+
+    fn show_portrait(&mut self, now: Instant) {
+        let Some(planes) = self.portrait.clone() else { return };
+        // Before the timeline begins; its first picture comes later than this.
+        let latest = self.stage.as_ref().map(|s| s.origin - MediaTime::from_millis(20));
+        let at = self.elapsed(now).min(latest.unwrap_or(self.elapsed(now)));
+        self.show(Picture::Planes(planes), at, now, now);
+    }
+
+    fn show(&mut self, picture: Picture, at: MediaTime, wall: Instant, now: Instant) {
+        if self.keyframe_due(now) {
+            self.want_keyframe = false;
+            self.keyframe_allowed = now + Duration::from_millis(u64::from(self.config.keyframe_spacing_ms));
+            self.effects.push_back(Effect::Keyframe);
+        }
+        // Times on the wire rise; a repeated picture comes one unit of the 90 kHz clock later.
+        let at = if at > self.last_at { at } else { self.last_at + MediaTime::from_units(1, 90_000) };
+        self.last_at = at;
+        let duration = self.geometry.frame_span();
+        let spoken = self.stage.as_ref().and_then(|s| s.ingest.spoken(at));
+        self.effects.push_back(Effect::Show(Job {
+            picture,
+            at,
+            duration,
+            wall,
+            rung: self.ladder.rung(),
+            fps: self.ladder.fps(),
+            bitrate: self.ladder.bitrate(),
+            max_bitrate: self.ladder.most(),
+            spoken,
+        }));
+    }
+
+    /// About once a second: folds in what the encoder and the link measured, tells the page.
+    pub fn measure(&mut self, report: &EncoderReport, replaced: u64, link: &LinkStats, now: Instant) {
+        let seconds = now.saturating_duration_since(self.measured).as_secs_f64().max(1e-3);
+        self.measured = now;
+        let rung = self.ladder.rung();
+        let m = &mut self.metrics;
+        m.fps = report.frames as f64 / seconds;
+        m.bitrate = (report.bytes as f64 * 8.0 / seconds) as u64;
+        m.frames_sent += report.frames;
+        if report.frames > 0 {
+            smooth(&mut m.encode_ms, report.encode.as_secs_f64() * 1e3 / report.frames as f64, 0.3);
+        }
+        let mut delays = report.delays.clone();
+        delays.sort_unstable();
+        let trip = link.round_trip.unwrap_or_default();
+        m.delay_server_ms = delays.get(delays.len() / 2).map(|d| d.as_secs_f64() * 1e3);
+        m.delay_ms = m.delay_server_ms.map(|d| d + (trip + link.pacer_queue).as_secs_f64() * 1e3);
+        m.round_trip_ms = link.round_trip.map(|d| d.as_secs_f64() * 1e3);
+        m.lost_out = link.lost_out;
+        (m.width, m.height, m.nominal_fps) = (rung.width, rung.height, self.ladder.fps());
+        let span = self.geometry.block_span(1).as_secs_f64() * 1e3;
+        let frames = f64::from(self.geometry.block_frames);
+        m.real_time_factor = (m.features_ms + m.generation_ms + m.decode_ms + frames * m.encode_ms) / span;
+        if let Some(stage) = &self.stage {
+            let (i, p) = (stage.ingest.stats(), stage.playout.stats());
+            m.frames_held = p.held.saturating_sub(self.before.0);
+            m.frames_skipped = p.skipped.saturating_sub(self.before.1) + self.congested + replaced;
+            m.playout_delay_ms = p.delay.as_secs_f64() * 1e3;
+            (m.lost_in, m.repaired_in, m.concealed_in_ms) = (i.lost, i.repaired, i.concealed_ms);
+            (m.late_in, m.padding_in, m.drift_ppm) = (i.late + i.dropped, i.padding, i.drift_ppm);
+        }
+        if self.machine.flowing() {
+            self.effects.push_back(Effect::Message(line(&self.metrics)));
+        }
+    }
+}
+
+fn smooth(mean: &mut f64, new: f64, share: f64) {
+    *mean = if *mean == 0.0 { new } else { *mean + share * (new - *mean) };
+}
+
+/// One metrics line for the page; tenths are enough.
+fn line(m: &Metrics) -> String {
+    let tenth = |v: f64| (v * 10.0).round() / 10.0;
+    serde_json::json!({
+        "type": "metrics",
+        "fps": tenth(m.fps),
+        "nominal_fps": m.nominal_fps,
+        "delay_ms": m.delay_ms.map(tenth),
+        "delay_server_ms": m.delay_server_ms.map(tenth),
+        "playout_delay_ms": tenth(m.playout_delay_ms),
+        "stages": {
+            "ingest": tenth(m.ingest_ms),
+            "features": tenth(m.features_ms),
+            "generation": tenth(m.generation_ms),
+            "decode": tenth(m.decode_ms),
+            "encode": tenth(m.encode_ms),
+        },
+        "frames_sent": m.frames_sent,
+        "frames_held": m.frames_held,
+        "frames_skipped": m.frames_skipped,
+        "blocks": m.blocks,
+        "blocks_skipped": m.blocks_skipped,
+        "lost_in": m.lost_in,
+        "lost_out": m.lost_out,
+        "bitrate": m.bitrate,
+        "target_bitrate": m.target_bitrate,
+        "width": m.width,
+        "height": m.height,
+        "real_time_factor": (m.real_time_factor * 1000.0).round() / 1000.0,
+        "lag_ms": tenth(m.lag_ms),
+        "drift_ppm": tenth(m.drift_ppm),
+        "round_trip_ms": m.round_trip_ms.map(tenth),
+    })
+    .to_string()
+}
+
+/// The portrait cut to the frame's shape about its middle, as the encoder wants it.
+fn first_picture(portrait: &Portrait, width: u32, height: u32) -> Result<I420, CodecError> {
+    let (w, h) = (portrait.width as usize, portrait.height as usize);
+    if w < 2 || h < 2 || portrait.rgb.len() != 3 * w * h || width == 0 || height == 0 {
+        return Err(CodecError::Picture("the portrait has no pixels".into()));
+    }
+    let (want_w, want_h) = (width as usize, height as usize);
+    // The largest rectangle of the wanted shape, with even sides.
+    let (mut cut_w, mut cut_h) = (w, w * want_h / want_w);
+    if cut_h > h {
+        (cut_w, cut_h) = (h * want_w / want_h, h);
+    }
+    let (cut_w, cut_h) = ((cut_w / 2 * 2).max(2).min(w), (cut_h / 2 * 2).max(2).min(h));
+    let (left, top) = ((w - cut_w) / 2, (h - cut_h) / 2);
+    let mut rgb = Vec::with_capacity(3 * cut_w * cut_h);
+    for y in 0..cut_h {
+        let start = 3 * ((top + y) * w + left);
+        rgb.extend_from_slice(&portrait.rgb[start..start + 3 * cut_w]);
+    }
+    let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into() };
+    scale_i420(&rgb_to_i420(&frame)?, width, height)
+}

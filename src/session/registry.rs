@@ -1,0 +1,296 @@
+//! Who is talking now, and how those who left ended. Shared by the server (listing, closing, draining, metrics) and
+//! the sessions (which enter, report and leave by being dropped).
+
+use super::{Metrics, Reason, State};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+use tokio::sync::watch;
+
+/// Names a session in URLs: 128 random bits as hex, not to be guessed.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(Arc<str>);
+
+impl SessionId {
+    pub fn random() -> Self {
+        SessionId(format!("{:032x}", rand::random::<u128>()).into())
+    }
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for SessionId {
+    fn from(s: &str) -> Self {
+        SessionId(s.into())
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever reads a log must not be able to end the session: the first 8 digits name it well enough.
+        f.write_str(self.short())
+    }
+}
+
+impl SessionId {
+    /// Enough to find it in a log, too little to address it.
+    pub fn short(&self) -> &str {
+        self.0.get(..8).unwrap_or(&self.0)
+    }
+}
+
+/// How a session is asked to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    Close(Reason),
+    Drain(Reason),
+}
+
+#[derive(Debug)]
+struct Shared {
+    id: SessionId,
+    presenter: String,
+    since: Instant,
+    order: watch::Sender<Option<Order>>,
+    now: Mutex<(State, Metrics, Option<Reason>)>,
+}
+
+/// One session as others see it.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    pub id: SessionId,
+    pub presenter: String,
+    pub state: State,
+    pub since: Instant,
+    pub metrics: Metrics,
+}
+
+/// Sums over sessions that are over and sessions that live.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// Live sessions in each state (every state but `Closed`).
+    pub by_state: Vec<(&'static str, usize)>,
+    /// Ended sessions by reason, since the start.
+    pub by_reason: Vec<(&'static str, u64)>,
+    pub started: u64,
+    pub blocks: u64,
+    pub frames_sent: u64,
+    pub frames_held: u64,
+    pub frames_skipped: u64,
+    pub lost_in: u64,
+    pub lost_out: u64,
+}
+
+#[derive(Default)]
+struct Inner {
+    live: BTreeMap<SessionId, Arc<Shared>>,
+    ended: BTreeMap<&'static str, u64>,
+    started: u64,
+    past: Counts,
+}
+
+/// All sessions of the service. Cheap to clone.
+#[derive(Clone)]
+pub struct Registry {
+    inner: Arc<Mutex<Inner>>,
+    alive: Arc<watch::Sender<usize>>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Registry { inner: Arc::default(), alive: Arc::new(watch::Sender::new(0)) }
+    }
+}
+
+impl Registry {
+    pub fn new() -> Self {
+        Registry::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Held for map look-ups only, never across an await.
+        self.inner.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Enters a session; what comes back goes into [`super::run`]. Dropping it takes the session off the list.
+    pub fn enter(&self, id: SessionId, presenter: &str, now: Instant) -> SessionControl {
+        let shared = Arc::new(Shared {
+            id: id.clone(),
+            presenter: presenter.to_string(),
+            since: now,
+            order: watch::Sender::new(None),
+            now: Mutex::new((State::Connecting, Metrics::default(), None)),
+        });
+        let order = shared.order.subscribe();
+        let mut inner = self.lock();
+        inner.started += 1;
+        inner.live.insert(id, shared.clone());
+        self.alive.send_replace(inner.live.len());
+        SessionControl { shared, order, registry: self.clone() }
+    }
+
+    pub fn get(&self, id: &SessionId) -> Option<Handle> {
+        self.lock().live.get(id).cloned().map(Handle)
+    }
+
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        self.handles().iter().map(Handle::snapshot).collect()
+    }
+
+    fn handles(&self) -> Vec<Handle> {
+        self.lock().live.values().cloned().map(Handle).collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.lock().live.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Asks everyone to play out and leave.
+    pub fn drain_all(&self, reason: &Reason) {
+        self.handles().iter().for_each(|h| h.drain(reason.clone()));
+    }
+
+    /// Ends everyone at once.
+    pub fn close_all(&self, reason: &Reason) {
+        self.handles().iter().for_each(|h| h.close(reason.clone()));
+    }
+
+    /// Waits until nobody is left, at most so long; whether it is so.
+    pub async fn emptied(&self, within: Duration) -> bool {
+        let mut alive = self.alive.subscribe();
+        tokio::time::timeout(within, alive.wait_for(|n| *n == 0)).await.is_ok_and(|r| r.is_ok())
+    }
+
+    pub fn counts(&self) -> Counts {
+        let snapshots = self.snapshots();
+        let inner = self.lock();
+        let mut all = inner.past.clone();
+        all.started = inner.started;
+        all.by_state =
+            State::ALL[..5].iter().map(|s| (s.label(), snapshots.iter().filter(|x| x.state == *s).count())).collect();
+        all.by_reason = Reason::LABELS.iter().map(|l| (*l, inner.ended.get(l).copied().unwrap_or(0))).collect();
+        snapshots.iter().for_each(|s| all.add(&s.metrics));
+        all
+    }
+}
+
+impl Counts {
+    fn add(&mut self, m: &Metrics) {
+        self.blocks += m.blocks;
+        self.frames_sent += m.frames_sent;
+        self.frames_held += m.frames_held;
+        self.frames_skipped += m.frames_skipped;
+        self.lost_in += m.lost_in;
+        self.lost_out += m.lost_out;
+    }
+}
+
+/// A live session, from outside.
+#[derive(Clone)]
+pub struct Handle(Arc<Shared>);
+
+impl Handle {
+    pub fn id(&self) -> &SessionId {
+        &self.0.id
+    }
+    pub fn snapshot(&self) -> Snapshot {
+        let now = self.0.lock();
+        Snapshot {
+            id: self.0.id.clone(),
+            presenter: self.0.presenter.clone(),
+            state: now.0,
+            since: self.0.since,
+            metrics: now.1.clone(),
+        }
+    }
+    /// Ends it at once. The first order counts, except that closing overrules draining.
+    pub fn close(&self, reason: Reason) {
+        self.0.order.send_if_modified(|order| {
+            let new = !matches!(order, Some(Order::Close(_)));
+            if new {
+                *order = Some(Order::Close(reason));
+            }
+            new
+        });
+    }
+    /// Lets it play out what was said, then ends it.
+    pub fn drain(&self, reason: Reason) {
+        self.0.order.send_if_modified(|order| {
+            let new = order.is_none();
+            if new {
+                *order = Some(Order::Drain(reason));
+            }
+            new
+        });
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, (State, Metrics, Option<Reason>)> {
+        self.now.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// The session's own end: orders come in, state and metrics go out. Leaves the registry on drop.
+pub struct SessionControl {
+    shared: Arc<Shared>,
+    order: watch::Receiver<Option<Order>>,
+    registry: Registry,
+}
+
+impl SessionControl {
+    pub fn id(&self) -> &SessionId {
+        &self.shared.id
+    }
+    /// The next order; never returns if none comes.
+    pub(super) async fn ordered(&mut self) -> Order {
+        // The sender lives in `shared`, which we hold: it cannot close.
+        if self.order.changed().await.is_ok()
+            && let Some(order) = self.order.borrow_and_update().clone()
+        {
+            return order;
+        }
+        std::future::pending().await
+    }
+    pub(super) fn report(&self, state: State, metrics: &Metrics) {
+        let mut now = self.shared.lock();
+        now.0 = state;
+        now.1.clone_from(metrics);
+    }
+    pub(super) fn ended(&self, reason: &Reason) {
+        self.shared.lock().2 = Some(reason.clone());
+    }
+}
+
+impl Drop for SessionControl {
+    fn drop(&mut self) {
+        let (metrics, reason) = {
+            let now = self.shared.lock();
+            (now.1.clone(), now.2.clone().unwrap_or(Reason::Abandoned))
+        };
+        let mut inner = self.registry.lock();
+        // Another session of the same name would be a different entry.
+        if inner.live.get(&self.shared.id).is_some_and(|s| Arc::ptr_eq(s, &self.shared)) {
+            inner.live.remove(&self.shared.id);
+        }
+        *inner.ended.entry(reason.label()).or_default() += 1;
+        inner.past.add(&metrics);
+        let left = inner.live.len();
+        drop(inner);
+        self.registry.alive.send_replace(left);
+    }
+}

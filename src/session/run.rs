@@ -1,0 +1,249 @@
+//! The only place where a conversation meets the world: sockets' events, the engine's lane, the clock, the log.
+
+use super::{
+    Config, Conversation, Effect, Encoder, Input, LinkEvent, LinkOut, Reason, SessionControl, SessionId, State,
+    registry::Order,
+};
+use crate::{
+    avatar::{AvatarError, OpenOptions},
+    engine::{EngineError, Lane, LaneEvent, Slot, TryPush},
+    media::{Geometry, Portrait},
+};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
+use tracing::Instrument;
+
+/// What a conversation is about.
+#[derive(Clone, Debug)]
+pub struct SessionSpec {
+    pub id: SessionId,
+    pub portrait: Portrait,
+    /// Name of the presenter, for the log.
+    pub presenter: String,
+    pub options: OpenOptions,
+    /// The engine's: `engine.geometry().clone()`.
+    pub geometry: Geometry,
+}
+
+/// How often metrics are told.
+const MEASURE: Duration = Duration::from_secs(1);
+
+/// Time for the closing message to leave.
+const LAST_WORDS: Duration = Duration::from_millis(150);
+
+/// The clock of the runtime, so that tests may stop it.
+fn clock() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// Runs one conversation to its end: opens the face, listens, plays, encodes, closes the link and logs the one exit
+/// line. Dropping the future ends it too: slot, encoder thread and registry entry go with it.
+pub async fn run(
+    spec: SessionSpec,
+    slot: Slot,
+    events: mpsc::Receiver<LinkEvent>,
+    out: Arc<dyn LinkOut>,
+    control: SessionControl,
+    config: Config,
+) -> Reason {
+    let span = tracing::info_span!("session", session = spec.id.short());
+    converse(spec, slot, events, out, control, config).instrument(span).await
+}
+
+async fn converse(
+    spec: SessionSpec,
+    slot: Slot,
+    mut events: mpsc::Receiver<LinkEvent>,
+    out: Arc<dyn LinkOut>,
+    mut control: SessionControl,
+    config: Config,
+) -> Reason {
+    let begun = clock();
+    let closer = CloseOnDrop(out.clone());
+    let mut conversation = match Conversation::new(&config, &spec.geometry, &spec.portrait, begun) {
+        Ok(conversation) => conversation,
+        Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
+    };
+    let encoder = match Encoder::start(spec.id.short(), out.clone()) {
+        Ok(encoder) => encoder,
+        Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
+    };
+    let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), spec.options.clone())));
+    let mut measured = begun;
+    let reason = loop {
+        let now = clock();
+        if now.saturating_duration_since(measured) >= MEASURE {
+            measured = now;
+            let report = encoder.report();
+            if let Some(why) = &report.failed {
+                conversation.order(Input::Close(Reason::CodecFailed(why.clone())), now);
+            }
+            conversation.measure(&report, encoder.replaced(), &out.stats(), now);
+            control.report(conversation.state(), conversation.metrics());
+        }
+        if let Err(error) = conversation.advance(out.stats().pacer_queue, now) {
+            conversation.order(Input::Close(Reason::CodecFailed(error.to_string())), now);
+        }
+        if let Face::Open(lane) = &face {
+            while let Some(speech) = conversation.next_speech() {
+                match lane.input.try_push(speech) {
+                    Ok(()) => {}
+                    Err(TryPush::Full(speech)) => {
+                        conversation.unread(speech);
+                        break;
+                    }
+                    // Its last word is in the output.
+                    Err(TryPush::Closed) => break,
+                }
+            }
+        }
+        if let Some(reason) = perform(&mut conversation, &encoder, &*out, &control) {
+            break reason;
+        }
+        let wake = conversation.deadline(now).min(measured + MEASURE);
+        tokio::select! {
+            biased;
+            order = control.ordered() => {
+                let input = match order {
+                    Order::Close(reason) => Input::Close(reason),
+                    Order::Drain(reason) => Input::Drain(reason),
+                };
+                conversation.order(input, clock());
+            }
+            event = events.recv() => {
+                let gone = || LinkEvent::Closed("the transport ended".into());
+                conversation.link(event.unwrap_or_else(gone), clock());
+                // What else came meanwhile; the queue is bounded.
+                while let Ok(event) = events.try_recv() {
+                    conversation.link(event, clock());
+                }
+            }
+            step = face.step() => step.apply(&mut face, &mut conversation),
+            () = tokio::time::sleep_until(wake.into()) => {}
+        }
+    };
+    // The last words: what was counted until now.
+    conversation.measure(&encoder.report(), encoder.replaced(), &out.stats(), clock());
+    control.report(State::Closed, conversation.metrics());
+    drop(face);
+    drop(encoder);
+    if !matches!(reason, Reason::PeerLeft(_)) {
+        // The page is to read why before the link goes; the slot is free already.
+        tokio::time::sleep(LAST_WORDS).await;
+    }
+    drop(closer);
+    finish(&spec, &control, begun, Some(&conversation), reason)
+}
+
+/// Does what was decided; the reason when it is over.
+fn perform(
+    conversation: &mut Conversation,
+    encoder: &Encoder,
+    out: &dyn LinkOut,
+    control: &SessionControl,
+) -> Option<Reason> {
+    while let Some(effect) = conversation.effect() {
+        match effect {
+            Effect::Voice(audio, wall) => out.audio(audio, wall),
+            Effect::Keyframe => encoder.want_keyframe(),
+            Effect::Show(job) => encoder.put(job),
+            Effect::Message(text) => out.message(text),
+            Effect::Entered(state) => {
+                tracing::debug!(state = state.label(), "entered");
+                control.report(state, conversation.metrics());
+            }
+            Effect::Close(reason) => return Some(reason),
+        }
+    }
+    None
+}
+
+/// The one exit line.
+fn finish(
+    spec: &SessionSpec,
+    control: &SessionControl,
+    begun: Instant,
+    conversation: Option<&Conversation>,
+    reason: Reason,
+) -> Reason {
+    control.ended(&reason);
+    let m = conversation.map(|c| c.metrics().clone()).unwrap_or_default();
+    let duration_s = (clock().saturating_duration_since(begun).as_secs_f64() * 10.0).round() / 10.0;
+    tracing::info!(
+        reason = reason.label(),
+        detail = reason.detail(),
+        presenter = spec.presenter,
+        duration_s,
+        blocks = m.blocks,
+        blocks_skipped = m.blocks_skipped,
+        worst_lag_ms = m.worst_lag_ms.round(),
+        frames_sent = m.frames_sent,
+        frames_held = m.frames_held,
+        frames_skipped = m.frames_skipped,
+        lost_in = m.lost_in,
+        lost_out = m.lost_out,
+        "session ended"
+    );
+    reason
+}
+
+/// Ends the link however the conversation ends.
+struct CloseOnDrop(Arc<dyn LinkOut>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+type Opening = Pin<Box<dyn Future<Output = Result<Lane, EngineError>> + Send>>;
+
+/// The engine's side of a conversation.
+enum Face {
+    Opening(Opening),
+    Open(Lane),
+    Over,
+}
+
+enum Step {
+    Opened(Result<Lane, EngineError>),
+    Said(Option<LaneEvent>),
+}
+
+impl Face {
+    async fn step(&mut self) -> Step {
+        match self {
+            Face::Opening(opening) => Step::Opened(opening.await),
+            Face::Open(lane) => Step::Said(lane.output.recv().await),
+            Face::Over => std::future::pending().await,
+        }
+    }
+}
+
+impl Step {
+    fn apply(self, face: &mut Face, conversation: &mut Conversation) {
+        let now = clock();
+        let failed = match self {
+            Step::Opened(Ok(lane)) => {
+                *face = Face::Open(lane);
+                match conversation.opened(now) {
+                    Ok(()) => return,
+                    Err(error) => Reason::CodecFailed(error.to_string()),
+                }
+            }
+            Step::Opened(Err(EngineError::Open(AvatarError::Portrait(why)))) => Reason::PortraitRefused(why),
+            Step::Opened(Err(error)) => Reason::EngineFailed(error.to_string()),
+            Step::Said(Some(LaneEvent::Block(block))) => return conversation.block(block, now),
+            Step::Said(Some(LaneEvent::Failed(why))) => Reason::EngineFailed(why),
+            Step::Said(Some(LaneEvent::Finished)) => Reason::EngineFailed("it ended the stream by itself".into()),
+            Step::Said(None) => Reason::EngineFailed("it was stopped".into()),
+        };
+        *face = Face::Over;
+        conversation.order(Input::Close(failed), now);
+    }
+}
