@@ -447,7 +447,9 @@ impl Ingest {
 
     fn append(&mut self, samples: &[f32]) -> Result<(), CodecError> {
         self.activity.hear(samples);
-        let voice = self.drift.push(samples)?;
+        let mut voice = self.drift.push(samples)?;
+        // The filter may overshoot a sound that fills the range.
+        voice.iter_mut().for_each(|s| *s = s.clamp(-1.0, 1.0));
         self.speech.extend(self.down.push(&voice)?);
         self.made += voice.len() as u64;
         self.voice.extend(voice);

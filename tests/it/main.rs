@@ -5,4 +5,5 @@ mod codec;
 mod net;
 mod peer;
 mod files;
+mod session;
 mod tidy;
