@@ -11,6 +11,7 @@
 
 mod clock;
 mod config;
+mod congestion;
 mod error;
 mod events;
 mod out;

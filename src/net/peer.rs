@@ -3,6 +3,7 @@
 use super::{
     Config, NetError,
     clock::{MediaClock, RtpClock},
+    congestion::Limits,
     error::short,
     events::Events,
     out::{self, Out},
@@ -87,12 +88,18 @@ pub(super) async fn open(
         stats: Default::default(),
         connected: AtomicBool::new(false),
         closed: AtomicBool::new(false),
+        lost_out: Default::default(),
         lost_in: Default::default(),
         padding_in: Default::default(),
         target: config.start_bitrate.into(),
         audio: (random() | 1, RtpClock { rate: 48_000, offset: random() }),
         video: (random() & !1, RtpClock { rate: 90_000, offset: random() }),
         video_rtx: random(),
+        limits: Limits {
+            start: config.start_bitrate.into(),
+            min: config.min_bitrate.into(),
+            max: config.max_bitrate.into(),
+        },
     });
     let (gathered_tx, mut gathered) = watch::channel(false);
     let (end_tx, end_rx) = mpsc::channel(1);
@@ -274,8 +281,7 @@ async fn build(
         .map_err(NetError::stack)?
         .with(Slot::NackGenerator, NackGeneratorBuilder::new().build())
         .with(Slot::ReceiverReport, ReceiverReportBuilder::new().build())
-        .with(Slot::NackResponder, rtc::interceptor::NackResponderBuilder::new().build())
-        .with(Slot::Pacer, Traffic::new(shared));
+        .with(Slot::Pacer, Traffic::new(Instant::now(), shared, rand::rng().random()));
     let settings = SettingEngineBuilder::new()
         .with_include_loopback_candidate(config.bind.iter().any(|ip| ip.is_loopback()))
         .with_multicast_dns_mode(MulticastDnsMode::Disabled)

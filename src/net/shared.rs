@@ -2,6 +2,7 @@
 
 use super::{
     clock::{MediaClock, RtpClock},
+    congestion::Limits,
     events::Events,
 };
 use crate::session::{LinkEvent, LinkStats};
@@ -21,12 +22,15 @@ pub(super) struct Shared {
     pub(super) stats: Mutex<LinkStats>,
     pub(super) connected: AtomicBool,
     pub(super) closed: AtomicBool,
+    /// As the peer reported, voice and video.
+    pub(super) lost_out: [AtomicU64; 2],
     pub(super) lost_in: AtomicU64,
     pub(super) padding_in: AtomicU64,
     pub(super) target: AtomicU32,
     pub(super) audio: (u32, RtpClock),
     pub(super) video: (u32, RtpClock),
     pub(super) video_rtx: u32,
+    pub(super) limits: Limits,
 }
 
 /// A lock that survives a panic elsewhere: all we guard is plain numbers.
@@ -37,6 +41,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(super) fn stats(&self) -> LinkStats {
         LinkStats {
+            lost_out: self.lost_out.iter().map(|l| l.load(Relaxed)).sum(),
             lost_in: self.lost_in.load(Relaxed),
             padding_in: self.padding_in.load(Relaxed),
             target_bitrate: self.target.load(Relaxed),
