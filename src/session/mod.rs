@@ -16,7 +16,7 @@ mod registry;
 mod run;
 
 pub use conversation::{Conversation, Effect};
-pub use encoder::{Encoder, Job, Picture};
+pub use encoder::{Encoder, EncoderReport, Job, Picture};
 pub use ingest::{Ingest, IngestStats};
 pub use ladder::{Ladder, Rung};
 pub use link::{EncodedAudio, EncodedVideo, LinkEvent, LinkOut, LinkStats, SpeechPacket};
@@ -74,7 +74,7 @@ impl Default for Config {
             reorder_max_ms: 60,
             voice_bitrate: 32_000,
             voice_loss_percent: 5,
-            video_min_bitrate: 60_000,
+            video_min_bitrate: 30_000,
             video_max_bitrate: 0,
             playout_margin_ms: 10,
             playout_max_ms: 2000,

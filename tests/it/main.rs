@@ -6,4 +6,5 @@ mod net;
 mod peer;
 mod files;
 mod session;
+mod session_loop;
 mod tidy;
