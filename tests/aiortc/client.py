@@ -1,0 +1,123 @@
+"""An independent WebRTC client: speaks to a running Loquent and checks what comes back.
+
+    python tests/aiortc/client.py http://127.0.0.1:8080 [seconds] [presenter]
+
+Posts an offer (microphone both ways, video to us), sends a voice, counts decoded pictures and the returned voice,
+deletes the session, and ends with `N passed, N failed`.
+"""
+
+import asyncio
+import fractions
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import aioice.ice
+import av
+import numpy as np
+from aiortc import RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
+
+RATE, PACKET = 48_000, 960
+
+
+class Voice(MediaStreamTrack):
+    """Voiced bursts: a second of 140 Hz and its harmonics, half a second of silence."""
+
+    kind = "audio"
+
+    def __init__(self):
+        super().__init__()
+        self.sample, self.began = 0, None
+
+    async def recv(self):
+        self.began = self.began or time.monotonic()
+        await asyncio.sleep(max(0, self.began + self.sample / RATE - time.monotonic()))
+        t = (self.sample + np.arange(PACKET)) / RATE
+        s = sum(np.sin(2 * np.pi * 140 * h * t) / h for h in range(1, 9)) * 0.2 * (t % 1.5 < 1.0)
+        frame = av.AudioFrame.from_ndarray((s * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = RATE, self.sample, fractions.Fraction(1, RATE)
+        self.sample += PACKET
+        return frame
+
+
+async def watch(track, seen):
+    try:
+        while True:
+            frame = await track.recv()
+            if track.kind == "video":
+                grey = frame.to_ndarray(format="gray")
+                seen["pictures"].append((time.monotonic(), frame.pts, grey.shape, float(grey.std())))
+                seen["last"] = grey
+            else:
+                samples = frame.to_ndarray().astype(np.float64).ravel() / 32768
+                seen["voice"].append((time.monotonic(), float(np.sqrt((samples**2).mean())), frame.samples / frame.sample_rate))
+    except MediaStreamError:
+        pass
+
+
+def request(url, method, body=None, kind=None):
+    asked = urllib.request.Request(url, data=body, method=method, headers={"content-type": kind} if kind else {})
+    with urllib.request.urlopen(asked, timeout=10) as answer:
+        return answer.status, answer.headers, answer.read().decode()
+
+
+async def main(base, seconds, presenter):
+    # Loopback is left out of the addresses by default; here it is the only one that is meant.
+    aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: ["127.0.0.1"]
+    seen = {"pictures": [], "voice": []}
+    peer = RTCPeerConnection()
+    tasks = []
+    peer.on("track", lambda track: tasks.append(asyncio.ensure_future(watch(track, seen))))
+    peer.addTransceiver(Voice(), direction="sendrecv")
+    peer.addTransceiver("video", direction="recvonly")
+    peer.createDataChannel("loquent").on("message", lambda text: seen.setdefault("messages", []).append(text))
+    await peer.setLocalDescription(await peer.createOffer())
+    query = f"?presenter={presenter}" if presenter else ""
+    began = time.monotonic()
+    status, headers, answer = await asyncio.to_thread(
+        request, f"{base}/v1/live{query}", "POST", peer.localDescription.sdp.encode(), "application/sdp"
+    )
+    location = headers["location"]
+    await peer.setRemoteDescription(RTCSessionDescription(answer, "answer"))
+    await asyncio.sleep(seconds)
+    gone, _, _ = await asyncio.to_thread(request, base + location if location.startswith("/") else location, "DELETE")
+    await asyncio.sleep(0.2)
+    await peer.close()
+    for task in tasks:
+        task.cancel()
+
+    failed = passed = 0
+
+    def check(what, value, limit, held):
+        nonlocal failed, passed
+        passed, failed = passed + bool(held), failed + (not held)
+        print(f"{'  ok  ' if held else 'FAILED'}  {what}: {value}   ({limit})")
+
+    pictures, voice = seen["pictures"], seen["voice"]
+    check("answer", status, "201", status == 201)
+    check("farewell", gone, "200", gone == 200)
+    if pictures:
+        first = pictures[0][0] - began
+        check("first picture", f"{first:.2f} s", "within 5 s", first < 5)
+        steady = [p for p in pictures if p[0] > pictures[0][0] + 1]
+        rate = len(steady) / max(0.1, steady[-1][0] - steady[0][0]) if len(steady) > 1 else 0
+        check("decoded pictures", f"{len(pictures)}, {rate:.1f} a second", "at least 23 a second", rate >= 23)
+        height, width = pictures[-1][2]
+        check("size", f"{width}×{height}", "at least 256×256", min(width, height) >= 256)
+        check("contrast", f"{pictures[-1][3]:.1f}", "not one grey", pictures[-1][3] > 5)
+    else:
+        check("decoded pictures", 0, "some", False)
+    loud = [v for v in voice if v[1] > 0.02]
+    length = sum(v[2] for v in voice)
+    check("voice", f"{length:.1f} s, {len(loud)} of {len(voice)} frames loud", "at least a quarter loud", len(loud) > len(voice) / 4 > 10)
+    check("messages", len(seen.get("messages", [])), "some", len(seen.get("messages", [])) > 0)
+    print(f"\n{passed} passed, {failed} failed")
+    return failed
+
+
+if __name__ == "__main__":
+    where = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8080"
+    how_long = float(sys.argv[2]) if len(sys.argv) > 2 else 8.0
+    sys.exit(1 if asyncio.run(main(where.rstrip("/"), how_long, sys.argv[3] if len(sys.argv) > 3 else "")) else 0)
