@@ -1,1 +1,208 @@
-//! The speech-to-video transformer.
+//! The speech-to-video transformer: one implementation for Wan2.2-S2V-14B, LiveAvatar, the pocket model and the base
+//! family. Differences are values of [`Config`].
+//!
+//! # Streaming (LiveAvatar, pocket)
+//!
+//! ```text
+//! let dit = Dit::load(Config::parse(json)?, &weights.pp("dit"))?;          // weights, immutable, shared
+//! let schedule = Arc::new(dit.schedule(&sampler)?);                         // per list of σ, shared
+//! let mut state = dit.open(&Opening { reference: &latent, motion: None, text: None }, &schedule)?;   // one face
+//! loop {
+//!     let audio = dit.audio(&features)?;        // [layers, audio_dim, 4 · frames_per_block]
+//!     let latent = dit.generate(&mut state, &audio, noise, None, &[])?;     // [16, frames_per_block, h, w]
+//! }
+//! ```
+//!
+//! [`StreamState`] owns everything one face remembers; dropping it is the reset. [`Dit::forward`] does one denoising
+//! step for callers that spread steps over devices. Source: MODEL.md §6, §9.1 and §9.2 of the specification, after
+//! `causal_model_s2v.py` of LiveAvatar and `model_s2v.py` of Wan2.2.
+
+mod audio;
+mod base;
+mod block;
+mod clip;
+mod config;
+mod motion;
+mod stream;
+mod time;
+mod trace;
+
+use candle_core::{DType, Tensor};
+
+pub use audio::{AudioEncoder, AudioTokens, BlockAudio, Injector, InjectorAudio};
+pub use block::{Attention, Block, Head, KeysValues};
+pub use clip::ClipInputs;
+pub use config::{Cond, Conditioning, Config, FramePack, Prediction};
+pub use motion::{DropMode, FramePacker};
+pub use stream::{Opening, Schedule, StreamState};
+pub use time::{BlockModulation, TimeEmbedding, Timing};
+pub use trace::Trace;
+
+use crate::model::{
+    At, Error, Result,
+    nn::{Activation, Linear, PatchEmbed},
+    weights::Weights,
+};
+
+/// Keys and values of the text in every block; made once per prompt.
+#[derive(Debug, Clone)]
+pub struct TextContext {
+    blocks: Vec<KeysValues>,
+    /// The embedded text `[text_len, dim]`.
+    pub embedded: Tensor,
+}
+
+/// The transformer's weights.
+#[derive(Debug)]
+pub struct Dit {
+    config: Config,
+    patch: PatchEmbed,
+    time: TimeEmbedding,
+    text: Option<(Linear, Linear)>,
+    blocks: Vec<Block>,
+    head: Head,
+    speech: Option<Speech>,
+    device: candle_core::Device,
+}
+
+/// What only the speech-to-video family has.
+#[derive(Debug)]
+struct Speech {
+    cond: PatchEmbed,
+    /// `[3, dim]`: noisy, reference, motion.
+    mask: Tensor,
+    packer: FramePacker,
+    audio: AudioEncoder,
+    injectors: Vec<Injector>,
+}
+
+impl Dit {
+    /// Reads the transformer below `weights` (official key names). The caller ends the load with
+    /// [`Weights::finish`], which reports what was missing.
+    pub fn load(config: Config, weights: &Weights) -> Result<Self> {
+        config.check()?;
+        let c = &config;
+        let f32s = weights.with_dtype(DType::F32);
+        let text = if c.text_len > 0 {
+            let first = weights.linear("text_embedding.0", c.text_dim, c.dim, true)?;
+            Some((first, weights.linear("text_embedding.2", c.dim, c.dim, true)?))
+        } else {
+            None
+        };
+        let speech = if c.speech() {
+            let injectors: Result<_> =
+                (0..c.audio_inject_layers.len()).map(|j| Injector::load(weights, c, j)).collect();
+            Some(Speech {
+                cond: PatchEmbed::load(weights, "cond_encoder", 16, c.dim, c.patch)?,
+                mask: f32s.get((3, c.dim), "trainable_cond_mask.weight")?,
+                packer: FramePacker::load(weights, c)?,
+                audio: AudioEncoder::load(weights, c)?,
+                injectors: injectors?,
+            })
+        } else {
+            None
+        };
+        let blocks: Result<_> = (0..c.num_layers).map(|i| Block::load(&weights.pp(format!("blocks.{i}")), c)).collect();
+        Ok(Self {
+            patch: PatchEmbed::load(weights, "patch_embedding", c.in_dim, c.dim, c.patch)?,
+            time: TimeEmbedding::load(weights, c)?,
+            text,
+            blocks: blocks?,
+            head: Head::load(weights, c)?,
+            speech,
+            device: weights.device().clone(),
+            config,
+        })
+    }
+
+    /// The configuration it was loaded with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// One of the blocks, for tests that look at it alone.
+    pub fn block(&self, i: usize) -> Option<&Block> {
+        self.blocks.get(i)
+    }
+
+    /// One of the injectors, for the same.
+    pub fn injector(&self, j: usize) -> Option<&Injector> {
+        self.speech.as_ref()?.injectors.get(j)
+    }
+
+    /// The packer of motion latents; absent in the base family.
+    pub fn packer(&self) -> Option<&FramePacker> {
+        Some(&self.speech.as_ref()?.packer)
+    }
+
+    /// The audio encoder; absent in the base family.
+    pub fn audio_encoder(&self) -> Option<&AudioEncoder> {
+        Some(&self.speech.as_ref()?.audio)
+    }
+
+    fn speech(&self) -> Result<&Speech> {
+        self.speech.as_ref().ok_or_else(|| Error::Config("this transformer has no speech parts".into()))
+    }
+
+    /// Text states `[tokens, text_dim]` (at most `text_len`) → keys and values of every block. Rows of zeros fill up
+    /// to `text_len` before the embedding, which makes them non-zero tokens that are attended to.
+    pub fn text(&self, states: &Tensor) -> Result<TextContext> {
+        let (first, second) =
+            self.text.as_ref().ok_or_else(|| Error::Config("this transformer takes no text".into()))?;
+        let (n, width) = states.dims2()?;
+        if n > self.config.text_len || width != self.config.text_dim {
+            return Err(Error::Input(format!(
+                "text states are [{n}, {width}], expected at most [{}, {}]",
+                self.config.text_len, self.config.text_dim
+            )));
+        }
+        let zeros = Tensor::zeros((self.config.text_len - n, width), states.dtype(), states.device())?;
+        let padded = Tensor::cat(&[states, &zeros], 0)?;
+        let embedded = second.forward(&first.forward_with(&padded, Activation::GeluTanh)?)?;
+        self.embedded_text(embedded)
+    }
+
+    /// The same from text that is already embedded, `[tokens, dim]`.
+    pub fn embedded_text(&self, embedded: Tensor) -> Result<TextContext> {
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            blocks.extend(block.text(&embedded).at(|| format!("text of block {i}"))?);
+        }
+        Ok(TextContext { blocks, embedded })
+    }
+
+    /// Modulations for a list of timesteps, one per run of tokens; the head sees the first `head` of them.
+    pub fn timing(&self, timesteps: &[f32], head: usize) -> Result<Timing> {
+        let (e, e0) = self.time.forward(timesteps)?;
+        let blocks: Result<Vec<_>> = self.blocks.iter().map(|b| b.modulation(&e0)).collect();
+        Ok(Timing { blocks: blocks?, head: self.head.modulation(&e.narrow(0, 0, head)?)?, e0 })
+    }
+
+    /// Audio features `[layers, audio_dim, frames]` of one block or clip → what its injectors need. The features are
+    /// preceded by copies of their first frame as the configuration says, so that a block has no hidden past.
+    pub fn audio(&self, features: &Tensor) -> Result<BlockAudio> {
+        let [pad, drop] = self.config.motion_frames;
+        let tokens = self.speech()?.audio.forward(features, pad, drop).at(|| "audio tokens")?;
+        self.audio_from_tokens(tokens)
+    }
+
+    /// The same from audio tokens.
+    pub fn audio_from_tokens(&self, tokens: AudioTokens) -> Result<BlockAudio> {
+        let injectors: Result<_> = self.speech()?.injectors.iter().map(|j| j.prepare(&tokens)).collect();
+        Ok(BlockAudio { injectors: injectors.at(|| "audio keys")?, tokens })
+    }
+
+    fn injector_after(&self, block: usize) -> Option<usize> {
+        self.config.audio_inject_layers.iter().position(|l| *l == block)
+    }
+
+    /// Rows and columns of the patch grid of a latent.
+    fn grid(&self, latent: &Tensor) -> Result<(usize, usize)> {
+        let (_, _, h, w) = latent.dims4()?;
+        let [_, kh, kw] = self.config.patch;
+        if h % kh != 0 || w % kw != 0 || h == 0 || w == 0 {
+            return Err(Error::Input(format!("a latent of {h}×{w} cannot be cut into patches of {kh}×{kw}")));
+        }
+        Ok((h / kh, w / kw))
+    }
+}

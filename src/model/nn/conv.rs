@@ -54,13 +54,22 @@ impl CausalConv1d {
         Ok(Self { linear: Linear::new(weight, Some(at.get(out, "bias")?))?, stride })
     }
 
-    /// `[T, channels]` → `[ceil(T / stride), out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (t, c) = x.dims2()?;
-        let first = x.narrow(0, 0, 1)?;
-        let x = Tensor::cat(&[&first, &first, x], 0)?;
-        let rows: candle_core::Result<Vec<Tensor>> =
-            (0..t).step_by(self.stride).map(|i| x.narrow(0, i, 3)?.reshape((1, 3 * c))).collect();
-        self.linear.forward(&Tensor::cat(&rows?, 0)?)
+    /// `sequences` sequences one below the other, `[sequences · T, channels]` → `[sequences · ceil(T / stride), out]`.
+    pub fn forward(&self, x: &Tensor, sequences: usize) -> Result<Tensor> {
+        let (rows, c) = x.dims2()?;
+        if sequences == 0 || rows == 0 || rows % sequences != 0 {
+            return Err(Error::Input(format!("{rows} samples are not {sequences} sequences")));
+        }
+        let t = rows / sequences;
+        let mut windows = Vec::with_capacity(sequences * t.div_ceil(self.stride));
+        for s in 0..sequences {
+            let x = x.narrow(0, s * t, t)?;
+            let first = x.narrow(0, 0, 1)?;
+            let x = Tensor::cat(&[&first, &first, &x], 0)?;
+            for i in (0..t).step_by(self.stride) {
+                windows.push(x.narrow(0, i, 3)?.reshape((1, 3 * c))?);
+            }
+        }
+        self.linear.forward(&Tensor::cat(&windows, 0)?)
     }
 }

@@ -56,6 +56,11 @@ impl Linear {
         self.weight.dims()[1]
     }
 
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.weight.device()
+    }
+
     /// `[n, in]` → `[n, out]`, in the element type of the weights.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, Activation::None)

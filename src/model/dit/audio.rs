@@ -1,0 +1,195 @@
+//! Audio tokens (`casual_audio_encoder`, the checkpoint's spelling) and their injection into the picture's tokens.
+
+use candle_core::{DType, Tensor};
+
+use super::Config;
+use crate::model::{
+    Error, Result,
+    nn::{
+        CausalConv1d, Linear, attention,
+        norm::{self, Affine},
+    },
+    weights::Weights,
+};
+
+/// Features of layers → tokens per latent frame.
+#[derive(Debug)]
+pub struct AudioEncoder {
+    /// `[1, layers]`, sums to one.
+    mix: Tensor,
+    local: CausalConv1d,
+    global: CausalConv1d,
+    second: CausalConv1d,
+    third: CausalConv1d,
+    last: Linear,
+    /// `[1, dim]`.
+    padding_token: Tensor,
+    dim: usize,
+    tokens: usize,
+    audio_dim: usize,
+    plain: [Affine; 3],
+}
+
+/// What the picture listens to, one entry per latent frame.
+#[derive(Debug, Clone)]
+pub struct AudioTokens {
+    /// `[frames · (tokens + 1), dim]`.
+    pub local: Tensor,
+    /// `[frames, dim]`.
+    pub global: Tensor,
+    /// Latent frames.
+    pub frames: usize,
+}
+
+impl AudioEncoder {
+    /// Official key names below `casual_audio_encoder`.
+    pub fn load(weights: &Weights, c: &Config) -> Result<Self> {
+        let root = weights.pp("casual_audio_encoder").with_dtype(DType::F32);
+        let layers = root.shape("weights").and_then(|s| s.get(1).copied()).unwrap_or(25);
+        let mix = root.get((1, layers, 1, 1), "weights")?.reshape((1, layers))?.silu()?;
+        let mix = mix.broadcast_div(&mix.sum_keepdim(1)?)?;
+        let e = root.pp("encoder");
+        let d = c.dim;
+        let unit = |n: usize| -> Result<Affine> {
+            let device = weights.device();
+            Ok(Affine {
+                scale: Tensor::ones((1, n), DType::F32, device)?,
+                shift: Tensor::zeros((1, n), DType::F32, device)?,
+            })
+        };
+        let quarter = d / 4;
+        Ok(Self {
+            mix,
+            local: CausalConv1d::load(&e, "conv1_local.conv", c.audio_dim, quarter * c.num_audio_token, 1)?,
+            global: CausalConv1d::load(&e, "conv1_global.conv", c.audio_dim, quarter, 1)?,
+            second: CausalConv1d::load(&e, "conv2.conv", quarter, d / 2, 2)?,
+            third: CausalConv1d::load(&e, "conv3.conv", d / 2, d, 2)?,
+            last: e.linear("final_linear", d, d, true)?,
+            padding_token: e.get((1, 1, 1, d), "padding_tokens")?.reshape((1, d))?,
+            dim: d,
+            tokens: c.num_audio_token,
+            audio_dim: c.audio_dim,
+            plain: [unit(quarter)?, unit(d / 2)?, unit(d)?],
+        })
+    }
+
+    /// `features` `[layers, audio_dim, frames]`, with `pad` copies of its first frame put in front; the first `drop`
+    /// results are left out.
+    pub fn forward(&self, features: &Tensor, pad: usize, drop: usize) -> Result<AudioTokens> {
+        let (layers, width, frames) = features.dims3()?;
+        if layers != self.mix.dim(1)? || width != self.audio_dim || frames == 0 {
+            return Err(Error::Input(format!(
+                "audio features are [{layers}, {width}, {frames}], expected [{}, {}, at least 1]",
+                self.mix.dim(1)?,
+                self.audio_dim
+            )));
+        }
+        let x = features.to_dtype(DType::F32)?.contiguous()?.reshape((layers, width * frames))?;
+        let x = self.mix.matmul(&x)?.reshape((width, frames))?.t()?.contiguous()?;
+        let x = if pad == 0 {
+            x
+        } else {
+            Tensor::cat(&[&x.narrow(0, 0, 1)?.broadcast_as((pad, width))?.contiguous()?, &x], 0)?
+        };
+        let quarter = self.dim / 4;
+        // The four local groups and the global one are five sequences through the same two layers.
+        let local = self.local.forward(&x, 1)?;
+        let mut parts: Vec<Tensor> = Vec::with_capacity(self.tokens + 1);
+        for j in 0..self.tokens {
+            parts.push(local.narrow(1, j * quarter, quarter)?.contiguous()?);
+        }
+        parts.push(self.global.forward(&x, 1)?);
+        let sequences = parts.len();
+        let mut x = self.act(&Tensor::cat(&parts, 0)?, 0)?;
+        x = self.act(&self.second.forward(&x, sequences)?, 1)?;
+        x = self.act(&self.third.forward(&x, sequences)?, 2)?;
+        let out = x.dim(0)? / sequences;
+        if out <= drop {
+            return Err(Error::Input(format!("{frames} audio frames give {out} tokens, of which {drop} are dropped")));
+        }
+        let kept = out - drop;
+        let x = x.reshape((sequences, out, self.dim))?.narrow(1, drop, kept)?;
+        let global = self.last.forward(&x.get(self.tokens)?.contiguous()?)?;
+        let local = x.narrow(0, 0, self.tokens)?.transpose(0, 1)?.contiguous()?;
+        let padding = self.padding_token.broadcast_as((kept, 1, self.dim))?.contiguous()?;
+        let local = Tensor::cat(&[&local, &padding], 1)?.reshape((kept * (self.tokens + 1), self.dim))?;
+        Ok(AudioTokens { local, global, frames: kept })
+    }
+
+    fn act(&self, x: &Tensor, stage: usize) -> Result<Tensor> {
+        Ok(norm::layer_norm(x, &self.plain[stage], &[x.dim(0)?], 1e-6)?.silu()?)
+    }
+}
+
+/// Attention of the picture's tokens to the audio tokens of their frame.
+#[derive(Debug)]
+pub struct Injector {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    adain: Linear,
+    heads: usize,
+    eps: f64,
+}
+
+/// What one injector makes of a block's audio, once for all denoising steps.
+#[derive(Debug, Clone)]
+pub struct InjectorAudio {
+    affine: Affine,
+    k: Tensor,
+    v: Tensor,
+}
+
+/// Audio of one block of latent frames, ready for every injector.
+#[derive(Debug, Clone)]
+pub struct BlockAudio {
+    /// One per injector.
+    pub injectors: Vec<InjectorAudio>,
+    /// The tokens it was made of.
+    pub tokens: AudioTokens,
+}
+
+impl Injector {
+    /// Injector `j`, official key names below `audio_injector`.
+    pub fn load(weights: &Weights, c: &Config, j: usize) -> Result<Self> {
+        let root = weights.pp("audio_injector");
+        let at = root.pp(format!("injector.{j}"));
+        let d = c.dim;
+        Ok(Self {
+            q: at.linear("q", d, d, true)?,
+            k: at.linear("k", d, d, true)?,
+            v: at.linear("v", d, d, true)?,
+            o: at.linear("o", d, d, true)?,
+            norm_q: at.get(d, "norm_q.weight")?,
+            norm_k: at.get(d, "norm_k.weight")?,
+            adain: root.linear(&format!("injector_adain_layers.{j}.linear"), d, 2 * d, true)?,
+            heads: c.num_heads,
+            eps: c.eps,
+        })
+    }
+
+    /// Shift and scale from the global vector, keys and values from the local tokens.
+    pub fn prepare(&self, audio: &AudioTokens) -> Result<InjectorAudio> {
+        let m = self.adain.forward(&audio.global.silu()?)?.to_dtype(DType::F32)?;
+        let d = m.dim(1)? / 2;
+        let affine =
+            Affine { scale: (m.narrow(1, d, d)? + 1.0)?.contiguous()?, shift: m.narrow(1, 0, d)?.contiguous()? };
+        let k = norm::rms_norm(&self.k.forward(&audio.local)?, &self.norm_k, self.eps)?;
+        Ok(InjectorAudio { affine, k, v: self.v.forward(&audio.local)? })
+    }
+
+    /// `x` `[frames · n, dim]` → `x` plus what it heard. The LayerNorm's eps is 1e-5 here, unlike everywhere else.
+    pub fn forward(&self, x: &Tensor, audio: &InjectorAudio, frames: usize) -> Result<Tensor> {
+        let rows = x.dim(0)?;
+        if frames == 0 || rows % frames != 0 {
+            return Err(Error::Input(format!("{rows} tokens cannot belong to {frames} frames of audio")));
+        }
+        let y = norm::layer_norm(x, &audio.affine, &vec![rows / frames; frames], 1e-5)?;
+        let q = norm::rms_norm(&self.q.forward(&y)?, &self.norm_q, self.eps)?;
+        let y = self.o.forward(&attention(&q, &audio.k, &audio.v, self.heads, frames)?)?;
+        Ok((x + y.to_dtype(x.dtype())?)?)
+    }
+}

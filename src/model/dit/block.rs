@@ -1,0 +1,220 @@
+//! One transformer block, the text's side of it, and the head.
+
+use candle_core::{DType, Tensor};
+
+use super::{BlockModulation, Config, trace::Trace};
+use crate::model::{
+    Error, Result,
+    nn::{
+        Activation, Linear, Rope, attention,
+        norm::{self, Affine},
+    },
+    weights::Weights,
+};
+
+/// Projections and norms of one attention.
+#[derive(Debug)]
+pub struct Attention {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    heads: usize,
+    eps: f64,
+}
+
+/// Keys of a sequence before their rotation, and values.
+#[derive(Debug, Clone)]
+pub struct KeysValues {
+    /// `[tokens, dim]`, after the RMS norm.
+    pub k: Tensor,
+    /// `[tokens, dim]`.
+    pub v: Tensor,
+}
+
+impl Attention {
+    /// Official key names.
+    pub fn load(weights: &Weights, c: &Config) -> Result<Self> {
+        let d = c.dim;
+        Ok(Self {
+            q: weights.linear("q", d, d, true)?,
+            k: weights.linear("k", d, d, true)?,
+            v: weights.linear("v", d, d, true)?,
+            o: weights.linear("o", d, d, true)?,
+            norm_q: weights.get(d, "norm_q.weight")?,
+            norm_k: weights.get(d, "norm_k.weight")?,
+            heads: c.num_heads,
+            eps: c.eps,
+        })
+    }
+
+    /// Queries, normed and rotated.
+    pub fn queries(&self, y: &Tensor, rope: &Rope) -> Result<Tensor> {
+        norm::rms_norm_rotate(&self.q.forward(y)?, &self.norm_q, self.eps, rope)
+    }
+
+    /// Keys normed and rotated.
+    pub fn rotated_keys(&self, y: &Tensor, rope: &Rope) -> Result<Tensor> {
+        norm::rms_norm_rotate(&self.k.forward(y)?, &self.norm_k, self.eps, rope)
+    }
+
+    /// Values.
+    pub fn values(&self, y: &Tensor) -> Result<Tensor> {
+        self.v.forward(y)
+    }
+
+    /// Keys normed but not rotated, and values.
+    pub fn keys_values(&self, y: &Tensor) -> Result<KeysValues> {
+        Ok(KeysValues { k: norm::rms_norm(&self.k.forward(y)?, &self.norm_k, self.eps)?, v: self.v.forward(y)? })
+    }
+
+    /// Attention of ready queries over ready keys, and the output projection.
+    pub fn finish(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        self.o.forward(&attention(q, k, v, self.heads, 1)?)
+    }
+
+    fn across(&self, y: &Tensor, text: &KeysValues) -> Result<Tensor> {
+        let q = norm::rms_norm(&self.q.forward(y)?, &self.norm_q, self.eps)?;
+        self.finish(&q, &text.k, &text.v)
+    }
+}
+
+/// A block: self-attention, text attention where there is text, feed-forward.
+#[derive(Debug)]
+pub struct Block {
+    /// Self-attention.
+    pub own: Attention,
+    text: Option<(Affine, Attention)>,
+    first: Linear,
+    second: Linear,
+    modulation: Tensor,
+    eps: f64,
+}
+
+impl Block {
+    /// Block at `weights` (`blocks.i`).
+    pub fn load(weights: &Weights, c: &Config) -> Result<Self> {
+        let text = if c.text_len > 0 {
+            let norm = weights.pp("norm3").with_dtype(DType::F32);
+            let row = |name| -> Result<Tensor> { Ok(norm.get(c.dim, name)?.reshape((1, c.dim))?) };
+            Some((
+                Affine { scale: row("weight")?, shift: row("bias")? },
+                Attention::load(&weights.pp("cross_attn"), c)?,
+            ))
+        } else {
+            None
+        };
+        Ok(Self {
+            own: Attention::load(&weights.pp("self_attn"), c)?,
+            text,
+            first: weights.linear("ffn.0", c.dim, c.ffn_dim, true)?,
+            second: weights.linear("ffn.2", c.ffn_dim, c.dim, true)?,
+            modulation: weights.with_dtype(DType::F32).get((1, 6, c.dim), "modulation")?.reshape((6, c.dim))?,
+            eps: c.eps,
+        })
+    }
+
+    /// The block's modulation for `e0` `[runs, 6, dim]`.
+    pub fn modulation(&self, e0: &Tensor) -> Result<BlockModulation> {
+        BlockModulation::new(&self.modulation, e0)
+    }
+
+    /// The text's keys and values for this block, from embedded text `[tokens, dim]`; none where there is no text.
+    pub fn text(&self, embedded: &Tensor) -> Result<Option<KeysValues>> {
+        self.text.as_ref().map(|(_, a)| a.keys_values(embedded)).transpose()
+    }
+
+    /// `x` `[tokens, dim]` through the block. `attend` is given the modulated input and returns the self-attention's
+    /// result after its output projection: the three forms (whole sequence, prefill, ring) differ only there.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        m: &BlockModulation,
+        runs: &[usize],
+        text: Option<&KeysValues>,
+        trace: &mut Trace,
+        attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let y = attend(&self.own, &norm::layer_norm(x, &m.attention, runs, self.eps)?)?;
+        trace.see("self_attn", &y);
+        let mut x = norm::gated_add(x, &y, &m.attention_gate, runs)?;
+        match (&self.text, text) {
+            (Some((affine, attention)), Some(text)) => {
+                let y = norm::layer_norm(&x, affine, &[x.dim(0)?], self.eps)?;
+                trace.see("norm3", &y);
+                let y = attention.across(&y, text)?;
+                trace.see("cross_attn", &y);
+                x = (&x + y.to_dtype(x.dtype())?)?;
+            }
+            (Some(_), None) => return Err(Error::Input("this model needs a text; none was given".into())),
+            (None, _) => {}
+        }
+        let y = norm::layer_norm(&x, &m.feed_forward, runs, self.eps)?;
+        let y = self.second.forward(&self.first.forward_with(&y, Activation::GeluTanh)?)?;
+        trace.see("ffn", &y);
+        norm::gated_add(&x, &y, &m.feed_forward_gate, runs)
+    }
+}
+
+/// The last layer: tokens to patches of latents.
+#[derive(Debug)]
+pub struct Head {
+    head: Linear,
+    gate: Option<Linear>,
+    modulation: Tensor,
+    eps: f64,
+    patch: [usize; 3],
+    channels: usize,
+}
+
+impl Head {
+    /// Official key names below `head`, and `head.gate` where the configuration has one.
+    pub fn load(weights: &Weights, c: &Config) -> Result<Self> {
+        let at = weights.pp("head").with_dtype(DType::F32);
+        let boxes = c.patch.iter().product::<usize>();
+        Ok(Self {
+            head: at.linear("head", c.dim, boxes * c.out_dim, true)?,
+            gate: if c.reference_gate { Some(at.linear("gate", c.dim, c.out_dim, true)?) } else { None },
+            modulation: at.get((1, 2, c.dim), "modulation")?.reshape((2, c.dim))?,
+            eps: c.eps,
+            patch: c.patch,
+            channels: c.out_dim,
+        })
+    }
+
+    /// From `e` `[runs, dim]`.
+    pub fn modulation(&self, e: &Tensor) -> Result<Affine> {
+        let row = |i: usize| self.modulation.narrow(0, i, 1);
+        Ok(Affine { scale: (e.broadcast_add(&row(1)?)? + 1.0)?, shift: e.broadcast_add(&row(0)?)? })
+    }
+
+    /// `x` `[frames · gh · gw, dim]` → patches `[tokens, kh · kw · channels]`, channel fastest. `reference` is the
+    /// reference latent in the same form ([`Head::patches`]), for the gate.
+    pub fn forward(&self, x: &Tensor, affine: &Affine, runs: &[usize], reference: Option<&Tensor>) -> Result<Tensor> {
+        let y = norm::layer_norm(x, affine, runs, self.eps)?;
+        let out = self.head.forward(&y)?;
+        let (Some(gate), Some(reference)) = (&self.gate, reference) else { return Ok(out) };
+        let (tokens, width) = out.dims2()?;
+        let gate = gate.forward(&y)?.reshape((tokens, 1, self.channels))?;
+        let shape = (tokens, width / self.channels, self.channels);
+        let added = reference.reshape(shape)?.broadcast_mul(&gate)?;
+        Ok((out.reshape(shape)? + added)?.reshape((tokens, width))?)
+    }
+
+    /// Patches → latent `[channels, frames, h, w]`.
+    pub fn unpatch(&self, x: &Tensor, frames: usize, gh: usize, gw: usize) -> Result<Tensor> {
+        let ([_, kh, kw], c) = (self.patch, self.channels);
+        let x = x.reshape(vec![frames, gh, gw, kh, kw, c])?.permute(vec![5, 0, 1, 3, 2, 4])?;
+        Ok(x.contiguous()?.reshape((c, frames, gh * kh, gw * kw))?)
+    }
+
+    /// Latent `[channels, frames, h, w]` → patches, the inverse of [`Head::unpatch`].
+    pub fn patches(&self, x: &Tensor) -> Result<Tensor> {
+        let ([_, kh, kw], (c, frames, h, w)) = (self.patch, x.dims4()?);
+        let (gh, gw) = (h / kh, w / kw);
+        let x = x.reshape(vec![c, frames, gh, kh, gw, kw])?.permute(vec![1, 2, 4, 3, 5, 0])?;
+        Ok(x.contiguous()?.reshape((frames * gh * gw, kh * kw * c))?)
+    }
+}

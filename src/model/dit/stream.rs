@@ -1,0 +1,418 @@
+//! The causal, block-wise form: conditioning is prefilled once, then each block of latent frames attends to itself, to
+//! the last frames of its own denoising step and to the conditioning.
+//!
+//! Keys and values of one layer at one step live in one buffer `[conditioning | ring]` that is written in place:
+//! attention always sees one contiguous run of rows, and nothing is concatenated.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::{BlockAudio, Cond, Conditioning, Dit, DropMode, KeysValues, Prediction, TextContext, Timing, trace::Trace};
+use crate::model::{
+    At, Error, Result,
+    nn::rope::{Group, Rope, Rounding},
+    sampler::Euler,
+};
+
+/// Where the reference stands in time at the start.
+const REFERENCE_TIME: i64 = 30;
+
+/// A list of noise levels with everything that depends on them alone. Shared by all streams.
+#[derive(Debug)]
+pub struct Schedule {
+    /// The solver.
+    pub euler: Euler,
+    steps: Vec<Timing>,
+    zero: Timing,
+}
+
+impl Schedule {
+    /// Denoising steps per block.
+    pub fn steps(&self) -> usize {
+        self.steps.len()
+    }
+}
+
+/// What a stream starts from.
+pub struct Opening<'a> {
+    /// `[16, 1, h, w]`.
+    pub reference: &'a Tensor,
+    /// `[16, frames, h, w]`, oldest first; none = the reference repeated.
+    pub motion: Option<&'a Tensor>,
+    /// None where the model takes no text.
+    pub text: Option<Arc<TextContext>>,
+}
+
+#[derive(Debug)]
+struct Buffer {
+    k: Tensor,
+    v: Tensor,
+}
+
+/// One denoising step's memory.
+#[derive(Debug)]
+struct Ring {
+    layers: Vec<Buffer>,
+    /// Where the conditioning in the buffers was last rotated to; none = not written yet.
+    conditioning: Option<Vec<Group>>,
+}
+
+/// Everything one face remembers in the transformer.
+#[derive(Debug)]
+pub struct StreamState {
+    schedule: Arc<Schedule>,
+    text: Option<Arc<TextContext>>,
+    /// Latent frames generated so far = absolute time of the next block.
+    position: usize,
+    grid: (usize, usize),
+    conditioning: Vec<KeysValues>,
+    groups: Vec<Group>,
+    rings: Vec<Option<Ring>>,
+    /// `cond_encoder` plus the mask row of noisy tokens, for one block `[frames · n, dim]`.
+    base: Tensor,
+    /// The reference latent as patches, repeated for a block; only where the head has a gate.
+    reference: Option<Tensor>,
+}
+
+impl StreamState {
+    /// Absolute time of the next block in latent frames.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Denoising steps per block.
+    pub fn steps(&self) -> usize {
+        self.schedule.steps()
+    }
+
+    /// Goes to the next block; [`Dit::generate`] does this itself.
+    pub fn advance(&mut self, frames: usize) {
+        self.position += frames;
+    }
+
+    /// Bytes of keys and values held.
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        let conditioning: usize = self.conditioning.iter().map(|c| size(&c.k) + size(&c.v)).sum();
+        let rings = self.rings.iter().flatten().flat_map(|r| &r.layers);
+        conditioning + rings.map(|b| size(&b.k) + size(&b.v)).sum::<usize>()
+    }
+
+    /// Keys and values of the conditioning in a layer, before rotation (for tests).
+    pub fn conditioning(&self, layer: usize) -> Option<&KeysValues> {
+        self.conditioning.get(layer)
+    }
+
+    /// Ring of a step and layer, keys and values without the conditioning in front (for tests).
+    pub fn ring(&self, step: usize, layer: usize) -> Option<(Tensor, Tensor)> {
+        let b = self.rings.get(step)?.as_ref()?.layers.get(layer)?;
+        let rows = self.groups.iter().map(Group::tokens).sum::<usize>();
+        let part = |t: &Tensor| t.narrow(0, rows, t.dim(0).ok()?.checked_sub(rows)?).ok();
+        Some((part(&b.k)?, part(&b.v)?))
+    }
+}
+
+impl Dit {
+    /// Prepares a list of noise levels.
+    pub fn schedule(&self, euler: Euler) -> Result<Schedule> {
+        let steps: Result<_> = euler.timesteps().iter().map(|t| self.timing(&[*t], 1)).collect();
+        Ok(Schedule { steps: steps?, zero: self.timing(&[0.0], 1)?, euler })
+    }
+
+    /// The schedule the configuration lists for this many steps, else LiveAvatar's.
+    pub fn schedule_of(&self, steps: usize) -> Result<Schedule> {
+        let c = &self.config;
+        match c.sigmas.get(&steps.to_string()) {
+            Some(list) => self.schedule(Euler::from_sigmas(list)?),
+            None if c.sigmas.is_empty() => self.schedule(Euler::live_avatar(steps, 3.0)?),
+            None => Err(Error::Config(format!(
+                "this model has no schedule of {steps} steps; it has {:?}",
+                c.sigmas.keys().collect::<Vec<_>>()
+            ))),
+        }
+    }
+
+    /// Starts a stream: prefills the conditioning. Rings are made when a step first runs.
+    pub fn open(&self, opening: &Opening, schedule: &Arc<Schedule>) -> Result<StreamState> {
+        self.open_traced(opening, schedule, &mut Trace::off())
+    }
+
+    /// The same, with a window into the prefill.
+    pub fn open_traced(&self, opening: &Opening, schedule: &Arc<Schedule>, trace: &mut Trace) -> Result<StreamState> {
+        let grid = self.grid(opening.reference)?;
+        let mut state = StreamState {
+            schedule: schedule.clone(),
+            text: opening.text.clone(),
+            position: 0,
+            grid,
+            conditioning: Vec::new(),
+            groups: Vec::new(),
+            rings: (0..schedule.steps()).map(|_| None).collect(),
+            base: opening.reference.clone(),
+            reference: None,
+        };
+        self.prefill(&mut state, opening.reference, opening.motion, trace).at(|| "prefill")?;
+        Ok(state)
+    }
+
+    /// Replaces reference and motion of a running stream; the rings stay.
+    pub fn recondition(&self, state: &mut StreamState, reference: &Tensor, motion: Option<&Tensor>) -> Result<()> {
+        if self.grid(reference)? != state.grid {
+            return Err(Error::Input("a running stream cannot change its size".into()));
+        }
+        self.prefill(state, reference, motion, &mut Trace::off()).at(|| "prefill")
+    }
+
+    fn prefill(
+        &self,
+        state: &mut StreamState,
+        reference: &Tensor,
+        motion: Option<&Tensor>,
+        trace: &mut Trace,
+    ) -> Result<()> {
+        let speech = self.speech()?;
+        let c = &self.config;
+        if reference.dim(1)? != 1 {
+            return Err(Error::Input(format!("one reference frame is expected, not {}", reference.dim(1)?)));
+        }
+        let (gh, gw) = state.grid;
+        let repeated;
+        let motion = match motion {
+            Some(m) => m,
+            None => {
+                repeated = Tensor::cat(&vec![reference; super::motion::FRAMES], 1)?;
+                &repeated
+            }
+        };
+        if motion.dims()[2..] != reference.dims()[2..] {
+            return Err(Error::Input(format!(
+                "motion {:?} and reference {:?} differ in size",
+                motion.dims(),
+                reference.dims()
+            )));
+        }
+        let mask = |i: usize| speech.mask.narrow(0, i, 1);
+        let (packed, packed_groups) = speech.packer.forward(motion, 2, DropMode::Pad)?;
+        let own = self.patch.forward(reference)?.to_dtype(DType::F32)?;
+        let mut x = Tensor::cat(&[&own.broadcast_add(&mask(1)?)?, &packed.broadcast_add(&mask(2)?)?], 0)?;
+        let mut groups = vec![Group::frames(REFERENCE_TIME, 1, gh, gw)];
+        groups.extend(packed_groups);
+        let rope = self.stream_rope(&groups)?;
+        trace.see("rope_cos", &rope.cos()?);
+        trace.see("rope_sin", &rope.sin()?);
+        let runs = [x.dim(0)?];
+        let mut conditioning = Vec::with_capacity(self.blocks.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            let m = &state.schedule.zero.blocks[i];
+            let text = state.text.as_ref().and_then(|t| t.blocks.get(i));
+            trace.within(|| format!("blocks.{i}"));
+            x = block
+                .forward(&x, m, &runs, text, trace, |a, y| {
+                    let kv = a.keys_values(y)?;
+                    let out = a.finish(&a.queries(y, &rope)?, &rope.rotate(&kv.k)?, &kv.v)?;
+                    conditioning.push(kv);
+                    Ok(out)
+                })
+                .at(|| format!("block {i}"))?;
+            trace.outside();
+            trace.see(&format!("blocks.{i}"), &x);
+        }
+        // What a block of noisy tokens starts from, and what the gate adds, change with the reference only.
+        let frames = c.frames_per_block;
+        let cond = match c.cond {
+            Cond::Reference => reference.clone(),
+            Cond::Zeros => reference.zeros_like()?,
+        };
+        let base = speech.cond.forward(&cond)?.to_dtype(DType::F32)?.broadcast_add(&mask(0)?)?;
+        state.base = Tensor::cat(&vec![base; frames], 0)?;
+        if c.reference_gate {
+            state.reference = Some(Tensor::cat(&vec![self.head.patches(reference)?; frames], 0)?);
+        }
+        let moved = conditioning.first().map(|n| n.k.dim(0)).transpose()?
+            != state.conditioning.first().map(|o| o.k.dim(0)).transpose()?;
+        if moved {
+            state.rings.iter_mut().for_each(|r| *r = None);
+        }
+        for ring in state.rings.iter_mut().flatten() {
+            ring.conditioning = None;
+        }
+        state.conditioning = conditioning;
+        state.groups = groups;
+        Ok(())
+    }
+
+    fn stream_rope(&self, groups: &[Group]) -> Result<Rope> {
+        let rounding = if self.config.rope_half { Rounding::Half } else { Rounding::Exact };
+        Rope::new(groups, self.config.head(), rounding, &self.device)
+    }
+
+    /// Where the conditioning stands for a block at time `p`.
+    fn conditioning_groups(&self, state: &StreamState, p: i64, distance: usize) -> Vec<Group> {
+        match self.config.conditioning {
+            Conditioning::Following => {
+                let by = p - (self.config.kv_frames as i64 - 1);
+                state.groups.iter().map(|g| g.shifted(by)).collect()
+            }
+            Conditioning::Anchored => {
+                let by = (p - (REFERENCE_TIME - distance as i64)).max(0);
+                let mut groups = state.groups.clone();
+                groups[0] = Group::frames(REFERENCE_TIME + by, 1, state.grid.0, state.grid.1);
+                groups
+            }
+        }
+    }
+
+    /// One denoising step of the block at the stream's position.
+    ///
+    /// `x` is the noisy latent `[16, frames, h, w]`, `step` selects noise level and ring, `cond` replaces what the
+    /// configuration feeds to `cond_encoder`, `distance` is ρ, how far ahead of the block the reference stays (used
+    /// when anchored; 4 to 30 in training). Returns what the head predicts, `[16, frames, h, w]` f32.
+    pub fn forward(
+        &self,
+        state: &mut StreamState,
+        x: &Tensor,
+        step: usize,
+        audio: &BlockAudio,
+        cond: Option<&Tensor>,
+        distance: usize,
+        trace: &mut Trace,
+    ) -> Result<Tensor> {
+        let speech = self.speech()?;
+        let c = &self.config;
+        let (_, frames, _, _) = x.dims4()?;
+        if self.grid(x)? != state.grid || frames != c.frames_per_block || audio.tokens.frames != frames {
+            return Err(Error::Input(format!(
+                "a block of {:?} with audio of {} latent frames does not belong to this stream of {} frames a block",
+                x.dims(),
+                audio.tokens.frames,
+                c.frames_per_block
+            )));
+        }
+        let schedule = state.schedule.clone();
+        let timing = schedule
+            .steps
+            .get(step)
+            .ok_or_else(|| Error::Input(format!("step {step} of a schedule of {} steps", schedule.steps())))?;
+        let (gh, gw) = state.grid;
+        let n = gh * gw;
+        let rows: usize = state.groups.iter().map(Group::tokens).sum();
+        if state.rings[step].is_none() {
+            state.rings[step] = Some(self.ring(state, rows + c.kv_frames * n)?);
+        }
+
+        let base = match cond {
+            Some(cond) => {
+                let mask = speech.mask.narrow(0, 0, 1)?;
+                &speech.cond.forward(cond)?.to_dtype(DType::F32)?.broadcast_add(&mask)?
+            }
+            None => &state.base,
+        };
+        let mut y = (self.patch.forward(x)?.to_dtype(DType::F32)? + base)?;
+        let p = state.position as i64;
+        let rope = self.stream_rope(&[Group::frames(p, frames, gh, gw)])?;
+        trace.see("rope_cos", &rope.cos()?);
+        trace.see("rope_sin", &rope.sin()?);
+        trace.see("merged_audio_emb", &audio.tokens.local.reshape((frames, (), c.dim))?);
+        trace.see("audio_emb_global", &audio.tokens.global);
+
+        // Only conditioning that moved since this ring last ran is rotated again.
+        let groups = self.conditioning_groups(state, p, distance);
+        let written = state.rings[step].as_ref().and_then(|r| r.conditioning.as_deref());
+        let moved = Moved::between(written, &groups);
+        let turned = match &moved {
+            Some(m) => Some(self.stream_rope(&groups[m.groups.clone()])?),
+            None => None,
+        };
+        let start = state.position * n;
+        let size = c.kv_frames * n;
+        let at = rows + start % size;
+        let valid = rows + size.min(start + frames * n);
+        let runs = [frames * n];
+        let Some(ring) = state.rings[step].as_mut() else {
+            return Err(Error::Input("the stream has no ring".into()));
+        };
+        for (i, block) in self.blocks.iter().enumerate() {
+            let (buffer, kept) = (&ring.layers[i], &state.conditioning[i]);
+            let text = state.text.as_ref().and_then(|t| t.blocks.get(i));
+            trace.within(|| format!("blocks.{i}"));
+            y = block
+                .forward(&y, &timing.blocks[i], &runs, text, trace, |a, y| {
+                    let q = a.queries(y, &rope)?;
+                    buffer.k.slice_set(&a.rotated_keys(y, &rope)?, 0, at)?;
+                    buffer.v.slice_set(&a.values(y)?, 0, at)?;
+                    if let (Some(m), Some(turned)) = (&moved, &turned) {
+                        let part = kept.k.narrow(0, m.row, turned.tokens())?;
+                        buffer.k.slice_set(&turned.rotate(&part)?.contiguous()?, 0, m.row)?;
+                    }
+                    if ring.conditioning.is_none() {
+                        buffer.v.slice_set(&kept.v.contiguous()?, 0, 0)?;
+                    }
+                    a.finish(&q, &buffer.k.narrow(0, 0, valid)?, &buffer.v.narrow(0, 0, valid)?)
+                })
+                .at(|| format!("block {i}"))?;
+            trace.outside();
+            trace.see(&format!("blocks.{i}"), &y);
+            if let Some(j) = self.injector_after(i) {
+                y = speech.injectors[j]
+                    .forward(&y, &audio.injectors[j], frames)
+                    .at(|| format!("audio after block {i}"))?;
+                trace.see(&format!("after_inject.{i}"), &y);
+            }
+        }
+        ring.conditioning = Some(groups);
+        let patches = self.head.forward(&y, &timing.head, &runs, state.reference.as_ref()).at(|| "head")?;
+        trace.see("head", &patches);
+        self.head.unpatch(&patches, frames, gh, gw)
+    }
+
+    /// All denoising steps of one block: noise `[16, frames, h, w]` → latent of the same shape; goes to the next
+    /// block. `distance` holds ρ per step (the last one repeats; empty = 30).
+    pub fn generate(
+        &self,
+        state: &mut StreamState,
+        audio: &BlockAudio,
+        noise: Tensor,
+        cond: Option<&Tensor>,
+        distance: &[usize],
+    ) -> Result<Tensor> {
+        let schedule = state.schedule.clone();
+        let mut x = noise.to_dtype(DType::F32)?;
+        for step in 0..schedule.steps() {
+            let rho = distance.get(step).or(distance.last()).copied().unwrap_or(REFERENCE_TIME as usize);
+            let out =
+                self.forward(state, &x, step, audio, cond, rho, &mut Trace::off()).at(|| format!("step {step}"))?;
+            x = match self.config.prediction {
+                Prediction::Velocity => schedule.euler.step(step, &x, &out)?,
+                Prediction::Sample => schedule.euler.step_to_sample(step, &x, &out)?,
+            };
+        }
+        state.advance(self.config.frames_per_block);
+        Ok(x)
+    }
+
+    fn ring(&self, state: &StreamState, rows: usize) -> Result<Ring> {
+        let mut layers = Vec::with_capacity(self.blocks.len());
+        for kv in &state.conditioning {
+            let zeros = |t: &Tensor| Tensor::zeros((rows, self.config.dim), t.dtype(), t.device());
+            layers.push(Buffer { k: zeros(&kv.k)?, v: zeros(&kv.v)? });
+        }
+        Ok(Ring { layers, conditioning: None })
+    }
+}
+
+/// The span of conditioning groups whose positions changed.
+struct Moved {
+    groups: std::ops::Range<usize>,
+    /// First row of the span.
+    row: usize,
+}
+
+impl Moved {
+    fn between(before: Option<&[Group]>, now: &[Group]) -> Option<Self> {
+        let differs = |i: &usize| before.is_none_or(|b| b.get(*i) != Some(&now[*i]));
+        let first = (0..now.len()).find(differs)?;
+        let last = (0..now.len()).rfind(differs)?;
+        Some(Self { groups: first..last + 1, row: now[..first].iter().map(Group::tokens).sum() })
+    }
+}
