@@ -1,8 +1,233 @@
 //! `loquent serve`: the live service.
 
-#[derive(clap::Args)]
-pub(super) struct Args {}
+use super::config_cmd::Source;
+use crate::{
+    avatar,
+    config::{Change, Config},
+    engine::{self, Engine, Health, Kind},
+    net::Net,
+    server::{self, EngineFailure, Presenter, Server, Service},
+    session::{Reason, Registry},
+    telemetry,
+};
+use anyhow::Context as _;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
-pub(super) fn run(_: Args) -> anyhow::Result<()> {
-    anyhow::bail!("`loquent serve` is not built into this version yet")
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// Where HTTP listens [default: 127.0.0.1:8080]; port 0 takes a free one.
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<String>,
+    /// Allow an address that other machines can reach.
+    #[arg(long)]
+    allow_remote: bool,
+    /// What makes the picture: pocket (the built-in model) or card (a test card) [default: pocket].
+    #[arg(long, value_name = "NAME")]
+    engine: Option<String>,
+    /// Conversations at once [default: 1].
+    #[arg(long, value_name = "N")]
+    sessions: Option<usize>,
+    /// Serve the page from this folder instead of from the program.
+    #[arg(long, value_name = "DIR")]
+    web_dir: Option<String>,
+    /// End by itself after so many seconds (for tests).
+    #[arg(long, value_name = "SECONDS", hide = true)]
+    stop_after: Option<u64>,
+}
+
+impl Args {
+    /// This command's own flags as changes to the configuration.
+    fn changes(&self) -> Vec<Change> {
+        let flag = |name: &str, key: &str, value: Option<String>| {
+            let origin = format!("--{name}");
+            value.map(|value| Change { origin, key: key.into(), value })
+        };
+        let all = [
+            flag("listen", "server.listen", self.listen.clone()),
+            flag("allow-remote", "server.allow_remote", self.allow_remote.then(|| "true".into())),
+            flag("engine", "engine.generator", self.engine.clone()),
+            flag("sessions", "engine.sessions", self.sessions.map(|n| n.to_string())),
+            flag("web-dir", "server.web_dir", self.web_dir.clone()),
+        ];
+        all.into_iter().flatten().collect()
+    }
+}
+
+/// Serves until told to stop, or until the engine has failed for good (which is an error).
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let loaded = args.source.load(&args.changes())?;
+    telemetry::init(&loaded.config.log)?;
+    tracing::info!("settings: {}", loaded.from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("loquent-io")
+        .build()
+        .context("the program could not start its threads")?;
+    let done = runtime.block_on(serve(loaded.config, args.stop_after.map(Duration::from_secs)));
+    // Blocking work in flight (a picture being read) must not hold the exit.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    done
+}
+
+async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<()> {
+    // Whatever can be refused cheaply is refused before the model is loaded.
+    let net = Net::new(config.net.clone())?;
+    let presenters = presenters(&config)?;
+    let engine = {
+        let config = config.engine.clone();
+        tokio::task::spawn_blocking(move || build(&config)).await.context("the engine's start panicked")??
+    };
+    let sessions = Registry::new();
+    let service = Service::new(
+        config.server.clone(),
+        server::Rooms {
+            engine: engine.clone(),
+            engine_name: kind_name(config.engine.generator),
+            net,
+            sessions: sessions.clone(),
+            session_config: config.session.clone(),
+            steps: config.engine.steps,
+            presenters,
+        },
+    );
+    let server = Server::bind(service.clone()).await?;
+    announce(&config, &engine, server.local_addr()?);
+
+    let stop_http = CancellationToken::new();
+    let http = tokio::spawn(server.run(stop_http.clone()));
+    let failure = wait_for_the_end(&engine, config.server.engine_failure, stop_after).await?;
+
+    service.drain();
+    let grace = Duration::from_secs(config.server.drain_timeout_s);
+    if failure.is_none() && !sessions.is_empty() {
+        println!(
+            "Stopping: {} conversations have {} s to end; Ctrl-C again ends them now.",
+            sessions.len(),
+            grace.as_secs()
+        );
+        sessions.drain_all(&Reason::ServiceClosing);
+        tokio::select! {
+            _ = sessions.emptied(grace) => {}
+            _ = stop_signal() => {}
+        }
+    }
+    let reason = match &failure {
+        Some(why) => Reason::EngineFailed(why.clone()),
+        None => Reason::ServiceClosing,
+    };
+    sessions.close_all(&reason);
+    sessions.emptied(Duration::from_secs(2)).await;
+    stop_http.cancel();
+    http.await.context("the HTTP server panicked")?;
+    match failure {
+        Some(why) => anyhow::bail!("the engine has failed for good: {why}"),
+        None => Ok(()),
+    }
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Pocket => "pocket",
+        Kind::Card => "card",
+    }
+}
+
+/// Loads and warms up the generator; takes seconds.
+fn build(config: &engine::Config) -> anyhow::Result<Engine> {
+    let engine = match config.generator {
+        Kind::Card => Engine::start("card", config, || Ok(avatar::test_card())),
+        Kind::Pocket => anyhow::bail!("the pocket engine is not built into this version yet; use --engine card"),
+    };
+    Ok(engine?)
+}
+
+/// Who can be shown without an upload.
+fn presenters(config: &Config) -> anyhow::Result<Vec<Presenter>> {
+    match config.engine.generator {
+        Kind::Card | Kind::Pocket => Ok(vec![Presenter {
+            id: "card".into(),
+            name: "Test card".into(),
+            description: "A time code and a level meter that follow your voice.".into(),
+            png: bytes::Bytes::from_static(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/web/card.png"))),
+        }]),
+    }
+}
+
+/// Says, on standard output, what listens where and which address to open.
+fn announce(config: &Config, engine: &Engine, http: std::net::SocketAddr) {
+    let g = engine.geometry();
+    let stats = engine.stats();
+    println!("Loquent {}", env!("CARGO_PKG_VERSION"));
+    println!(
+        "  engine  {}, {}x{} at {} frames a second, {} conversation{} at once, real-time factor {:.2}",
+        kind_name(config.engine.generator),
+        g.width,
+        g.height,
+        g.fps,
+        stats.slots,
+        if stats.slots == 1 { "" } else { "s" },
+        stats.real_time_factor
+    );
+    println!("  http    {http}: page, API, /healthz, /readyz, /metrics");
+    println!("  media   {}", media(&config.net));
+    let host = match http {
+        a if a.ip().is_unspecified() => format!("localhost:{}", a.port()),
+        a => a.to_string(),
+    };
+    println!("Open http://{host}/ and press Start. Ctrl-C ends the service.");
+}
+
+fn media(net: &crate::net::Config) -> String {
+    let addresses: Vec<String> = net.bind.iter().map(|a| a.to_string()).collect();
+    let ports = match (net.port_min, net.port_max) {
+        (0, _) => "ports chosen by the system".into(),
+        (low, high) => format!("ports {low}-{high}"),
+    };
+    let tcp = if net.ice_tcp { " and TCP" } else { "" };
+    format!("UDP{tcp} on {}, {ports}, one for each conversation", addresses.join(" and "))
+}
+
+/// Returns when the service should end: `None` when somebody asked for it, else why the engine failed.
+async fn wait_for_the_end(
+    engine: &Engine,
+    on_failure: EngineFailure,
+    stop_after: Option<Duration>,
+) -> anyhow::Result<Option<String>> {
+    let mut health = engine.health();
+    let failed = async {
+        let failed = health.wait_for(|h| matches!(h, Health::Failed(_))).await;
+        let why = match failed.as_deref() {
+            Ok(Health::Failed(why)) => why.clone(),
+            _ => "its thread is gone".into(),
+        };
+        tracing::error!("the engine has failed for good: {why}");
+        if on_failure == EngineFailure::Stay {
+            std::future::pending::<()>().await;
+        }
+        why
+    };
+    let time_up = async {
+        match stop_after {
+            Some(after) => tokio::time::sleep(after).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        why = failed => Ok(Some(why)),
+        signal = stop_signal() => signal.map(|()| None),
+        () = time_up => Ok(None),
+    }
+}
+
+/// Ctrl-C, or the termination signal of service managers.
+async fn stop_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("the termination signal cannot be listened for")?;
+    tokio::select! {
+        done = tokio::signal::ctrl_c() => done.context("Ctrl-C cannot be listened for"),
+        _ = terminate.recv() => Ok(()),
+    }
 }

@@ -46,6 +46,11 @@ impl Net {
         Ok(Net { ports: ports::Ports::new(&config), config: Arc::new(config) })
     }
 
+    /// The STUN and TURN servers that browsers should use as well.
+    pub fn ice_servers(&self) -> &[IceServer] {
+        &self.config.ice_servers
+    }
+
     /// Answers an SDP offer for the two-way live session (microphone in, voice and H.264 out). Returns the peer, the
     /// answer, the peer's events and its sending half. The peer ends when any of the three is dropped.
     ///

@@ -1,1 +1,198 @@
-//! axum: API, pages, WHIP-shaped routes, health, metrics, shutdown.
+//! axum: API, page, WHIP-shaped route, health, metrics, shutdown.
+//!
+//! | route | what |
+//! | --- | --- |
+//! | `GET /` and the page's files | the page |
+//! | `GET /v1/info` | what the page needs before it starts |
+//! | `POST /v1/live?presenter=ID` | an SDP offer → 201, answer, `Location`, `ETag` |
+//! | `PATCH`, `DELETE /v1/live/{id}` | trickle or ICE restart; the end |
+//! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
+//! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
+//! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
+//!
+//! Errors are JSON: `{"error":{"code","message"}}`; a refusal (503) also carries `reason` and `message` at the top.
+
+mod config;
+mod error;
+mod guard;
+mod health;
+mod info;
+mod listen;
+mod live;
+mod pages;
+mod portraits;
+mod presenters;
+
+pub use config::{Config, EngineFailure};
+pub use presenters::Presenter;
+
+use crate::{
+    engine::Engine,
+    net::Net,
+    session::{self, Registry},
+};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    middleware,
+    routing::{get, patch, post},
+};
+use error::ApiError;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
+
+/// Pictures decoded at once; one of the largest takes a few hundred megabytes for a moment.
+const DECODERS: usize = 2;
+
+/// What the service is made of.
+pub struct Rooms {
+    pub engine: Engine,
+    /// `pocket` or `card`; the page says different things about them.
+    pub engine_name: &'static str,
+    pub net: Net,
+    pub sessions: Registry,
+    pub session_config: session::Config,
+    /// Denoising steps; `None` takes the model's default.
+    pub steps: Option<usize>,
+    pub presenters: Vec<Presenter>,
+}
+
+/// Everything the routes share.
+pub struct Service {
+    config: Config,
+    rooms: Rooms,
+    peers: live::Peers,
+    portraits: portraits::Portraits,
+    decoders: Semaphore,
+    draining: AtomicBool,
+}
+
+impl Service {
+    /// Puts the rooms together; nothing listens yet.
+    pub fn new(config: Config, rooms: Rooms) -> Arc<Service> {
+        let ttl = Duration::from_secs(config.portrait_ttl_s);
+        Arc::new(Service {
+            portraits: portraits::Portraits::new(config.portraits_kept, ttl),
+            decoders: Semaphore::new(DECODERS),
+            draining: AtomicBool::new(false),
+            peers: live::Peers::default(),
+            rooms,
+            config,
+        })
+    }
+
+    /// Admits nobody any more; `/readyz` turns to 503. Conversations go on until they are ended.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        self.rooms.engine.drain();
+    }
+
+    fn presenter(&self, id: &str) -> Option<&Presenter> {
+        self.rooms.presenters.iter().find(|p| p.id == id)
+    }
+
+    fn allows_origin(&self, origin: &HeaderValue) -> bool {
+        self.config.cors_origins.iter().any(|o| o == "*" || o.as_bytes() == origin.as_bytes())
+    }
+
+    fn router(self: &Arc<Self>) -> Router {
+        Router::new()
+            .route("/", get(pages::index))
+            .route("/{file}", get(pages::file))
+            .route("/v1/info", get(info::info))
+            .route("/v1/live", post(live::offer).options(live::options).get(live::nothing))
+            .route("/v1/live/{id}", patch(live::patch).delete(live::delete))
+            .route("/v1/presenters", get(presenters::list))
+            .route("/v1/presenters/{file}", get(presenters::picture))
+            .route("/v1/portraits", post(presenters::upload))
+            .route("/healthz", get(health::healthz))
+            .route("/readyz", get(health::readyz))
+            .route("/metrics", get(health::prometheus))
+            .fallback(guard::no_route)
+            .method_not_allowed_fallback(guard::no_method)
+            .layer(middleware::from_fn_with_state(self.clone(), guard::outer))
+            .with_state(self.clone())
+    }
+}
+
+/// A bound listener, not yet answering.
+pub struct Server {
+    listener: TcpListener,
+    service: Arc<Service>,
+}
+
+/// Why the server cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("{0}")]
+    Config(String),
+    #[error("{address} cannot be listened on: {source}. Another program may use it; choose another with --listen")]
+    Bind { address: SocketAddr, source: std::io::Error },
+}
+
+impl Server {
+    /// Takes the configured address.
+    ///
+    /// # Errors
+    /// An address that is not allowed or not free.
+    pub async fn bind(service: Arc<Service>) -> Result<Server, ServerError> {
+        let address = service.config.address().map_err(ServerError::Config)?;
+        let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;
+        Ok(Server { listener, service })
+    }
+
+    /// Where it listens, with the port that port 0 became.
+    ///
+    /// # Errors
+    /// The system's, if the socket is gone.
+    pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers until `stop`.
+    pub async fn run(self, stop: CancellationToken) {
+        let app = self.service.router();
+        listen::serve(self.listener, app, &self.service.config, stop, Duration::from_secs(1)).await;
+    }
+}
+
+/// The media type of a request's body, lower case, without parameters.
+fn media_type(headers: &HeaderMap) -> String {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// A whole body of at most `most` bytes.
+///
+/// # Errors
+/// 413 with `too_large()` as its sentence; 400 when the client stopped half-way.
+async fn read_body(body: Body, most: usize, too_large: impl Fn() -> String) -> Result<Bytes, ApiError> {
+    let refused = || ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", too_large());
+    // Declared sizes are refused before a byte is read.
+    if http_body_size(&body) > most as u64 {
+        return Err(refused());
+    }
+    axum::body::to_bytes(body, most).await.map_err(|e| {
+        let mut source = std::error::Error::source(&e);
+        while let Some(s) = source {
+            if s.to_string().contains("length limit exceeded") {
+                return refused();
+            }
+            source = s.source();
+        }
+        ApiError::bad_request("incomplete_body", "The request's body ended before it was complete.")
+    })
+}
+
+fn http_body_size(body: &Body) -> u64 {
+    hyper::body::Body::size_hint(body).lower()
+}

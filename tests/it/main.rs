@@ -1,10 +1,12 @@
 //! Fast tests, no GPU, no browser: one binary so that candle is linked once.
 
-mod engine;
 mod codec;
+mod config;
+mod engine;
+mod files;
 mod net;
 mod peer;
-mod files;
+mod server;
 mod session;
 mod session_loop;
 mod tidy;

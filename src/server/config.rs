@@ -1,0 +1,142 @@
+//! Settings of the HTTP side.
+
+use serde::{Deserialize, Serialize};
+use std::{net::SocketAddr, time::Duration};
+
+/// `[server]`: addresses, limits, time-outs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where HTTP listens.
+    pub listen: String,
+    /// Says that an address other machines can reach is meant.
+    pub allow_remote: bool,
+    /// Serves the page from this folder instead of from the program; empty = from the program.
+    pub web_dir: String,
+    /// Origins of other sites whose pages may call the API; empty = this site only.
+    pub cors_origins: Vec<String>,
+    /// Connections open at once; more are closed at once.
+    pub max_connections: usize,
+    /// Time a client has to send a request's head; also how long an idle connection is kept.
+    pub header_timeout_s: u64,
+    /// Time a request may take from its head to its answer.
+    pub request_timeout_s: u64,
+    /// Largest picture that may be uploaded.
+    pub portrait_max_mb: usize,
+    /// Pictures kept at once; the oldest leaves.
+    pub portraits_kept: usize,
+    /// How long an uploaded picture is kept after it was last used.
+    pub portrait_ttl_s: u64,
+    /// How long conversations may take to end after the service was told to stop.
+    pub drain_timeout_s: u64,
+    /// What to do when the engine has failed.
+    pub engine_failure: EngineFailure,
+}
+
+/// What the service does when its engine has failed for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineFailure {
+    /// The process ends with exit code 1, so that whatever started it starts it anew.
+    Exit,
+    /// The process stays, refuses sessions and answers `/readyz` with 503, so that somebody can look.
+    Stay,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: "127.0.0.1:8080".into(),
+            allow_remote: false,
+            web_dir: String::new(),
+            cors_origins: Vec::new(),
+            max_connections: 256,
+            header_timeout_s: 10,
+            request_timeout_s: 20,
+            portrait_max_mb: 10,
+            portraits_kept: 16,
+            portrait_ttl_s: 1800,
+            drain_timeout_s: 5,
+            engine_failure: EngineFailure::Exit,
+        }
+    }
+}
+
+impl Config {
+    /// The listening address.
+    ///
+    /// # Errors
+    /// Text that is no address, or a reachable one without `allow_remote`; the sentence says what to do.
+    pub fn address(&self) -> Result<SocketAddr, String> {
+        let listen = self.listen.replace("localhost", "127.0.0.1");
+        let address: SocketAddr = listen.parse().map_err(|_| {
+            format!(
+                "server.listen = \"{}\": allowed is IP:port, such as 127.0.0.1:8080, [::1]:8080 or 0.0.0.0:8080",
+                self.listen
+            )
+        })?;
+        if !address.ip().is_loopback() && !self.allow_remote {
+            return Err(format!(
+                "server.listen = \"{}\" can be reached from other machines, and whoever reaches it may use this \
+                 service. If that is meant, add --allow-remote (or server.allow_remote = true). Browsers give \
+                 microphones only to HTTPS pages, so put a TLS proxy in front of it; for this machine alone, use \
+                 127.0.0.1:{}",
+                self.listen,
+                address.port()
+            ));
+        }
+        Ok(address)
+    }
+
+    /// Says whether the values are usable.
+    ///
+    /// # Errors
+    /// A sentence that names the key, its value and what is allowed.
+    pub fn validate(&self) -> Result<(), String> {
+        self.address()?;
+        let at_least_one: [(&str, u64); 6] = [
+            ("max_connections", self.max_connections as u64),
+            ("header_timeout_s", self.header_timeout_s),
+            ("request_timeout_s", self.request_timeout_s),
+            ("portrait_max_mb", self.portrait_max_mb as u64),
+            ("portraits_kept", self.portraits_kept as u64),
+            ("portrait_ttl_s", self.portrait_ttl_s),
+        ];
+        for (key, value) in at_least_one {
+            if value == 0 {
+                return Err(format!("server.{key} = 0: allowed is 1 or more"));
+            }
+        }
+        if self.portrait_max_mb > 100 {
+            return Err(format!("server.portrait_max_mb = {}: allowed is 1 to 100", self.portrait_max_mb));
+        }
+        if self.drain_timeout_s > 3600 {
+            return Err(format!("server.drain_timeout_s = {}: allowed is 0 to 3600", self.drain_timeout_s));
+        }
+        for origin in &self.cors_origins {
+            let plain = origin.strip_prefix("https://").or_else(|| origin.strip_prefix("http://"));
+            let good = origin == "*"
+                || plain.is_some_and(|host| !host.is_empty() && host.is_ascii() && !host.contains(['/', ' ', '*']));
+            if !good {
+                return Err(format!(
+                    "server.cors_origins holds \"{origin}\": allowed are origins such as https://app.example.org (no \
+                     path, no slash at the end), or \"*\" for every site"
+                ));
+            }
+        }
+        if !self.web_dir.is_empty() && !std::path::Path::new(&self.web_dir).join("index.html").is_file() {
+            return Err(format!(
+                "server.web_dir = \"{}\": allowed is a folder that holds index.html (or \"\" for the built-in page)",
+                self.web_dir
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn header_timeout(&self) -> Duration {
+        Duration::from_secs(self.header_timeout_s)
+    }
+    pub(super) fn request_timeout(&self) -> Duration {
+        Duration::from_secs(self.request_timeout_s)
+    }
+}

@@ -1,0 +1,109 @@
+//! Pictures that visitors brought: in memory only, bounded, forgotten after a while.
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | pictures | `server.portraits_kept` | the one unused for longest leaves |
+
+use crate::media::Portrait;
+use std::{
+    collections::HashMap,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+/// The store. `now` is an argument everywhere.
+pub(super) struct Portraits {
+    kept: usize,
+    ttl: Duration,
+    pictures: Mutex<HashMap<String, Kept>>,
+}
+
+struct Kept {
+    portrait: Portrait,
+    used: Instant,
+}
+
+impl Portraits {
+    pub(super) fn new(kept: usize, ttl: Duration) -> Portraits {
+        Portraits { kept, ttl, pictures: Mutex::default() }
+    }
+
+    /// Keeps a picture under an id that cannot be guessed.
+    pub(super) fn put(&self, portrait: Portrait, now: Instant) -> String {
+        let id = unguessable();
+        let mut pictures = self.pictures.lock().unwrap_or_else(|e| e.into_inner());
+        Self::forget_old(&mut pictures, self.ttl, now);
+        while pictures.len() >= self.kept {
+            let oldest = pictures.iter().min_by_key(|(_, k)| k.used).map(|(id, _)| id.clone());
+            let Some(oldest) = oldest else { break };
+            pictures.remove(&oldest);
+        }
+        pictures.insert(id.clone(), Kept { portrait, used: now });
+        id
+    }
+
+    /// The picture, if it is still kept; using it keeps it for longer.
+    pub(super) fn get(&self, id: &str, now: Instant) -> Option<Portrait> {
+        let mut pictures = self.pictures.lock().unwrap_or_else(|e| e.into_inner());
+        Self::forget_old(&mut pictures, self.ttl, now);
+        let kept = pictures.get_mut(id)?;
+        kept.used = now;
+        Some(kept.portrait.clone())
+    }
+
+    /// Pictures kept now, and the bytes they take.
+    pub(super) fn size(&self) -> (usize, usize) {
+        let pictures = self.pictures.lock().unwrap_or_else(|e| e.into_inner());
+        (pictures.len(), pictures.values().map(|k| k.portrait.rgb.len()).sum())
+    }
+
+    fn forget_old(pictures: &mut HashMap<String, Kept>, ttl: Duration, now: Instant) {
+        pictures.retain(|_, k| now.saturating_duration_since(k.used) < ttl);
+    }
+}
+
+/// 128 random bits from the operating system's generator, as 32 hexadecimal digits.
+pub(super) fn unguessable() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture() -> Portrait {
+        Portrait { width: 1, height: 1, rgb: vec![0u8; 3].into() }
+    }
+
+    #[test]
+    fn the_one_unused_for_longest_leaves_first() {
+        let store = Portraits::new(2, Duration::from_secs(60));
+        let t = Instant::now();
+        let a = store.put(picture(), t);
+        let b = store.put(picture(), t + Duration::from_secs(1));
+        assert!(store.get(&a, t + Duration::from_secs(2)).is_some());
+        let c = store.put(picture(), t + Duration::from_secs(3));
+        assert!(store.get(&b, t + Duration::from_secs(4)).is_none(), "b was unused for longest");
+        assert!(store.get(&a, t + Duration::from_secs(4)).is_some());
+        assert!(store.get(&c, t + Duration::from_secs(4)).is_some());
+        assert_eq!(store.size(), (2, 6));
+    }
+
+    #[test]
+    fn a_picture_is_forgotten_after_its_time_unless_used() {
+        let store = Portraits::new(2, Duration::from_secs(60));
+        let t = Instant::now();
+        let a = store.put(picture(), t);
+        assert!(store.get(&a, t + Duration::from_secs(59)).is_some());
+        assert!(store.get(&a, t + Duration::from_secs(118)).is_some());
+        assert!(store.get(&a, t + Duration::from_secs(178)).is_none());
+        assert!(store.get("no such id", t).is_none());
+    }
+
+    #[test]
+    fn ids_do_not_repeat() {
+        let ids: std::collections::HashSet<String> = (0..1000).map(|_| unguessable()).collect();
+        assert_eq!(ids.len(), 1000);
+        assert!(ids.iter().all(|id| id.len() == 32));
+    }
+}
