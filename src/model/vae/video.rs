@@ -2,7 +2,7 @@
 //! by their keys. A pass is chunked by definition: pixels in groups of 1, 4, 4, …, latents one at a time; a
 //! [`Encoding`] or [`Decoding`] remembers what lies between the chunks, so that streaming equals one pass bit for bit.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, quiet};
 use crate::model::{Result as Loaded, weights::Weights};
@@ -239,6 +239,11 @@ impl WanVae {
 
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> &Device {
+        self.mean.device()
     }
 
     /// Latent channels: 16 or 48.

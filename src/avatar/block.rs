@@ -1,0 +1,275 @@
+//! Block mode (LiveAvatar): causal blocks of latent frames, a few steps each, one key-value ring per step (MODEL.md §9;
+//! liveavatar/models/wan/causal_s2v_pipeline.py and causal_s2v_pipeline_tpp.py of Alibaba-Quark/LiveAvatar at 9c2c38d).
+//!
+//! Two official programs, two ways to pixels: [`Deferred`] decodes clip by clip with re-encoded motion in front (one
+//! GPU); [`Continuous`] decodes every block as it comes with the autoencoder's own history (five GPUs; here the ranks
+//! run one after the other on one device, which gives the same numbers). Live faces use the second.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::studio::{Studio, last, slide, still, without_first};
+use crate::model::{
+    At, Error, Result,
+    dit::{BlockAudio, Opening, Prediction, Schedule, StreamState, TextContext, Trace},
+    vae::{Decoding, Probe},
+};
+
+/// Copies of the picture that are encoded to get its settled latent.
+const COPIES: usize = 5;
+/// Frames that the very first block loses.
+const WARM_UP: usize = 3;
+/// Motion latents that prime the continuous decoder.
+const PRIMER: usize = 7;
+
+/// Sizes of a block-mode run. Frames per block are the transformer's own.
+#[derive(Clone, Debug)]
+pub struct BlockSettings {
+    /// Video frames per clip; a clip only sets noise seeds, audio slices and ring size.
+    pub clip_frames: usize,
+    /// Pixel frames of motion context (73).
+    pub motion_frames: usize,
+}
+
+impl Default for BlockSettings {
+    fn default() -> Self {
+        BlockSettings { clip_frames: 48, motion_frames: 73 }
+    }
+}
+
+/// All steps of one block, seen from outside: `x_in` before and `pred` after every step. `distance` is ρ per step.
+fn block(
+    studio: &Studio,
+    state: &mut StreamState,
+    schedule: &Schedule,
+    audio: &BlockAudio,
+    noise: &Tensor,
+    distance: &[usize],
+    probe: Probe,
+) -> Result<Tensor> {
+    let mut x = noise.clone();
+    for step in 0..schedule.steps() {
+        probe("x_in", &x);
+        let rho = distance.get(step).or(distance.last()).copied().unwrap_or(30);
+        let out = studio
+            .dit
+            .forward(state, &x, step, audio, None, rho, &mut Trace::off())
+            .at(|| format!("step {step}"))?;
+        probe("pred", &out);
+        x = match studio.dit.config().prediction {
+            Prediction::Velocity => schedule.euler.step(step, &x, &out)?,
+            Prediction::Sample => schedule.euler.step_to_sample(step, &x, &out)?,
+        };
+    }
+    state.advance(studio.dit.config().frames_per_block);
+    Ok(x)
+}
+
+/// The transformer's half of block mode, the same for both ways to pixels.
+pub struct Blocks {
+    schedule: Arc<Schedule>,
+    state: StreamState,
+    done: usize,
+}
+
+impl Blocks {
+    fn open(studio: &Studio, opening: &Opening, schedule: Arc<Schedule>) -> Result<Self> {
+        let state = studio.dit.open(opening, &schedule)?;
+        Ok(Blocks { schedule, state, done: 0 })
+    }
+
+    /// One block: features `[layers, channels, 4 · frames_per_block]`, noise `[16, frames_per_block, h, w]` → latents.
+    fn next(
+        &mut self,
+        studio: &Studio,
+        features: &Tensor,
+        noise: &Tensor,
+        distance: &[usize],
+        probe: Probe,
+    ) -> Result<Tensor> {
+        let audio = studio.dit.audio(features)?;
+        let latents = block(studio, &mut self.state, &self.schedule, &audio, noise, distance, probe)
+            .at(|| format!("block {}", self.done))?;
+        self.done += 1;
+        Ok(latents)
+    }
+}
+
+/// One GPU: blocks now, pixels clip by clip, later or (`online`) the first clip at once so that it can replace the
+/// reference.
+pub struct Deferred {
+    settings: BlockSettings,
+    blocks: Blocks,
+    /// `[16, 2, h, w]`; the second frame is the reference.
+    reference: Tensor,
+    /// The last pixel frames `[3, 5 · motion_frames, height, width]`.
+    window: Tensor,
+    /// Their latents.
+    motion: Tensor,
+    online: bool,
+    shown: usize,
+    clips: usize,
+}
+
+impl Deferred {
+    /// `picture` `[3, 1, height, width]` at the output size.
+    pub fn open(
+        studio: &Studio,
+        picture: &Tensor,
+        text: Option<Arc<TextContext>>,
+        schedule: Arc<Schedule>,
+        settings: BlockSettings,
+        online: bool,
+    ) -> Result<Self> {
+        let copies = still(picture, COPIES)?;
+        let reference = studio.vae.encode(&copies)?;
+        // the official program repeats the stack, not the picture: five times motion_frames
+        let window = still(&copies, settings.motion_frames)?;
+        let motion = studio.vae.encode(&window)?;
+        let settled = reference.narrow(1, 1, 1)?;
+        let opening = Opening { reference: &settled, motion: Some(&motion), text };
+        let blocks = Blocks::open(studio, &opening, schedule)?;
+        Ok(Deferred { settings, blocks, reference, window, motion, online, shown: 0, clips: 0 })
+    }
+
+    /// Latents of the stack of pictures `[16, 2, h, w]`.
+    pub fn reference(&self) -> &Tensor {
+        &self.reference
+    }
+
+    /// Latents of the motion window.
+    pub fn motion(&self) -> &Tensor {
+        &self.motion
+    }
+
+    /// The latents of a whole clip `[16, T, h, w]` from its features `[layers, channels, clip_frames]`, noise and ρ per
+    /// block and step.
+    pub fn clip(
+        &mut self,
+        studio: &Studio,
+        features: &Tensor,
+        noise: &Tensor,
+        distance: &[Vec<usize>],
+        probe: Probe,
+    ) -> Result<Tensor> {
+        let per_block = studio.dit.config().frames_per_block;
+        let blocks = noise.dim(1)? / per_block;
+        if blocks == 0 || features.dim(2)? != blocks * per_block * 4 {
+            return Err(Error::Input(format!(
+                "a clip of {} latent frames with {} frames of audio is not made of blocks of {per_block}",
+                noise.dim(1)?,
+                features.dim(2)?
+            )));
+        }
+        let mut done = Vec::new();
+        for b in 0..blocks {
+            let noise = noise.narrow(1, b * per_block, per_block)?;
+            let heard = features.narrow(2, b * per_block * 4, per_block * 4)?;
+            let rho = distance.get(b).map_or(&[][..], Vec::as_slice);
+            done.push(self.blocks.next(studio, &heard, &noise, rho, probe)?);
+        }
+        self.clips += 1;
+        Ok(Tensor::cat(&done, 1)?)
+    }
+
+    /// Pixels of a clip's latents `[3, n, height, width]`, in the order of the clips. With `online`, the first clip
+    /// must be shown before the second is made: it replaces the reference.
+    pub fn show(&mut self, studio: &Studio, latents: &Tensor) -> Result<Tensor> {
+        let decoded = studio.vae.decode(&Tensor::cat(&[&self.motion, latents], 1)?)?;
+        let mut frames = last(&decoded, self.settings.clip_frames)?;
+        let first = self.shown == 0;
+        if first {
+            frames = without_first(&frames, WARM_UP)?;
+        }
+        self.window = slide(&self.window, &frames, self.settings.motion_frames)?;
+        self.motion = studio.vae.encode(&self.window)?;
+        if first && self.online {
+            let reference = latents.narrow(1, 0, 1)?;
+            studio.dit.recondition(&mut self.blocks.state, &reference, Some(&self.motion))?;
+        }
+        self.shown += 1;
+        Ok(frames)
+    }
+}
+
+/// Every block decoded as it comes: what a live face uses.
+pub struct Continuous {
+    blocks: Blocks,
+    blocks_per_clip: usize,
+    reference: Tensor,
+    motion: Tensor,
+    decoding: Decoding,
+    /// The first generated latent frame, which becomes the reference when the second clip begins.
+    own: Option<Tensor>,
+}
+
+/// One block of a [`Continuous`] face.
+pub struct Shown {
+    /// `[16, frames_per_block, h, w]`.
+    pub latents: Tensor,
+    /// `[3, n, height, width]` in −1..1: four per latent frame, three fewer in the very first block.
+    pub frames: Tensor,
+}
+
+impl Continuous {
+    /// `picture` `[3, 1, height, width]` at the output size.
+    pub fn open(
+        studio: &Studio,
+        picture: &Tensor,
+        text: Option<Arc<TextContext>>,
+        schedule: Arc<Schedule>,
+        settings: &BlockSettings,
+    ) -> Result<Self> {
+        let per_block = studio.dit.config().frames_per_block;
+        let blocks_per_clip = settings.clip_frames / 4 / per_block;
+        if blocks_per_clip == 0 {
+            return Err(Error::Config(format!(
+                "clips of {} frames hold no block of {per_block} latent frames",
+                settings.clip_frames
+            )));
+        }
+        let reference = studio.vae.encode(picture)?;
+        let motion = studio.vae.encode(&still(picture, settings.motion_frames)?)?;
+        let opening = Opening { reference: &reference, motion: Some(&motion), text };
+        let blocks = Blocks::open(studio, &opening, schedule)?;
+        let mut decoding = Decoding::default();
+        studio.vae.decode_next(&mut decoding, &motion.narrow(1, 0, PRIMER.min(motion.dim(1)?))?)?;
+        Ok(Continuous { blocks, blocks_per_clip, reference, motion, decoding, own: None })
+    }
+
+    /// Latent of the picture `[16, 1, h, w]`.
+    pub fn reference(&self) -> &Tensor {
+        &self.reference
+    }
+
+    /// Latents of the picture repeated `[16, frames, h, w]`.
+    pub fn motion(&self) -> &Tensor {
+        &self.motion
+    }
+
+    /// The next block: features `[layers, channels, 4 · frames_per_block]`, noise `[16, frames_per_block, h, w]`, ρ per
+    /// step.
+    pub fn next(
+        &mut self,
+        studio: &Studio,
+        features: &Tensor,
+        noise: &Tensor,
+        distance: &[usize],
+        probe: Probe,
+    ) -> Result<Shown> {
+        if self.blocks.done == self.blocks_per_clip
+            && let Some(own) = &self.own
+        {
+            studio.dit.recondition(&mut self.blocks.state, own, Some(&self.motion))?;
+        }
+        let first = self.blocks.done == 0;
+        let latents = self.blocks.next(studio, features, noise, distance, probe)?;
+        let mut frames = studio.vae.decode_next(&mut self.decoding, &latents)?;
+        if first {
+            self.own = Some(latents.narrow(1, 0, 1)?.force_contiguous()?);
+            frames = without_first(&frames, WARM_UP)?;
+        }
+        Ok(Shown { latents, frames })
+    }
+}

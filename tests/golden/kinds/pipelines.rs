@@ -1,0 +1,229 @@
+//! Whole pipelines, from waveform, picture and text embeddings to frames.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use loquent::{
+    avatar::{
+        block::{BlockSettings, Continuous, Deferred},
+        clip::{self, ClipSettings, ClipStream, Words},
+        studio::{Studio, Voice},
+    },
+    model::{
+        picture,
+        sampler::{Euler, Solver},
+        vae::WanVae,
+        wav2vec2::{self, Wav2Vec2},
+    },
+};
+
+use super::{
+    common::{Got, Outcome, compare, list},
+    transformer,
+};
+use crate::data::{Check, Golden};
+
+/// `s2v_e2e`.
+pub fn s2v_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
+    compare(golden, check, s2v(golden))
+}
+
+/// `la_e2e`.
+pub fn live_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
+    compare(golden, check, live(golden))
+}
+
+/// `la_tpp`.
+pub fn pipelined_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
+    compare(golden, check, pipelined(golden))
+}
+
+/// The networks of a golden; motion reaches `motion_frames` pixels, a ring holds one clip.
+fn studio(g: &Golden, per_block: usize) -> Result<Studio, Box<dyn std::error::Error>> {
+    let motion = g.count("motion_frames")?;
+    let frames = g.count("infer_frames")? / 4;
+    let dit = transformer(g, "dit", "dit", |c| {
+        c.motion_frames = [motion, motion.div_ceil(4)];
+        c.frames_per_block = per_block;
+        c.kv_frames = frames;
+    })?;
+    let weights = g.weights("wav2vec")?;
+    let config: wav2vec2::Config = serde_json::from_value(g.value("wav2vec")?.clone())?;
+    let hearing = Wav2Vec2::load(&weights, &config)?;
+    weights.finish()?;
+    let weights = g.weights("vae")?;
+    let vae = WanVae::load(&weights)?;
+    weights.finish()?;
+    Ok(Studio { dit, vae, hearing })
+}
+
+/// The picture at its output size; the golden's size must be what the search finds.
+fn look(g: &Golden, studio: &Studio) -> Result<Tensor, Box<dyn std::error::Error>> {
+    let image = g.input("image")?;
+    let (h, w, _) = image.dims3()?;
+    let rgb: Vec<u8> = image.to_dtype(DType::U8)?.flatten_all()?.to_vec1()?;
+    let size = picture::output_size(h, w, g.count("max_area")?)?;
+    assert_eq!([size.0, size.1], [g.count("size.0")?, g.count("size.1")?], "output size");
+    Ok(studio.look(&rgb, (w, h), size)?)
+}
+
+fn listen(g: &Golden, studio: &Studio) -> Result<Voice, Box<dyn std::error::Error>> {
+    let fps = g.number("fps").unwrap_or(16.0);
+    Ok(studio.listen(&g.input("waveform")?.to_vec1::<f32>()?, fps, g.count("infer_frames")?)?)
+}
+
+fn s2v(g: &Golden) -> Outcome {
+    let frames = g.count("infer_frames")?;
+    let studio = studio(g, 1)?;
+    let voice = listen(g, &studio)?;
+    let picture = look(g, &studio)?;
+    let settings = ClipSettings {
+        clip_frames: frames,
+        motion_frames: g.count("motion_frames")?,
+        solver: match g.value("solver")?.as_str() {
+            Some("unipc") => Solver::UniPc,
+            Some("dpm++") => Solver::Dpm,
+            other => return Err(format!("solver {other:?}").into()),
+        },
+        steps: g.count("steps")?,
+        shift: g.number("shift")?,
+        guidance: g.number("guide_scale")?,
+        first_frame: g.value("init_first_frame")?.as_bool().ok_or("init_first_frame")?,
+    };
+    let words = Words {
+        prompt: Arc::new(studio.dit.text(&g.input("context")?)?),
+        negative: Some(Arc::new(studio.dit.text(&g.input("context_null")?)?)),
+    };
+    let mut got = Got::new();
+    // without a pose the official program encodes a clip of −1 and multiplies it by zero
+    let (_, _, h, w) = picture.dims4()?;
+    let none = Tensor::full(-1f32, (3, frames, h, w), &Device::Cpu)?;
+    got.insert("cond_latents".into(), clip::pose_latents(&studio, &none)?);
+    let mut face = ClipStream::open(&studio, &picture, words, settings)?;
+    got.insert("ref_latents".into(), face.reference().clone());
+    got.insert("motion_latents.0".into(), face.motion().clone());
+    for r in 0..g.count("clips")?.min(voice.clips) {
+        let (mut preds, mut inputs) = (Vec::new(), Vec::new());
+        let part = voice.part(r * frames, frames)?;
+        let noise = g.input(&format!("noise.{r}"))?;
+        let shown = face.next(&studio, &part, &noise, None, &mut |name, x| match name {
+            "pred" => preds.push(x.clone()),
+            _ => inputs.push(x.clone()),
+        })?;
+        got.insert(format!("pred.{r}"), Tensor::stack(&preds, 0)?);
+        got.insert(format!("latents_in.{r}"), Tensor::stack(&inputs, 0)?);
+        got.insert(format!("frames.{r}"), shown);
+        got.insert(format!("motion_latents.{}", r + 1), face.motion().clone());
+    }
+    got.insert("num_repeat".into(), list([voice.clips])?);
+    got.insert("audio_emb".into(), voice.features);
+    Ok(got)
+}
+
+/// Every second pixel of every second row.
+fn half(video: &Tensor) -> candle_core::Result<Tensor> {
+    let (_, _, h, w) = video.dims4()?;
+    let every = |n: usize| Tensor::new((0..n).step_by(2).map(|i| i as u32).collect::<Vec<_>>(), &Device::Cpu);
+    video.contiguous()?.index_select(&every(h)?, 2)?.index_select(&every(w)?, 3)
+}
+
+/// Runs of `n`, stacked.
+fn stacked(all: &[Tensor], n: usize) -> candle_core::Result<Tensor> {
+    let runs: Result<Vec<_>, _> = all.chunks(n).map(|c| Tensor::stack(c, 0)).collect();
+    Tensor::stack(&runs?, 0)
+}
+
+fn live(g: &Golden) -> Outcome {
+    let (frames, steps) = (g.count("infer_frames")?, g.count("steps")?);
+    let per_block = g.count("num_frames_per_block")?;
+    let blocks = frames / 4 / per_block;
+    let studio = studio(g, per_block)?;
+    let voice = listen(g, &studio)?;
+    let picture = look(g, &studio)?;
+    let online = g.value("online_decode")?.as_bool().ok_or("online_decode")?;
+    let words = Arc::new(studio.dit.text(&g.input("context")?)?);
+    let schedule = Arc::new(studio.dit.schedule(Euler::live_avatar(steps, 3.0)?)?);
+    let settings = BlockSettings { clip_frames: frames, motion_frames: g.count("motion_frames")? };
+    let mut got = Got::new();
+    let times = Tensor::new(schedule.euler.timesteps(), &Device::Cpu)?.reshape((1, steps))?;
+    let mut face = Deferred::open(&studio, &picture, Some(words), schedule, settings, online)?;
+    got.insert("ref_latents".into(), face.reference().clone());
+    let motion = face.motion().clone();
+    got.insert("motion_latents_first19".into(), motion.narrow(1, 0, 19.min(motion.dim(1)?))?);
+    let n = 19.min(motion.dim(1)?);
+    got.insert("motion_latents_last19".into(), motion.narrow(1, motion.dim(1)? - n, n)?);
+    let rho: Vec<usize> = g.input("relative_dist")?.to_vec1::<i64>()?.into_iter().map(|d| d as usize).collect();
+    let rho: Vec<Vec<usize>> = rho.chunks(steps).map(<[usize]>::to_vec).collect();
+    let (mut preds, mut inputs, mut shown, mut waiting) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let clips = g.count("clips")?.min(voice.clips);
+    for r in 0..clips {
+        let part = voice.part(r * frames, frames)?;
+        let noise = g.input(&format!("noise.{r}"))?;
+        let distance = rho.get(r * blocks..(r + 1) * blocks).ok_or("too few reference distances")?;
+        let latents = face.clip(&studio, &part, &noise, distance, &mut |name, x| match name {
+            "pred" => preds.push(x.clone()),
+            _ => inputs.push(x.clone()),
+        })?;
+        if online && r == 0 {
+            shown.push(face.show(&studio, &latents)?);
+        } else {
+            waiting.push(latents);
+        }
+    }
+    for latents in waiting {
+        shown.push(face.show(&studio, &latents)?);
+    }
+    got.insert("timesteps".into(), times.broadcast_as((clips * blocks, steps))?.contiguous()?);
+    got.insert("pred".into(), stacked(&preds, steps)?);
+    got.insert("x_in".into(), stacked(&inputs, steps)?);
+    got.insert("frames_half".into(), half(&Tensor::cat(&shown, 1)?)?);
+    for (i, f) in shown.into_iter().enumerate() {
+        got.insert(format!("frames.{i}"), f);
+    }
+    got.insert("num_repeat".into(), list([voice.clips])?);
+    got.insert("audio_emb".into(), voice.features);
+    Ok(got)
+}
+
+fn pipelined(g: &Golden) -> Outcome {
+    let (frames, steps) = (g.count("infer_frames")?, g.count("steps")?);
+    let per_block = g.count("num_frames_per_block")?;
+    let blocks = frames / 4 / per_block;
+    let studio = studio(g, per_block)?;
+    let voice = listen(g, &studio)?;
+    let picture = look(g, &studio)?;
+    let words = Arc::new(studio.dit.text(&g.input("context")?)?);
+    let schedule = Arc::new(studio.dit.schedule(Euler::live_avatar(steps, 3.0)?)?);
+    let settings = BlockSettings { clip_frames: frames, motion_frames: g.count("motion_frames")? };
+    let mut face = Continuous::open(&studio, &picture, Some(words), schedule, &settings)?;
+    let mut got = Got::new();
+    got.insert("ref_latents".into(), face.reference().clone());
+    got.insert("motion_latents".into(), face.motion().clone());
+    // [step, block]
+    let distance = g.input("relative_dist")?.to_vec2::<i64>()?;
+    let (mut preds, mut inputs, mut latents, mut shown) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for r in 0..g.count("clips")?.min(voice.clips) {
+        let noise = g.input(&format!("noise.{r}"))?;
+        for b in 0..blocks {
+            let number = r * blocks + b;
+            let part = voice.part(number * per_block * 4, per_block * 4)?;
+            let rho: Vec<usize> = distance.iter().map(|d| d[number] as usize).collect();
+            let noise = noise.narrow(1, b * per_block, per_block)?;
+            let out = face.next(&studio, &part, &noise, &rho, &mut |name, x| match name {
+                "pred" => preds.push(x.clone()),
+                _ => inputs.push(x.clone()),
+            })?;
+            latents.push(out.latents);
+            shown.push(out.frames);
+        }
+    }
+    got.insert("pred".into(), stacked(&preds, steps)?);
+    got.insert("x_in".into(), stacked(&inputs, steps)?);
+    got.insert("ref_latents_new".into(), latents[0].narrow(1, 0, 1)?);
+    got.insert("block_latents".into(), Tensor::stack(&latents, 0)?);
+    got.insert("frames_half".into(), half(&Tensor::cat(&shown, 1)?)?);
+    got.insert("frames_first_block".into(), shown.swap_remove(0));
+    got.insert("num_repeat".into(), list([voice.clips])?);
+    got.insert("audio_emb".into(), voice.features);
+    Ok(got)
+}
