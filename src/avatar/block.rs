@@ -52,10 +52,8 @@ fn block(
     for step in 0..schedule.steps() {
         probe("x_in", &x);
         let rho = distance.get(step).or(distance.last()).copied().unwrap_or(30);
-        let out = studio
-            .dit
-            .forward(state, &x, step, audio, None, rho, &mut Trace::off())
-            .at(|| format!("step {step}"))?;
+        let out =
+            studio.dit.forward(state, &x, step, audio, None, rho, &mut Trace::off()).at(|| format!("step {step}"))?;
         probe("pred", &out);
         x = match studio.dit.config().prediction {
             Prediction::Velocity => schedule.euler.step(step, &x, &out)?,

@@ -3,8 +3,11 @@
 //! Push audio, pull frames. Weights are shared and immutable; everything one face remembers lives in its [`Stream`]
 //! and dies with it. How audio is cut never changes the frames.
 
+pub mod block;
+pub mod clip;
 mod intake;
 mod liveliness;
+pub mod studio;
 mod test_card;
 
 pub use intake::Intake;

@@ -84,3 +84,188 @@ impl Euler {
         Ok((x + ((x - sample)? * f64::from((next - now) / now))?)?)
     }
 }
+
+/// The solvers of the clip form, both of second order over predicted x₀.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Solver {
+    /// UniPC, "bh2", with corrector (S2V's default).
+    UniPc,
+    /// DPM-Solver++ 2M, midpoint.
+    Dpm,
+}
+
+impl Solver {
+    /// Prepares `steps` steps with the pipeline's shift.
+    pub fn start(self, steps: usize, shift: f64) -> Result<Sampler> {
+        some_steps(steps)?;
+        let first = match self {
+            // The training range of this scheduler ends at the f32 value of 0.999.
+            Solver::UniPc => f64::from(0.999f32),
+            Solver::Dpm => 1.0,
+        };
+        let exact: Vec<f64> = linspace(first, 0.0, steps + 1).take(steps).map(|s| shifted(s, shift)).collect();
+        let timesteps = exact.iter().map(|s| (s * 1000.0).trunc() as f32).collect();
+        let mut sigmas: Vec<f32> = exact.iter().map(|s| *s as f32).collect();
+        sigmas.push(0.0);
+        let lambdas = sigmas.iter().map(|s| (1.0 - s).ln() - s.ln()).collect();
+        Ok(Sampler { solver: self, sigmas, timesteps, lambdas, samples: Vec::new(), last: None, order: 0 })
+    }
+}
+
+/// One run of a [`Solver`]: owns the history it needs.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    solver: Solver,
+    sigmas: Vec<f32>,
+    timesteps: Vec<f32>,
+    lambdas: Vec<f32>,
+    /// Predicted x₀ of the last steps, newest last; made from the uncorrected sample.
+    samples: Vec<Tensor>,
+    /// The sample the last prediction started from, after correction.
+    last: Option<Tensor>,
+    order: usize,
+}
+
+impl Sampler {
+    /// σ of each step and the final 0.
+    pub fn sigmas(&self) -> &[f32] {
+        &self.sigmas
+    }
+
+    /// What the model is told at each step: σ · 1000 truncated to an integer.
+    pub fn timesteps(&self) -> &[f32] {
+        &self.timesteps
+    }
+
+    /// The timestep of step `i`.
+    pub fn timestep(&self, i: usize) -> Result<f32> {
+        self.timesteps.get(i).copied().ok_or_else(|| self.no_step(i))
+    }
+
+    fn no_step(&self, i: usize) -> Error {
+        Error::Input(format!("step {i} of a run of {} steps, taken {} so far", self.timesteps.len(), self.samples.len()))
+    }
+
+    /// From x at step `i` and the model's velocity there to x at step `i + 1`. Steps are taken in order from 0.
+    pub fn step(&mut self, i: usize, x: &Tensor, velocity: &Tensor) -> Result<Tensor> {
+        if i >= self.timesteps.len() || i != self.samples.len() {
+            return Err(self.no_step(i));
+        }
+        let sample = (x - (velocity * f64::from(self.sigmas[i]))?)?;
+        let next = match self.solver {
+            Solver::UniPc => self.unipc(i, x, &sample)?,
+            Solver::Dpm => self.dpm(i, x, &sample)?,
+        };
+        self.samples.push(sample);
+        Ok(next)
+    }
+
+    /// `a·x + b·y`, coefficients in f32 as the official programs have them.
+    fn mix(a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<Tensor> {
+        Ok(((x * f64::from(a))? + (y * f64::from(b))?)?)
+    }
+
+    fn dpm(&self, i: usize, x: &Tensor, m: &Tensor) -> Result<Tensor> {
+        let (s, l, n) = (&self.sigmas, &self.lambdas, self.timesteps.len());
+        let h = l[i + 1] - l[i];
+        let em = (-h).exp() - 1.0;
+        let alpha = 1.0 - s[i + 1];
+        let mut y = Self::mix(s[i + 1] / s[i], x, -alpha * em, m)?;
+        if i > 0 && i + 1 < n {
+            let before = l[i] - l[i - 1];
+            // The first λ may be −∞ (σ = 1): then there is no slope to follow.
+            if before.is_finite() {
+                let slope = ((m - &self.samples[i - 1])? * f64::from(h / before))?;
+                y = (y - (slope * f64::from(0.5 * alpha * em))?)?;
+            }
+        }
+        Ok(y)
+    }
+
+    fn unipc(&mut self, i: usize, x: &Tensor, m: &Tensor) -> Result<Tensor> {
+        let (s, l, n) = (&self.sigmas, &self.lambdas, self.timesteps.len());
+        let x = match (&self.last, i) {
+            (Some(last), 1..) => {
+                let hh = l[i - 1] - l[i];
+                let phi = hh.exp_m1();
+                let m0 = &self.samples[i - 1];
+                let fresh = (m - m0)?;
+                let correction = if self.order < 2 {
+                    (fresh * 0.5)?
+                } else {
+                    let r = (l[i - 2] - l[i - 1]) / -hh;
+                    let b1 = (phi / hh - 1.0) / phi;
+                    let b2 = ((phi / hh - 1.0) / hh - 0.5) * 2.0 / phi;
+                    // [[1, 1], [r, 1]] · ρ = [b1, b2]
+                    let rho0 = (b1 - b2) / (1.0 - r);
+                    let rho1 = b1 - rho0;
+                    Self::mix(rho0 / r, &(&self.samples[i - 2] - m0)?, rho1, &fresh)?
+                };
+                Self::mix(s[i] / s[i - 1], last, -(1.0 - s[i]) * phi, &(m0 + correction)?)?
+            }
+            _ => x.clone(),
+        };
+        let order = 2.min(n - i).min(i + 1);
+        let h = l[i + 1] - l[i];
+        let phi = (-h).exp_m1();
+        let alpha = 1.0 - s[i + 1];
+        let mut y = Self::mix(s[i + 1] / s[i], &x, -alpha * phi, m)?;
+        if order == 2 {
+            let r = (l[i - 1] - l[i]) / h;
+            let slope = ((&self.samples[i - 1] - m)? * f64::from(alpha * phi * 0.5 / r))?;
+            y = (y - slope)?;
+        }
+        self.order = order;
+        self.last = Some(x);
+        Ok(y)
+    }
+}
+
+/// The end of LiveAvatar's training range before the shift.
+pub const TRAINING_SIGMA_MIN: f64 = 0.003 / 1.002;
+
+/// The flow-match schedule of LiveAvatar's training (and of its noise augmentation).
+#[derive(Debug, Clone)]
+pub struct FlowMatch {
+    sigmas: Vec<f32>,
+    timesteps: Vec<f32>,
+}
+
+impl FlowMatch {
+    /// `steps` points from 1 to `sigma_min`, shifted; with `extra` one point more is laid out and the last left away.
+    pub fn new(steps: usize, shift: f64, sigma_min: f64, extra: bool) -> Result<Self> {
+        some_steps(steps)?;
+        let points = linspace(1.0, sigma_min, steps + usize::from(extra));
+        let sigmas: Vec<f32> = points.take(steps).map(|s| shifted(s, shift) as f32).collect();
+        let timesteps = sigmas.iter().map(|s| s * 1000.0).collect();
+        Ok(Self { sigmas, timesteps })
+    }
+
+    /// σ of each step; no final 0.
+    pub fn sigmas(&self) -> &[f32] {
+        &self.sigmas
+    }
+
+    /// 1000 σ.
+    pub fn timesteps(&self) -> &[f32] {
+        &self.timesteps
+    }
+
+    fn nearest(&self, timestep: f32) -> usize {
+        let away = |i: &usize| (self.timesteps[*i] - timestep).abs();
+        (0..self.timesteps.len()).min_by(|a, b| away(a).total_cmp(&away(b))).unwrap_or(0)
+    }
+
+    /// From the level nearest to `timestep` to the next one, or to 0 after the last.
+    pub fn step(&self, timestep: f32, x: &Tensor, velocity: &Tensor) -> Result<Tensor> {
+        let i = self.nearest(timestep);
+        let next = self.sigmas.get(i + 1).copied().unwrap_or(0.0);
+        Ok((x + (velocity * f64::from(next - self.sigmas[i]))?)?)
+    }
+
+    /// `(1 − σ) x + σ · noise` at the level nearest to `timestep`.
+    pub fn add_noise(&self, x: &Tensor, noise: &Tensor, timestep: f32) -> Result<Tensor> {
+        let sigma = self.sigmas[self.nearest(timestep)];
+        Ok(((x * f64::from(1.0 - sigma))?.broadcast_add(&(noise * f64::from(sigma))?))?)
+    }
+}

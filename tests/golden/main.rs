@@ -70,8 +70,11 @@ kinds! {
     dit_block,
     frame_packer,
     image_prep,
+    la_e2e,
     la_stream,
+    la_tpp,
     rope_tables,
+    s2v_e2e,
     s2v_forward,
     umt5,
     vae21,
@@ -82,10 +85,7 @@ kinds! {
 }
 not_yet! {
     fp8_quant,
-    la_e2e,
-    la_tpp,
     lora_merge,
-    s2v_e2e,
     schedulers,
 }
 

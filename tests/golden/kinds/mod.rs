@@ -8,6 +8,7 @@ pub mod frame_packer;
 mod hearing;
 pub mod la_stream;
 mod pictures;
+mod pipelines;
 pub mod rope_tables;
 pub mod s2v_forward;
 mod text;
@@ -30,6 +31,9 @@ named! {
     audio_buckets => hearing::audio_buckets_check;
     audio_load => hearing::audio_load_check;
     image_prep => pictures::image_prep_check;
+    la_e2e => pipelines::live_check;
+    la_tpp => pipelines::pipelined_check;
+    s2v_e2e => pipelines::s2v_check;
     umt5 => text::umt5_encoder_check;
     vae21 => video::vae_check;
     vae21_stream => video::vae_stream_check;
