@@ -5,11 +5,20 @@
 //! carries the prefix, the device and the element type, and keeps a ledger. Constructors ask it for tensors with the
 //! shape they need and go on when one is absent; [`Weights::finish`] then says everything that was wrong at once.
 
+mod archive;
+mod gguf;
+pub mod layout;
+mod open;
+mod pickle;
 mod safetensors;
 mod tensors;
+mod torch;
 
+pub use gguf::Gguf;
+pub use open::{Checkpoint, Format, format_of, open};
 pub use safetensors::Safetensors;
 pub use tensors::Tensors;
+pub use torch::Torch;
 
 use std::{
     collections::BTreeSet,
