@@ -1,9 +1,9 @@
-"""Checkpoints -> the weights file.   python export.py MODELS_DIR DIT_PATH OUT.safetensors [--shards] [--note TEXT]
+"""Checkpoints -> the weights file.   python export.py MODELS_DIR DIT_PATH OUT.safetensors [--shards] [--steps N]
 
-MODELS_DIR holds ae.safetensors and audio.safetensors; DIT_PATH may be in parts (PATH.0, PATH.1).
+MODELS_DIR holds ae.safetensors and audio.safetensors; DIT_PATH may be in parts (PATH.0, PATH.1); a decoder.safetensors
+beside it (training together) replaces the autoencoder's decoder.
 """
 import argparse
-import json
 import os
 
 import torch

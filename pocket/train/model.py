@@ -2,8 +2,6 @@
 
 Names of parameters are the names in the weights file; `export.py` folds BatchNorm and quantises.
 """
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

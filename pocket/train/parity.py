@@ -4,12 +4,11 @@ Writes the streaming form's inputs and outputs and checks that the training form
 """
 import sys
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 import weights
-from model import CONFIG, AudioNet, Decoder, Encoder, Transformer
+from model import AudioNet, Decoder, Encoder, Transformer
 from speech import MEL_FILTERS
 from streaming import Pocket
 

@@ -1,12 +1,7 @@
-"""Procedural presenters: identities, liveliness controls, and the renderer (render/presenter.h) through ctypes.
-
-    python presenters.py OUT_DIR       the built-in portraits (PNG) and presenters.json
-"""
+"""Procedural presenters: identities, liveliness controls, and the renderer (render/presenter.h) through ctypes."""
 import colorsys
 import ctypes
-import json
 import os
-import sys
 
 import numpy as np
 import torch

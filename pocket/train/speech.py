@@ -1,7 +1,7 @@
 """Synthetic speech with known mouths: text -> espeak-ng or flite -> 16 kHz audio + viseme tracks.
 
     python speech.py train SECONDS SEED OUT.npz     mel (u8), visemes (u8), utterance lengths
-    python speech.py eval  SEED OUT_DIR             held-out wavs (one per language) and their tracks
+    python speech.py eval  SEED OUT_DIR             held-out wavs (one per language), their tracks, and held_out.npz
 
 A viseme track has six columns at 25 Hz: jaw, width (-1 rounded .. 1 spread), press (lips shut),
 fv (lip under teeth), tongue, upper lip.  Held out for evaluation: the voices in HELD_OUT_VARIANTS, the
@@ -334,9 +334,10 @@ def build_training(seconds, seed, out):
 
 
 def build_evaluation(seed, folder, seconds=12):
-    """One wav and one track per language (held-out voices and texts), one of flite awb, and ten seconds of silence inside."""
+    """One wav and one track per language (held-out voices and texts) and one of flite awb, with pauses between utterances."""
     os.makedirs(folder, exist_ok=True)
     speaker, index = Speaker(seed, True), []
+    mels, all_tracks = [], []
     jobs = [(v, l, False, f"{l}-{v}") for v, l, _ in VOICES if v != "en-gb-scotland"] + [(None, "en", True, "en-flite-awb")]
     for voice, language, use_flite, name in jobs:
         xs, tracks, total = [], [], 0
@@ -354,8 +355,11 @@ def build_evaluation(seed, folder, seconds=12):
             w.setframerate(RATE)
             w.writeframes((np.clip(x, -1, 1) * 32767).astype(np.int16).tobytes())
         np.savez_compressed(os.path.join(folder, name + ".npz"), visemes=track)
+        mels.append(np.round(log_mel(x) * MEL_LEVELS).astype(np.uint8))
+        all_tracks.append(np.clip(np.round(track * 100 + 100), 0, 255).astype(np.uint8))
         index.append({"name": name, "language": language, "voice": voice or "flite awb", "frames": len(track)})
         print(name, len(track) / 25, "s", flush=True)
+    np.savez_compressed(os.path.join(folder, "held_out.npz"), mel=np.concatenate(mels), vis=np.concatenate(all_tracks))
     with open(os.path.join(folder, "index.json"), "w") as f:
         json.dump(index, f, indent=1)
     print("unknown phonemes", sorted(UNKNOWN.items(), key=lambda z: -z[1])[:20])

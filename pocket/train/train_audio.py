@@ -30,7 +30,6 @@ def main():
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(.9, .98), weight_decay=.02, fused=GPU)
     batch, length = (192, 96) if GPU else (4, 32)
     weight = torch.tensor(WEIGHT, device=DEVICE)
-    prepare = torch.compile(augment) if False else augment
     start, step = time.time(), 0
 
     def evaluate():
@@ -46,7 +45,7 @@ def main():
             group["lr"] = 2e-3 * schedule(p)
         with torch.no_grad():
             s = speech.starts(batch, length, g)
-            m, v = prepare(speech.mels(s, length), g), speech.visemes(s, length)
+            m, v = augment(speech.mels(s, length), g), speech.visemes(s, length)
         with half_precision():
             y = net.visemes(net(m))[:, LEFT:LEFT + length]
         y = y.float()

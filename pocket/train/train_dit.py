@@ -8,14 +8,12 @@ stays), which is what makes blinks crisp.
 """
 import argparse
 import copy
-import math
 import os
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import presenters as ps
 from common import DEVICE, GPU, RANK, WORLD, half_precision, load, log, save, schedule
@@ -186,7 +184,7 @@ def main():
     weight, pixel_weight = latent_weights(), pixel_weights(4.0 if args.together else 2.2)
     scale = torch.tensor(ps.CONTROL_SCALE, device=DEVICE)
     b, length, step, start, saved = args.batch, args.length, 0, None, 0
-    sums, seen = {}, 0
+    sums = {}
 
     def store():
         save(os.path.join(args.out, "dit.safetensors"), ema.state_dict(), PARTS)
