@@ -184,8 +184,9 @@ class Stream:
         y = F.layer_norm(y, y.shape[-1:], eps=1e-6) * (1 + scale) + shift
         return unpatch(net.lin("head.head", y)) + gate_map(net.lin("head.gate", y)) * self.ref
 
-    def next(self, features, controls, noise, trace=None):
-        """features [4, 192], controls [4, 10] in natural units, noise [16, 32, 32] -> four frames u8 [4, 3, 256, 256]"""
+    def next(self, features, controls, noise, trace=None, show=True):
+        """features [4, 192], controls [4, 10] in natural units, noise [16, 32, 32] -> four frames u8 [4, 3, 256, 256],
+        or None without `show` (then only the decoder's memory is kept up)"""
         audio = torch.cat([features, controls * self.net.w["control_scale"]], 1)
         x, sigmas = noise, list(self.sigmas) + [0.0]
         for step, (now, then) in enumerate(zip(sigmas, sigmas[1:])):
@@ -194,6 +195,9 @@ class Stream:
                 trace.append(x0)
             x = x + (then - now) * (x - x0) / now
         self.position += 1
+        if not show:
+            self.latent, self.memory = x, self.net.conv("decoder.conv_in", x[None])
+            return None
         frames, self.memory = self.net.decode(x, self.memory)
         self.latent = x
         return ((frames + 1) * 127.5).round().clamp(0, 255).byte()
