@@ -5,11 +5,14 @@
 
 pub mod block;
 pub mod clip;
+mod embedded;
 mod intake;
 mod liveliness;
+pub mod pocket;
 pub mod studio;
 mod test_card;
 
+pub use embedded::{Presenter, presenters};
 pub use intake::Intake;
 pub use liveliness::{Controls, Liveliness};
 pub use test_card::test_card;
@@ -22,6 +25,9 @@ pub enum AvatarError {
     /// The caller's picture cannot be used; the text says why and what to do.
     #[error("{0}")]
     Portrait(String),
+    /// An option the model does not have; the text says which it has.
+    #[error("{0}")]
+    Options(String),
     /// Audio that does not continue where the stream stands.
     #[error("audio at {got_ms:.1} ms does not continue the stream, which stands at {want_ms:.1} ms")]
     Discontinuous { got_ms: f64, want_ms: f64 },

@@ -470,7 +470,7 @@ impl Conversation {
             (m.late_in, m.padding_in, m.drift_ppm) = (i.late + i.dropped, i.padding, i.drift_ppm);
         }
         if self.machine.flowing() {
-            self.effects.push_back(Effect::Message(line(&self.metrics, self.machine.state())));
+            self.effects.push_back(Effect::Message(line(&self.metrics)));
         }
     }
 }
@@ -480,12 +480,10 @@ fn smooth(mean: &mut f64, new: f64, share: f64) {
 }
 
 /// One metrics line for the page; tenths are enough.
-fn line(m: &Metrics, state: State) -> String {
+fn line(m: &Metrics) -> String {
     let tenth = |v: f64| (v * 10.0).round() / 10.0;
     serde_json::json!({
         "type": "metrics",
-        // Also here: the page's channel may have opened after the last change.
-        "state": state.label(),
         "fps": tenth(m.fps),
         "nominal_fps": m.nominal_fps,
         "delay_ms": m.delay_ms.map(tenth),
@@ -531,35 +529,11 @@ fn first_picture(portrait: &Portrait, width: u32, height: u32) -> Result<I420, C
     }
     let (cut_w, cut_h) = ((cut_w / 2 * 2).max(2).min(w), (cut_h / 2 * 2).max(2).min(h));
     let (left, top) = ((w - cut_w) / 2, (h - cut_h) / 2);
-    // A photograph of many megapixels is thinned to about twice the size first: this runs between packets.
-    let step = (cut_w / (2 * want_w)).min(cut_h / (2 * want_h)).max(1);
-    let (cut_w, cut_h) = ((cut_w / step / 2 * 2).max(2), (cut_h / step / 2 * 2).max(2));
     let mut rgb = Vec::with_capacity(3 * cut_w * cut_h);
     for y in 0..cut_h {
-        let row = (top + y * step) * w + left;
-        for x in 0..cut_w {
-            let start = 3 * (row + x * step);
-            rgb.extend_from_slice(&portrait.rgb[start..start + 3]);
-        }
+        let start = 3 * ((top + y) * w + left);
+        rgb.extend_from_slice(&portrait.rgb[start..start + 3 * cut_w]);
     }
     let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into() };
     scale_i420(&rgb_to_i420(&frame)?, width, height)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn any_portrait_gives_a_first_picture_or_an_error_and_keeps_its_colours() {
-        for (w, h) in [(2, 2), (3, 3), (2, 900), (900, 2), (256, 256), (301, 407), (2000, 1001), (3000, 4000)] {
-            let rgb: Vec<u8> = (0..w * h).flat_map(|_| [200u8, 100, 50]).collect();
-            let picture = first_picture(&Portrait { width: w, height: h, rgb: rgb.into() }, 256, 256).unwrap();
-            assert_eq!((picture.width, picture.height, picture.y.len()), (256, 256, 65_536), "{w}×{h}");
-            assert!(picture.y.iter().all(|y| y.abs_diff(123) <= 1), "{w}×{h}: {}", picture.y[0]);
-        }
-        for (w, h, n) in [(0, 0, 0), (1, 1, 3), (10, 10, 299)] {
-            assert!(first_picture(&Portrait { width: w, height: h, rgb: vec![0; n].into() }, 256, 256).is_err());
-        }
-    }
 }

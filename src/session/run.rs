@@ -33,9 +33,6 @@ pub struct SessionSpec {
 /// How often metrics are told.
 const MEASURE: Duration = Duration::from_secs(1);
 
-/// Events taken before time is looked at again.
-const MOST_EVENTS: usize = 64;
-
 /// Time for the closing message to leave.
 const LAST_WORDS: Duration = Duration::from_millis(150);
 
@@ -76,11 +73,6 @@ async fn converse(
         Ok(encoder) => encoder,
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
-    let target = out.stats().target_bitrate;
-    if target > 0 {
-        // The first picture is a large one: it must not be coded for a bitrate the link never had.
-        conversation.link(LinkEvent::TargetBitrate(target), begun);
-    }
     let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), spec.options.clone())));
     let mut measured = begun;
     let reason = loop {
@@ -127,8 +119,7 @@ async fn converse(
                 let gone = || LinkEvent::Closed("the transport ended".into());
                 conversation.link(event.unwrap_or_else(gone), clock());
                 // What else came meanwhile; the queue is bounded.
-                for _ in 0..MOST_EVENTS {
-                    let Ok(event) = events.try_recv() else { break };
+                while let Ok(event) = events.try_recv() {
                     conversation.link(event, clock());
                 }
             }

@@ -6,6 +6,7 @@ mod engine;
 mod files;
 mod net;
 mod peer;
+mod pocket;
 mod server;
 mod session;
 mod session_loop;

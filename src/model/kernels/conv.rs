@@ -111,46 +111,56 @@ impl Packed {
     pub fn outputs(&self) -> usize {
         self.cout
     }
+    /// Inputs of one tap.
+    pub fn inputs(&self) -> usize {
+        self.cin
+    }
 
     /// One stretch of pixels through every panel.
     ///
     /// # Safety
     /// As [`Tile::compute`] for each of `pixels` pixels and all channels; `taps` has as many offsets as the packing.
     unsafe fn stretch(&self, taps: &[usize], pixels: usize, at: &Stretch) {
-        let mut w = self.weight.as_ptr();
-        let mut first = 0;
-        for (i, &units) in self.panels.iter().enumerate() {
-            let last = if i + 1 == self.panels.len() { self.cout - (first + (units - 1) * UNIT) } else { UNIT };
-            let mut p = 0;
-            while p < pixels {
-                let full = self.isa.pixels();
-                let now = if p + full <= pixels { full } else { 1 };
-                // SAFETY: `wrapping_add` keeps null pointers harmless: `offset` skips them; the rest is promised by
-                // the caller.
-                unsafe {
-                    let tile = Tile {
-                        x: at.x.add(p * at.x_step),
-                        x_step: at.x_step,
-                        taps,
-                        cin: self.cin,
-                        w,
-                        bias: self.bias.as_ptr().add(first),
-                        units,
-                        last,
-                        residual: offset(at.residual.cast_mut(), p * at.residual_step + first),
-                        residual_step: at.residual_step,
-                        raw: offset(at.raw, p * at.raw_step + first),
-                        raw_step: at.raw_step,
-                        relu: offset(at.relu, p * at.relu_step + first),
-                        relu_step: at.relu_step,
-                    };
-                    tile.compute(self.isa, now);
-                }
-                p += now;
+        for panel in 0..self.panels.len() {
+            // SAFETY: as promised by the caller.
+            unsafe { self.panel(panel, taps, pixels, at) }
+        }
+    }
+
+    /// One stretch of pixels through one panel, which stays near while they pass.
+    ///
+    /// # Safety
+    /// As [`Packed::stretch`].
+    unsafe fn panel(&self, panel: usize, taps: &[usize], pixels: usize, at: &Stretch) {
+        let units = self.panels[panel];
+        let first: usize = self.panels[..panel].iter().sum::<usize>() * UNIT;
+        let last = if panel + 1 == self.panels.len() { self.cout - (first + (units - 1) * UNIT) } else { UNIT };
+        let full = self.isa.pixels();
+        let mut p = 0;
+        while p < pixels {
+            let now = if p + full <= pixels { full } else { 1 };
+            // SAFETY: the panel begins after the ones before it; `offset` leaves null pointers alone; the rest is
+            // promised by the caller.
+            unsafe {
+                let tile = Tile {
+                    x: at.x.add(p * at.x_step),
+                    x_step: at.x_step,
+                    taps,
+                    cin: self.cin,
+                    w: self.weight.as_ptr().add(first * self.taps * self.cin),
+                    bias: self.bias.as_ptr().add(first),
+                    units,
+                    last,
+                    residual: offset(at.residual.cast_mut(), p * at.residual_step + first),
+                    residual_step: at.residual_step,
+                    raw: offset(at.raw, p * at.raw_step + first),
+                    raw_step: at.raw_step,
+                    relu: offset(at.relu, p * at.relu_step + first),
+                    relu_step: at.relu_step,
+                };
+                tile.compute(self.isa, now);
             }
-            // SAFETY: stays within (or one past) the packed weights.
-            w = unsafe { w.add(self.taps * self.cin * units * UNIT) };
-            first += units * UNIT;
+            p += now;
         }
     }
 
@@ -173,12 +183,13 @@ impl Packed {
     pub fn linear(&self, pool: &Pool, x: &[f32], rows: usize, out: &mut [f32]) {
         assert_eq!(x.len(), rows * self.cin, "input of a linear layer");
         assert_eq!(out.len(), rows * self.cout, "output of a linear layer");
-        let each = self.isa.pixels();
+        // By panels first: each thread then reads only its share of the weights, which is most of what moves.
+        let chunks = rows.div_ceil(ROWS);
         let to = Pointer(out.as_mut_ptr());
-        pool.run(rows.div_ceil(each), |part| {
-            let first = part * each;
+        pool.run(self.panels.len() * chunks, |part| {
+            let (panel, first) = (part / chunks, part % chunks * ROWS);
             let at = Stretch {
-                // SAFETY: `first` is below `rows`, so both stay inside; parts write different rows.
+                // SAFETY: `first` is below `rows`, so both stay inside; parts write different rows or channels.
                 x: unsafe { x.as_ptr().add(first * self.cin) },
                 x_step: self.cin,
                 raw: unsafe { to.get().add(first * self.cout) },
@@ -186,10 +197,13 @@ impl Packed {
                 ..Stretch::NONE
             };
             // SAFETY: sizes were checked above.
-            unsafe { self.stretch(&[0], each.min(rows - first), &at) }
+            unsafe { self.panel(panel, &[0], ROWS.min(rows - first), &at) }
         });
     }
 }
+
+/// Rows of a linear layer in one part.
+const ROWS: usize = 64;
 
 /// Moves a pointer unless it is null.
 fn offset(p: *mut f32, by: usize) -> *mut f32 {

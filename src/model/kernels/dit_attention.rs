@@ -2,9 +2,11 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use gemm::{Parallelism, gemm};
-use rayon::prelude::*;
 
-use super::simd::{LANES, dispatch, exp, slice};
+use super::{
+    Pool,
+    simd::{LANES, dispatch, exp, slice},
+};
 
 /// Queries per task. Fixed, so that results do not depend on the number of threads.
 const TILE: usize = 64;
@@ -109,7 +111,7 @@ impl CustomOp3 for Attention {
         if tasks * rows_in.min(TILE) * keys_in * head < 1 << 19 {
             (0..tasks).for_each(one);
         } else {
-            (0..tasks).into_par_iter().for_each(one);
+            Pool::shared().run(tasks, one);
         }
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }

@@ -1,96 +1,51 @@
 //! `x Wᵀ + b` in f32 with the bias and the activation folded in.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
-use gemm::{Parallelism, gemm};
+use std::sync::Arc;
 
-use super::simd::{dispatch, exp, slice};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+
+use super::{
+    Packed, Pool,
+    simd::{dispatch, exp, slice},
+};
 use crate::model::nn::Activation;
 
-/// `x` `[n, in]`, `weight` `[out, in]`, `bias` `[out]`, all contiguous f32.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
-    let op = Linear { activation };
-    match bias {
-        Some(b) => x.apply_op3_no_bwd(weight, &b.contiguous()?, &op),
-        None => x.apply_op2_no_bwd(weight, &op),
-    }
+/// Below this many products another thread is not worth waking.
+const ALONE: usize = 1 << 20;
+
+/// `x` `[n, in]`, contiguous f32; `packed` holds `[out, in]` and the bias.
+pub fn linear(x: &Tensor, packed: Arc<Packed>, activation: Activation) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&Linear { packed, activation })
 }
 
 struct Linear {
+    packed: Arc<Packed>,
     activation: Activation,
 }
 
-impl Linear {
-    fn run(&self, x: &[f32], lx: &Layout, w: &[f32], lw: &Layout, b: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
-        let ((n, k), (m, kw)) = (lx.shape().dims2()?, lw.shape().dims2()?);
-        if k != kw || b.is_some_and(|b| b.len() != m) {
-            candle_core::bail!("a matrix {:?} cannot be applied to {:?}", lw.shape(), lx.shape());
+impl CustomOp1 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = slice(storage, layout)?;
+        let (rows, width) = layout.shape().dims2()?;
+        let out_width = self.packed.outputs();
+        if width != self.packed.inputs() {
+            let inputs = self.packed.inputs();
+            candle_core::bail!("a matrix [{out_width}, {inputs}] cannot be applied to {:?}", layout.shape());
         }
-        let mut out = match b {
-            Some(b) => b.repeat(n),
-            None => vec![0f32; n * m],
-        };
-        // Small products are not worth waking the other threads.
-        let threads = if n * m * k < 1 << 21 { 1 } else { candle_core::utils::get_num_threads() };
-        let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
-        if n > 0 && m > 0 {
-            // SAFETY: the three slices are contiguous row-major matrices of the sizes given (checked above, `out` made
-            // here), and `out` aliases neither operand.
-            unsafe {
-                gemm(
-                    n,
-                    m,
-                    k,
-                    out.as_mut_ptr(),
-                    1,
-                    m as isize,
-                    b.is_some(),
-                    x.as_ptr(),
-                    1,
-                    k as isize,
-                    w.as_ptr(),
-                    k as isize,
-                    1,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    parallelism,
-                );
-            }
+        let mut out = vec![0f32; rows * out_width];
+        if rows * width * out_width < ALONE {
+            self.packed.rows(x, width, &[0], rows, &mut out, out_width);
+        } else {
+            self.packed.linear(&Pool::shared(), x, rows, &mut out);
         }
         if self.activation == Activation::GeluTanh {
             gelu_tanh(&mut out);
         }
-        Ok((CpuStorage::F32(out), Shape::from((n, m))))
-    }
-}
-
-impl CustomOp2 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run(slice(s1, l1)?, l1, slice(s2, l2)?, l2, None)
-    }
-}
-
-impl CustomOp3 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run(slice(s1, l1)?, l1, slice(s2, l2)?, l2, Some(slice(s3, l3)?))
+        Ok((CpuStorage::F32(out), Shape::from((rows, out_width))))
     }
 }
 

@@ -96,7 +96,23 @@ impl Shared {
     }
 }
 
+/// The pool that operations use which are not handed one.
+static SHARED: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
+
 impl Pool {
+    /// The process's common pool; two threads unless [`Pool::share`] said otherwise.
+    pub fn shared() -> Arc<Pool> {
+        let mut shared = SHARED.lock().unwrap_or_else(|e| e.into_inner());
+        shared.get_or_insert_with(|| Pool::new(2)).clone()
+    }
+
+    /// Makes a pool of `threads` the common one (0 = as many as the machine has). Operations under way keep theirs.
+    pub fn share(threads: usize) -> Arc<Pool> {
+        let pool = Pool::new(threads);
+        *SHARED.lock().unwrap_or_else(|e| e.into_inner()) = Some(pool.clone());
+        pool
+    }
+
     /// `threads` counts the caller; 0 = as many as the machine has. If a thread cannot be had, fewer are used.
     pub fn new(threads: usize) -> Arc<Pool> {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());

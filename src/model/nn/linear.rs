@@ -1,14 +1,27 @@
 //! `x Wᵀ + b`.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{DType, Device, Tensor};
 
-use crate::model::{Error, Result, kernels::dit_linear};
+use crate::model::{
+    Error, Result,
+    kernels::{Isa, Packed, dit_linear},
+};
 
 /// A matrix `[out, in]` with an optional bias. The one place where a GEMM is chosen.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    /// The same for the CPU's f32 kernel, packed when first used.
+    packed: OnceLock<Arc<Packed>>,
+}
+
+impl std::fmt::Debug for Linear {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Linear({} → {}, {:?})", self.width(), self.out(), self.weight.dtype())
+    }
 }
 
 /// What is applied to the result while it is still near.
@@ -29,7 +42,7 @@ impl Linear {
         {
             return Err(Error::Weights(format!("a matrix with {out} rows has a bias of shape {:?}", b.dims())));
         }
-        Ok(Self { weight, bias })
+        Ok(Self { weight, bias, packed: OnceLock::new() })
     }
 
     /// Several matrices over the same input as one, results side by side.
@@ -70,7 +83,7 @@ impl Linear {
     pub fn forward_with(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let x = x.to_dtype(self.weight.dtype())?;
         if matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32 && self.weight.is_contiguous() {
-            return Ok(dit_linear::linear(&x.contiguous()?, &self.weight, self.bias.as_ref(), activation)?);
+            return Ok(dit_linear::linear(&x.contiguous()?, self.packed()?, activation)?);
         }
         let y = x.matmul(&self.weight.t()?)?;
         let y = match &self.bias {
@@ -81,5 +94,16 @@ impl Linear {
             Activation::None => y,
             Activation::GeluTanh => y.gelu()?,
         })
+    }
+
+    fn packed(&self) -> Result<Arc<Packed>> {
+        if let Some(packed) = self.packed.get() {
+            return Ok(packed.clone());
+        }
+        let (out, width) = self.weight.dims2()?;
+        let weight = self.weight.flatten_all()?.to_vec1::<f32>()?;
+        let bias = self.bias.as_ref().map(|b| b.to_vec1::<f32>()).transpose()?;
+        let packed = Packed::new(Isa::best(), out, 1, width, bias.as_deref(), |o, _, i| weight[o * width + i]);
+        Ok(self.packed.get_or_init(|| Arc::new(packed)).clone())
     }
 }

@@ -232,8 +232,8 @@ impl Decoder {
             for y in 0..CELL * h {
                 for pixel in m.out.row(f, y / 4).chunks_exact(48) {
                     let part = &pixel[y % 4 * 12..][..12];
-                    // `as` saturates, and turns what is not a number into 0.
-                    rgb.extend(part.iter().map(|v| ((v + 1.0) * 127.5).round_ties_even() as u8));
+                    // `as` cuts off the fraction, saturates, and turns what is not a number into 0.
+                    rgb.extend(part.iter().map(|v| (v * 127.5 + 128.0) as u8));
                 }
             }
             rgb.into()

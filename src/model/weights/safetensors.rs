@@ -69,6 +69,11 @@ impl Safetensors {
         Self::build(vec![Bytes::Static(bytes)], origin.to_string())
     }
 
+    /// Several shards that are part of the binary.
+    pub fn from_statics(shards: &[&'static [u8]], origin: &str) -> Result<Self> {
+        Self::build(shards.iter().map(|s| Bytes::Static(s)).collect(), origin.to_string())
+    }
+
     /// Weights read by the caller.
     pub fn from_vec(bytes: Vec<u8>, origin: &str) -> Result<Self> {
         Self::build(vec![Bytes::Owned(bytes)], origin.to_string())

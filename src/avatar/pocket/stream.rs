@@ -1,0 +1,167 @@
+//! One face of the pocket engine.
+
+use super::{Shared, noise::normal};
+use crate::{
+    avatar::{AvatarError, Controls, Intake, Liveliness, Result, Stream},
+    media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, SPEECH_RATE, StageTimes},
+    model::{
+        self,
+        audio::{AHEAD, AudioState, FEATURES, MelState},
+        dit::StreamState,
+        vae::patch::{FRAMES, LATENT, Memory},
+    },
+};
+use candle_core::{Device, Tensor};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Everything one face remembers.
+pub(super) struct Face {
+    shared: Arc<Shared>,
+    seed: u64,
+    intake: Intake,
+    mel: MelState,
+    hearing: AudioState,
+    /// Features that are final and not yet used, `[frames][192]`.
+    features: VecDeque<f32>,
+    /// Samples of the video frame that is not complete, as their count and sum of squares.
+    partial: (usize, f32),
+    /// Root-mean-square of complete frames that are not yet used.
+    levels: VecDeque<f32>,
+    life: Liveliness,
+    state: StreamState,
+    memory: Memory,
+    /// The next block.
+    index: u64,
+    /// Time spent on features since the last block.
+    listening: Duration,
+    /// Features are complete to the end.
+    complete: bool,
+}
+
+impl Face {
+    pub(super) fn new(shared: Arc<Shared>, state: StreamState, memory: Memory, seed: u64) -> Face {
+        Face {
+            seed,
+            intake: Intake::default(),
+            mel: MelState::default(),
+            hearing: shared.net.start(),
+            features: VecDeque::new(),
+            partial: (0, 0.0),
+            levels: VecDeque::new(),
+            life: Liveliness::new(seed, shared.control_range),
+            state,
+            memory,
+            index: 0,
+            listening: Duration::ZERO,
+            complete: false,
+            shared,
+        }
+    }
+
+    /// Features and levels of some more samples.
+    fn hear(&mut self, speech: &[f32]) {
+        let began = Instant::now();
+        let mel = self.shared.mel.push(&mut self.mel, speech);
+        self.features.extend(self.shared.net.push(&mut self.hearing, &mel));
+        let each = (SPEECH_RATE / self.shared.geometry.fps) as usize;
+        for s in speech {
+            self.partial.0 += 1;
+            self.partial.1 += s * s;
+            if self.partial.0 == each {
+                self.levels.push_back((self.partial.1 / each as f32).sqrt());
+                self.partial = (0, 0.0);
+            }
+        }
+        self.listening += began.elapsed();
+    }
+
+    /// The latent of the next block.
+    fn generate(&mut self, controls: &[Controls]) -> model::Result<Vec<f32>> {
+        let s = &self.shared;
+        // [1 layer][192 features ‖ 10 controls][4 frames]
+        let width = FEATURES + 10;
+        let mut audio = vec![0.0; width * FRAMES];
+        for (f, controls) in controls.iter().enumerate() {
+            for (c, v) in self.features.drain(..FEATURES).enumerate() {
+                audio[c * FRAMES + f] = v;
+            }
+            for (c, (v, scale)) in controls.iter().zip(&s.control_scale).enumerate() {
+                audio[(FEATURES + c) * FRAMES + f] = v * scale;
+            }
+        }
+        let audio = Tensor::from_vec(audio, (1, width, FRAMES), &Device::Cpu)?;
+        let audio = s.dit.audio(&audio)?;
+        let [h, w] = s.grid;
+        let noise = normal(self.seed, self.index, LATENT * h * w);
+        let noise = Tensor::from_vec(noise, (LATENT, 1, h, w), &Device::Cpu)?;
+        let latent = s.dit.generate(&mut self.state, &audio, noise, None, &[])?;
+        Ok(latent.contiguous()?.flatten_all()?.to_vec1()?)
+    }
+}
+
+impl Stream for Face {
+    fn push(&mut self, audio: &AudioBlock) -> Result<()> {
+        let mut clean = Vec::new();
+        self.intake.take(audio, &mut clean)?;
+        self.hear(&clean);
+        Ok(())
+    }
+
+    fn pull(&mut self) -> Result<Option<FrameBlock>> {
+        let ready = if self.complete { !self.features.is_empty() } else { self.features.len() >= FRAMES * FEATURES };
+        if !ready {
+            return Ok(None);
+        }
+        let controls: Vec<Controls> = self.levels.drain(..FRAMES).map(|level| self.life.next(level)).collect();
+        let began = Instant::now();
+        let block = self.index;
+        let latent = self.generate(&controls).map_err(|e| AvatarError::Device {
+            block,
+            stage: "generation",
+            source: e.into(),
+        })?;
+        let generated = Instant::now();
+        let s = &self.shared;
+        let pictures = s.decoder.decode(&s.pool, &latent, &mut self.memory);
+        let stages = StageTimes {
+            features: std::mem::take(&mut self.listening),
+            generation: generated - began,
+            decode: generated.elapsed(),
+        };
+        let g = &s.geometry;
+        let first = g.first_frame(block);
+        let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
+            at: self.intake.origin() + MediaTime::from_units(first as i64 + i as i64, g.fps),
+            width: g.width,
+            height: g.height,
+            rgb,
+        };
+        let frames = pictures.into_iter().enumerate().map(frame).collect();
+        self.index += 1;
+        Ok(Some(FrameBlock { epoch: Epoch::default(), index: block, frames, stages, controls }))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if self.intake.is_finished() {
+            return Ok(());
+        }
+        self.intake.finish();
+        // Silence fills the last block, then every layer gets the zeros that stand for the end of the stream.
+        let block = FRAMES * (SPEECH_RATE / self.shared.geometry.fps) as usize;
+        let samples = self.intake.samples() as usize;
+        self.hear(&vec![0.0; samples.next_multiple_of(block) - samples]);
+        let began = Instant::now();
+        let mel = self.shared.mel.push(&mut self.mel, &[0.0; AHEAD]);
+        self.features.extend(self.shared.net.push(&mut self.hearing, &mel));
+        if samples > 0 {
+            self.features.extend(self.shared.net.finish(&mut self.hearing));
+        }
+        self.listening += began.elapsed();
+        self.complete = true;
+        Ok(())
+    }
+}

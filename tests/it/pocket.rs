@@ -1,0 +1,228 @@
+//! The pocket model against numbers recorded from its PyTorch form, and the engine made of it.
+
+use candle_core::{DType, Device, Tensor};
+use loquent::{
+    avatar::{AvatarError, Generator, OpenOptions, Stream, pocket, presenters},
+    codec::picture::{PictureLimits, decode_portrait},
+    media::{AudioBlock, FrameBlock, MediaTime, Portrait, SPEECH_RATE},
+    model::{
+        audio::{AHEAD, AudioConfig, AudioNet, FEATURES, HOP, Mel, MelState},
+        dit::{self, Dit, Opening},
+        kernels::{Isa, Pool},
+        vae::patch::{Decoder, Encoder, Memory},
+        weights::{Safetensors, Source, Weights},
+    },
+};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
+
+const BLOCK: usize = 2560;
+
+fn file(name: &str) -> String {
+    format!("{}/pocket/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn parity() -> Safetensors {
+    Safetensors::open(&[file("parity.safetensors")]).unwrap()
+}
+
+fn weights() -> Arc<Safetensors> {
+    let shards = [file("pocket-00001-of-00002.safetensors"), file("pocket-00002-of-00002.safetensors")];
+    Arc::new(Safetensors::open(&shards).unwrap())
+}
+
+fn cursor(source: &Arc<Safetensors>) -> Weights {
+    Weights::new(source.clone(), &Device::Cpu, DType::F32)
+}
+
+fn values(s: &Safetensors, name: &str) -> Vec<f32> {
+    s.load(name).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn bytes(s: &Safetensors, name: &str) -> Vec<u8> {
+    s.load(name).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Largest difference.
+fn apart(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn what_it_hears_agrees_with_the_recording_however_the_speech_is_cut() {
+    let (parity, source) = (parity(), weights());
+    let mel = Mel::new(&values(&source, "audio.mel_filters"));
+    let config = AudioConfig { dilation: vec![1, 1, 2, 2, 4, 8], ahead: vec![1, 1, 1, 1, 1, 0] };
+    assert_eq!(config.look_ahead() * HOP + AHEAD, 2016, "126 ms");
+    let net = AudioNet::load(&cursor(&source).pp("audio"), Isa::best(), &config).unwrap();
+    let wave = values(&parity, "waveform");
+    let hear = |cut: usize| {
+        let (mut mels, mut state) = (MelState::default(), net.start());
+        let (mut frames, mut features) = (Vec::new(), Vec::new());
+        let mut take = |part: &[f32]| {
+            let new = mel.push(&mut mels, part);
+            features.extend(net.push(&mut state, &new));
+            frames.extend(new);
+        };
+        wave.chunks(cut).for_each(&mut take);
+        take(&[0.0; AHEAD]);
+        features.extend(net.finish(&mut state));
+        (frames, features)
+    };
+    let (frames, features) = hear(wave.len());
+    assert_eq!(features.len() / FEATURES, wave.len() / 640);
+    assert!(apart(&frames, &values(&parity, "mel")) < 1e-5);
+    assert!(apart(&features, &values(&parity, "features")) < 1e-4);
+    assert!(apart(&net.visemes(&features), &values(&parity, "visemes")) < 1e-4);
+    for cut in [1, 160, 333, 640, BLOCK, 7001] {
+        assert!(hear(cut) == (frames.clone(), features.clone()), "cut by {cut}");
+    }
+}
+
+#[test]
+fn what_it_draws_agrees_with_the_recording_on_every_instruction_set() {
+    let (parity, source) = (parity(), weights());
+    let planar = bytes(&parity, "reference");
+    let rgb: Vec<u8> = (0..planar.len()).map(|i| planar[i % 3 * 65_536 + i / 3]).collect();
+    let recorded = bytes(&parity, "frames");
+    for isa in Isa::available() {
+        let encoder = Encoder::load(&cursor(&source).pp("vae.encoder"), isa).unwrap();
+        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa).unwrap();
+        let mut seen: Option<Vec<Arc<[u8]>>> = None;
+        for threads in [1, 2] {
+            let pool = Pool::new(threads);
+            let z = encoder.encode(&pool, [&rgb; 4], 256, 256);
+            assert!(apart(&z, &values(&parity, "reference_latent")) < 1e-4);
+            let (latents, mut memory) = (values(&parity, "x0.steps2"), Memory::new(32, 32));
+            let two = latents.chunks_exact(16_384).take(2);
+            let shown: Vec<_> = two.flat_map(|z| decoder.decode(&pool, z, &mut memory)).collect();
+            for (k, frame) in [(0, &shown[3]), (1, &shown[7])] {
+                let theirs = |i: usize| recorded[k * 196_608 + i % 3 * 65_536 + i / 3];
+                assert!(frame.iter().enumerate().all(|(i, v)| v.abs_diff(theirs(i)) <= 1), "{isa:?}, frame {k}");
+            }
+            assert!(seen.get_or_insert_with(|| shown.clone()) == &shown, "threads change nothing");
+        }
+    }
+}
+
+#[test]
+fn what_it_imagines_agrees_with_the_recording() {
+    let (parity, source) = (parity(), weights());
+    let config = dit::Config::parse(source.metadata("config").unwrap()).unwrap();
+    let dit = Dit::load(config, &cursor(&source).pp("dit")).unwrap();
+    let (features, controls) = (values(&parity, "features"), values(&parity, "controls"));
+    let (scale, noise) = (values(&source, "control_scale"), values(&parity, "noise"));
+    let latent = |v: &[f32]| Tensor::from_slice(v, (16, 1, 32, 32), &Device::Cpu).unwrap();
+    let reference = latent(&values(&parity, "reference_latent"));
+    for steps in [1, 2] {
+        let schedule = Arc::new(dit.schedule_of(steps).unwrap());
+        let opening = Opening { reference: &reference, motion: None, text: None };
+        let mut state = dit.open(&opening, &schedule).unwrap();
+        let want = values(&parity, &format!("x0.steps{steps}"));
+        for (b, want) in want.chunks_exact(16_384).enumerate() {
+            let audio: Vec<f32> = (0..202 * 4)
+                .map(|i| (i / 4, 4 * b + i % 4))
+                .map(|(c, f)| if c < 192 { features[f * 192 + c] } else { controls[f * 10 + c - 192] * scale[c - 192] })
+                .collect();
+            let audio = dit.audio(&Tensor::from_vec(audio, (1, 202, 4), &Device::Cpu).unwrap()).unwrap();
+            let z = dit.generate(&mut state, &audio, latent(&noise[b * 16_384..][..16_384]), None, &[]).unwrap();
+            let z: Vec<f32> = z.flatten_all().unwrap().to_vec1().unwrap();
+            assert!(apart(&z, want) < 1e-3, "{steps} steps, block {b}: {}", apart(&z, want));
+        }
+    }
+}
+
+/// One engine for the tests below: loading takes a while.
+fn engine() -> MutexGuard<'static, Box<dyn Generator>> {
+    static ENGINE: LazyLock<Mutex<Box<dyn Generator>>> = LazyLock::new(|| Mutex::new(pocket::load(2).unwrap()));
+    ENGINE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn drain(stream: &mut dyn Stream, out: &mut Vec<FrameBlock>) {
+    while let Some(block) = stream.pull().unwrap() {
+        out.push(block);
+    }
+}
+
+fn speak(engine: &mut dyn Generator, speech: &[f32], cut: &[usize], options: &OpenOptions) -> Vec<FrameBlock> {
+    let portrait = engine.sample_portrait();
+    let mut stream = engine.open(&portrait, options).unwrap();
+    let (mut out, mut at, mut rest, mut turn) = (Vec::new(), MediaTime::from_millis(20), speech, 0);
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at(cut[turn % cut.len()].min(rest.len()));
+        let audio = AudioBlock { at, samples: part.to_vec() };
+        (rest, at, turn) = (after, audio.end(), turn + 1);
+        stream.push(&audio).unwrap();
+        if turn % 3 != 0 {
+            drain(stream.as_mut(), &mut out);
+        }
+    }
+    stream.finish().unwrap();
+    drain(stream.as_mut(), &mut out);
+    out
+}
+
+fn speech(samples: usize) -> Vec<f32> {
+    (0..samples).map(|i| (i as f32 * 0.07).sin() * (i as f32 / 5000.0).fract() * 0.4).collect()
+}
+
+fn same(a: &[FrameBlock], b: &[FrameBlock]) -> bool {
+    let frames = |b: &[FrameBlock]| b.iter().flat_map(|b| b.frames.clone()).collect::<Vec<_>>();
+    let equal = frames(a).iter().zip(&frames(b)).all(|(x, y)| x.at == y.at && x.rgb == y.rgb);
+    a.len() == b.len() && equal && a.iter().zip(b).all(|(a, b)| a.index == b.index && a.controls == b.controls)
+}
+
+#[test]
+fn however_the_speech_is_cut_the_face_is_the_same_and_the_seed_matters() {
+    let mut engine = engine();
+    let speech = speech(SPEECH_RATE as usize / 2 + 777);
+    let options = OpenOptions::default();
+    let whole = speak(engine.as_mut(), &speech, &[speech.len()], &options);
+    assert_eq!(whole.len(), speech.len().div_ceil(BLOCK), "the last block is padded with silence");
+    assert!(whole.iter().all(|b| b.frames.len() == 4 && b.controls.len() == 4));
+    assert_eq!(whole[1].frames[0].at, MediaTime::from_millis(20 + 160));
+    for cut in [&[160][..], &[BLOCK], &[4576, 1], &[1, 999, 3000]] {
+        assert!(same(&speak(engine.as_mut(), &speech, cut, &options), &whole), "cut by {cut:?}");
+    }
+    let other = speak(engine.as_mut(), &speech, &[4000], &OpenOptions { seed: 2, ..options });
+    assert!(!same(&other, &whole));
+}
+
+#[test]
+fn silence_storms_and_broken_samples_never_panic() {
+    let mut engine = engine();
+    let storms: [(&str, fn(usize) -> f32); 5] = [
+        ("silence", |_| 0.0),
+        ("not numbers", |i| if i % 3 == 0 { f32::NAN } else { f32::INFINITY }),
+        ("clipped", |i| if i / 40 % 2 == 0 { 1e30 } else { -1e30 }),
+        ("tiny", |_| 1e-42),
+        ("clicks", |i| if i % 4000 == 0 { 1.0 } else { 0.0 }),
+    ];
+    for (what, storm) in storms {
+        let audio: Vec<f32> = (0..2 * BLOCK).map(storm).collect();
+        let blocks = speak(engine.as_mut(), &audio, &[640], &OpenOptions { steps: Some(1), ..OpenOptions::default() });
+        assert_eq!(blocks.len(), 2, "{what}");
+        // A face, not a flat or saturated field.
+        for frame in blocks.iter().flat_map(|b| &b.frames) {
+            let mean = frame.rgb.iter().map(|v| f64::from(*v)).sum::<f64>() / frame.rgb.len() as f64;
+            assert!((20.0..235.0).contains(&mean), "{what}: {mean}");
+        }
+    }
+    assert!(speak(engine.as_mut(), &[], &[1], &OpenOptions::default()).is_empty(), "nothing said, nothing shown");
+}
+
+#[test]
+fn presenters_are_accepted_and_what_it_cannot_draw_is_refused_in_words() {
+    let mut engine = engine();
+    for p in presenters() {
+        let portrait = decode_portrait(p.png, &PictureLimits::default()).unwrap();
+        engine.open(&portrait, &OpenOptions::default()).map(drop).unwrap_or_else(|e| panic!("{}: {e}", p.id));
+    }
+    let noise: Vec<u8> = (0..3 * 300 * 200u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let noise = Portrait { width: 300, height: 200, rgb: noise.into() };
+    let refused = engine.open(&noise, &OpenOptions::default()).map(drop).unwrap_err();
+    assert!(matches!(&refused, AvatarError::Portrait(text) if text.contains("choose")), "{refused}");
+    let portrait = engine.sample_portrait();
+    let refused = engine.open(&portrait, &OpenOptions { steps: Some(9), ..OpenOptions::default() });
+    assert!(matches!(refused.map(drop), Err(AvatarError::Options(_))));
+}
