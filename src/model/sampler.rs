@@ -143,7 +143,11 @@ impl Sampler {
     }
 
     fn no_step(&self, i: usize) -> Error {
-        Error::Input(format!("step {i} of a run of {} steps, taken {} so far", self.timesteps.len(), self.samples.len()))
+        Error::Input(format!(
+            "step {i} of a run of {} steps, taken {} so far",
+            self.timesteps.len(),
+            self.samples.len()
+        ))
     }
 
     /// From x at step `i` and the model's velocity there to x at step `i + 1`. Steps are taken in order from 0.

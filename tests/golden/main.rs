@@ -9,6 +9,7 @@
 
 mod data;
 mod kinds;
+mod pocket;
 
 use data::{Check, Golden};
 
@@ -68,14 +69,17 @@ kinds! {
     audio_load,
     causal_audio_encoder,
     dit_block,
+    fp8_quant,
     frame_packer,
     image_prep,
     la_e2e,
     la_stream,
     la_tpp,
+    lora_merge,
     rope_tables,
     s2v_e2e,
     s2v_forward,
+    schedulers,
     umt5,
     vae21,
     vae21_stream,
@@ -83,11 +87,7 @@ kinds! {
     wan_forward,
     wav2vec2_feat,
 }
-not_yet! {
-    fp8_quant,
-    lora_merge,
-    schedulers,
-}
+not_yet! {}
 
 #[test]
 fn every_kind_is_known() {

@@ -48,12 +48,6 @@ pub(crate) use dispatch;
 /// Lanes the bodies are written for; two AVX-512 registers keep both adders busy.
 pub(crate) const LANES: usize = 32;
 
-/// `a · b + c`: fused where the instruction set has it.
-#[inline(always)]
-pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
-    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
-}
-
 /// `e^x` to about 1e-7 relative, without branches so that it becomes vector code; 0 below -87.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {

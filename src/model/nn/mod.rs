@@ -5,6 +5,7 @@
 
 mod attention;
 mod conv;
+pub mod fp8;
 mod linear;
 pub mod norm;
 pub mod rope;

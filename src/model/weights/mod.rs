@@ -8,6 +8,7 @@
 mod archive;
 mod gguf;
 pub mod layout;
+mod lora;
 mod open;
 mod pickle;
 mod safetensors;
@@ -15,6 +16,7 @@ mod tensors;
 mod torch;
 
 pub use gguf::Gguf;
+pub use lora::Lora;
 pub use open::{Checkpoint, Format, format_of, open};
 pub use safetensors::Safetensors;
 pub use tensors::Tensors;
