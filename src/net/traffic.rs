@@ -83,6 +83,16 @@ impl ResentRate {
     }
 }
 
+/// What a feedback message says: (number, arrival on the receiver's clock or `None` for missing).
+///
+/// The last chunk of a message is filled up with zeros beyond the packets it speaks of. The library hands these on as lost
+/// packets (packets that are still under way, or were never sent), so they are cut off here.
+fn entries(feedback: &TransportLayerCc) -> impl Iterator<Item = (u16, Option<Duration>)> {
+    let all = convert_twcc(feedback).into_iter().take(usize::from(feedback.packet_status_count));
+    // Received without a usable time counts as neither received nor lost.
+    all.filter(|a| a.arrival.is_some() == a.arrived).map(|a| (a.sequence_number, a.arrival))
+}
+
 impl Traffic {
     pub(super) fn new(now: Instant, shared: Arc<Shared>, first_sequence: u16) -> Self {
         let limits = shared.limits;
@@ -123,9 +133,7 @@ impl Traffic {
                 self.flow.nack(now, sequences);
             }
         } else if let Some(feedback) = any.downcast_ref::<TransportLayerCc>() {
-            // Received without a usable time counts as neither received nor lost.
-            let usable = convert_twcc(feedback).into_iter().filter(|a| a.arrival.is_some() == a.arrived);
-            if self.flow.feedback(now, usable.map(|a| (a.sequence_number, a.arrival))) {
+            if self.flow.feedback(now, entries(feedback)) {
                 self.want_keyframe(now);
             }
         }
@@ -333,4 +341,31 @@ impl Interceptor for Traffic {
     fn unbind_local_stream(&mut self, _info: &StreamInfo) {}
     fn bind_remote_stream(&mut self, _info: &StreamInfo) {}
     fn unbind_remote_stream(&mut self, _info: &StreamInfo) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rtc::rtcp::transport_feedbacks::transport_layer_cc::{
+        PacketStatusChunk, RecvDelta, StatusChunkTypeTcc, StatusVectorChunk, SymbolSizeTypeTcc, SymbolTypeTcc,
+    };
+
+    #[test]
+    fn padding_of_the_last_chunk_is_not_loss() {
+        let mut symbol_list = vec![SymbolTypeTcc::PacketReceivedSmallDelta, SymbolTypeTcc::PacketNotReceived];
+        symbol_list.resize(14, SymbolTypeTcc::PacketNotReceived);
+        let feedback = TransportLayerCc {
+            base_sequence_number: 7,
+            packet_status_count: 2,
+            packet_chunks: vec![PacketStatusChunk::StatusVectorChunk(StatusVectorChunk {
+                type_tcc: StatusChunkTypeTcc::StatusVectorChunk,
+                symbol_size: SymbolSizeTypeTcc::OneBit,
+                symbol_list,
+            })],
+            recv_deltas: vec![RecvDelta { type_tcc_packet: SymbolTypeTcc::PacketReceivedSmallDelta, delta: 250 }],
+            ..Default::default()
+        };
+        let entries: Vec<_> = entries(&feedback).collect();
+        assert_eq!(entries, [(7, Some(Duration::from_micros(250))), (8, None)]);
+    }
 }

@@ -77,7 +77,7 @@ pub(super) struct Estimator {
     target: f64,
     trend: Trend,
     arrived: VecDeque<(Duration, usize)>,
-    loss: VecDeque<(Instant, u32, u32)>,
+    loss: VecDeque<(Instant, i32, i32)>,
     queue: QueueDelay,
     capacity: Capacity,
     round_trip: Duration,
@@ -86,6 +86,8 @@ pub(super) struct Estimator {
     loss_decreased: Option<Instant>,
     /// The target to return to once the standing queue is empty.
     resume: Option<f64>,
+    /// The target before that queue was seen.
+    before: f64,
     feedback: Option<Instant>,
     sent_since: u32,
     outage: Option<Instant>,
@@ -114,6 +116,7 @@ impl Estimator {
             decreased: None,
             loss_decreased: None,
             resume: None,
+            before: limits.start,
             feedback: None,
             sent_since: 0,
             outage: None,
@@ -179,7 +182,7 @@ impl Estimator {
             self.round_trip = self.round_trip.min(sample).max(Duration::from_millis(1));
         }
         let mut usage = Usage::Normal;
-        let (mut lost, mut total) = (0u32, 0u32);
+        let (mut lost, mut total) = (0i32, 0i32);
         for ack in acks {
             let forgiven = self.forgive_before.is_some_and(|before| ack.departure < before);
             match ack.arrival {
@@ -190,7 +193,9 @@ impl Estimator {
                     }
                     self.queue.packet(now, ack.departure, arrival);
                     self.arrived.push_back((arrival, ack.size));
-                    total += u32::from(!ack.late);
+                    // Missing in an earlier report, here after all.
+                    lost -= i32::from(ack.late && !forgiven);
+                    total += i32::from(!ack.late);
                 }
                 None if !forgiven => {
                     lost += 1;
@@ -227,7 +232,7 @@ impl Estimator {
 
     fn loss_ratio(&self) -> Option<f64> {
         let (lost, total) = self.loss.iter().fold((0, 0), |(l, t), x| (l + x.1, t + x.2));
-        (total >= 20).then(|| f64::from(lost) / f64::from(total))
+        (total >= 20).then(|| f64::from(lost.max(0)) / f64::from(total))
     }
 
     fn react(&mut self, now: Instant, usage: Usage) {
@@ -239,10 +244,16 @@ impl Estimator {
                 self.resume = None;
                 self.changed = Some(now);
                 self.trend = Trend::new();
+                if self.target < 0.7 * self.before {
+                    // Either the link is narrower now or it only paused: find out soon.
+                    self.probe_gap = PROBE_GAP;
+                    self.next_probe = Some(now + Duration::from_secs(1));
+                }
             } else if let Some(rate) = self.arriving(SHORT_WINDOW).filter(|_| self.queue.delay > QUEUE_LOW * 2.0) {
-                // The link is still full, so what arrives now is its rate.
-                self.resume = Some(resume.min(RESUME * rate));
-                self.target = self.target.min(DRAIN * rate).max(0.5 * resume.min(rate));
+                // The link is still full, so what arrives now is its rate; a single look may have met a pause.
+                let resume = 0.3 * resume + 0.7 * (RESUME * rate).min(self.before);
+                self.resume = Some(resume);
+                self.target = self.target.min(DRAIN / RESUME * resume).max(0.5 * resume);
             }
             return;
         }
@@ -250,6 +261,7 @@ impl Estimator {
         if (self.queue.delay > QUEUE_HIGH && settled) || (jumped && usage != Usage::Under) {
             if let Some(rate) = self.arriving(SHORT_WINDOW) {
                 self.capacity.overused_at(rate);
+                self.before = self.target;
                 self.resume = Some((RESUME * rate).min(self.target));
                 self.target = self.target.min(DRAIN * rate);
                 self.decreased = Some(now);
