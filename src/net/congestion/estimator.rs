@@ -88,6 +88,8 @@ pub(super) struct Estimator {
     resume: Option<f64>,
     /// The target before that queue was seen.
     before: f64,
+    /// The longest that queue has been, seconds.
+    peak: f64,
     feedback: Option<Instant>,
     sent_since: u32,
     outage: Option<Instant>,
@@ -117,6 +119,7 @@ impl Estimator {
             loss_decreased: None,
             resume: None,
             before: limits.start,
+            peak: 0.0,
             feedback: None,
             sent_since: 0,
             outage: None,
@@ -238,9 +241,17 @@ impl Estimator {
     fn react(&mut self, now: Instant, usage: Usage) {
         let since = |then: Option<Instant>| then.map(|t| now.saturating_duration_since(t));
         let settled = since(self.decreased).is_none_or(|d| d > self.round_trip + Duration::from_millis(200));
+        self.peak = if self.resume.is_some() { self.peak.max(self.queue.delay) } else { self.queue.delay };
         if let Some(resume) = self.resume {
             if self.queue.delay < QUEUE_LOW || since(self.decreased).is_some_and(|d| d > Duration::from_secs(4)) {
-                self.target = self.target.max(resume);
+                // A link that is too narrow empties its queue slowly, because we still fill it. One that only paused is empty
+                // at once, and what arrived meanwhile said nothing about it.
+                let pause = self.round_trip.as_secs_f64() + 0.05 + self.peak;
+                let paused = since(self.decreased).is_some_and(|d| d.as_secs_f64() < pause);
+                self.target = self.target.max(if paused { 0.95 * self.before } else { resume });
+                if paused {
+                    self.capacity = Capacity::default();
+                }
                 self.resume = None;
                 self.changed = Some(now);
                 self.trend = Trend::new();

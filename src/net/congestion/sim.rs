@@ -29,9 +29,11 @@ struct Link {
     delay: u64,
     loss: f64,
     blackout: std::ops::Range<u64>,
+    /// Every so many ms the link pauses for 100 ms; 0 for never.
+    pause_every: u64,
 }
 
-const CLEAN: Link = Link { rate: |_| 20e6, queue_ms: 300.0, delay: 20, loss: 0.0, blackout: 0..0 };
+const CLEAN: Link = Link { rate: |_| 20e6, queue_ms: 300.0, delay: 20, loss: 0.0, blackout: 0..0, pause_every: 0 };
 
 #[derive(Default)]
 struct Outcome {
@@ -150,6 +152,9 @@ fn run(link: &Link, seconds: u64) -> Outcome {
             let queued = (busy_until - ms as f64).max(0.0);
             if link.blackout.contains(&ms) || random() < link.loss || queued > link.queue_ms {
                 continue;
+            }
+            if link.pause_every > 0 && ms > 5000 && ms % link.pause_every < 100 {
+                busy_until = busy_until.max((ms - ms % link.pause_every + 100) as f64);
             }
             busy_until = busy_until.max(ms as f64) + size as f64 * 8e3 / rate;
             flight.push_back((busy_until as u64 + link.delay, number, video, ms));
@@ -314,4 +319,14 @@ fn a_very_narrow_link_still_carries_voice() {
     voice.sort_unstable();
     assert!(voice.len() > 2800, "{} of 3000 voice packets", voice.len());
     assert!(voice[voice.len() * 95 / 100] < 400);
+}
+
+#[test]
+fn a_link_that_pauses_now_and_then_is_not_taken_for_a_narrow_one() {
+    let out = run(&Link { rate: |_| 4_000e3, pause_every: 4_000, ..CLEAN }, 60);
+    out.describe("pauses of 100 ms");
+    let late: Vec<f64> = out.targets.iter().filter(|t| t.0 > 20_000).map(|t| t.1).collect();
+    let mean = late.iter().sum::<f64>() / late.len() as f64;
+    assert!(mean > 1_700e3, "mean target {mean}");
+    assert!(out.longest_gap(1000) < 300);
 }
