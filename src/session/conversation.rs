@@ -447,6 +447,7 @@ impl Conversation {
         m.fps = report.frames as f64 / seconds;
         m.bitrate = (report.bytes as f64 * 8.0 / seconds) as u64;
         m.frames_sent += report.frames;
+        self.ladder.used(m.bitrate);
         if report.frames > 0 {
             smooth(&mut m.encode_ms, report.encode.as_secs_f64() * 1e3 / report.frames as f64, 0.3);
         }

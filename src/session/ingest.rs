@@ -464,7 +464,11 @@ impl Ingest {
         let (_, best, packets) = std::mem::replace(&mut self.window, (now, f64::MIN, 0));
         let (least, most) = self.hold_range;
         let step = Duration::from_millis(5);
-        self.hold = if std::mem::take(&mut self.fresh_late) > 0 { self.hold + step * 2 } else { self.hold - step / 5 };
+        self.hold = if std::mem::take(&mut self.fresh_late) > 0 {
+            self.hold + step * 2
+        } else {
+            self.hold.saturating_sub(step / 5)
+        };
         self.hold = self.hold.clamp(least, most);
         // Pauses and trickles say nothing about a clock.
         if packets < 50 {

@@ -24,6 +24,8 @@ const TOO_FEW_BITS: f64 = 0.045;
 const ENOUGH_BITS: f64 = 0.065;
 /// Bits per pixel above which nothing is gained.
 const PLENTY_BITS: f64 = 0.5;
+/// Below this share of the bitrate the encoder is not short of bits.
+const PRESSED: f64 = 0.7;
 /// Packets per second times header bytes of the voice (RTP, UDP, IP, DTLS tag), in bits.
 const VOICE_OVERHEAD: u32 = 50 * 54 * 8;
 /// Share of the rest that headers of the pictures and repairs take.
@@ -43,6 +45,8 @@ pub struct Ladder {
     least: u32,
     most: u32,
     bitrate: u32,
+    /// Bits per second the encoder really made; a face at rest needs little, and then little is enough.
+    used: Option<u64>,
 }
 
 impl Ladder {
@@ -75,6 +79,7 @@ impl Ladder {
             least,
             most,
             bitrate: most,
+            used: None,
         }
     }
 
@@ -103,6 +108,11 @@ impl Ladder {
         self.bitrate = (rest as u32).clamp(self.least, self.most);
     }
 
+    /// What the encoder made of it in the last second, bits per second.
+    pub fn used(&mut self, bits: u64) {
+        self.used = Some(bits);
+    }
+
     fn bits_per_pixel(&self, rung: usize) -> f64 {
         let r = self.rungs[rung];
         f64::from(self.bitrate) * f64::from(r.every) / (f64::from(r.width * r.height) * self.fps)
@@ -110,7 +120,8 @@ impl Ladder {
 
     /// To be called about once a second or oftener; whether the rung changed.
     pub fn settle(&mut self, now: Instant) -> bool {
-        let poor = self.bits_per_pixel(self.at) < TOO_FEW_BITS && self.at + 1 < self.rungs.len();
+        let pressed = self.used.is_none_or(|used| used as f64 > PRESSED * f64::from(self.bitrate));
+        let poor = pressed && self.bits_per_pixel(self.at) < TOO_FEW_BITS && self.at + 1 < self.rungs.len();
         let rich = self.at > 0 && self.bits_per_pixel(self.at - 1) >= ENOUGH_BITS;
         let since = |was: Option<Instant>, is: bool| if is { Some(was.unwrap_or(now)) } else { None };
         self.poor_since = since(self.poor_since, poor);
@@ -178,6 +189,16 @@ mod tests {
         assert_eq!(seen[3..], [(48, 192, 2), (57, 256, 2), (66, 256, 1)]);
         assert_eq!(l.rung(), Rung { width: 256, height: 256, every: 1 });
         assert!(l.bitrate() <= l.most());
+    }
+
+    #[test]
+    fn little_is_enough_for_who_needs_little() {
+        let (mut l, t) = (ladder(), Instant::now());
+        l.target(110_000);
+        l.used(20_000);
+        assert!((0..20).all(|k| !l.settle(t + Duration::from_secs(k))));
+        l.used(55_000);
+        assert!((20..30).any(|k| l.settle(t + Duration::from_secs(k))));
     }
 
     #[test]

@@ -220,7 +220,8 @@ struct Limits {
 
 impl Machine {
     pub fn new(config: &Config, now: Instant) -> Self {
-        let seconds = Duration::from_secs;
+        // Ten years at most: beyond, an `Instant` could overflow.
+        let seconds = |s: u64| Duration::from_secs(s.min(315_360_000));
         let unless_off = |s: u64| (s > 0).then(|| seconds(s));
         Machine {
             state: State::Connecting,
