@@ -4,6 +4,7 @@ mod codec;
 mod config;
 mod engine;
 mod files;
+mod hostile;
 mod net;
 mod peer;
 mod pocket;
