@@ -188,18 +188,22 @@ function writeWav(name, samples, rate = 48_000) {
 
 function readWav(file) {
   const bytes = fs.readFileSync(file);
-  let [at, rate, channels, bits] = [12, 0, 1, 16];
+  let [at, rate, channels, bits, kindOf] = [12, 0, 1, 16, 1];
   while (at + 8 <= bytes.length) {
     const kind = bytes.toString('latin1', at, at + 4);
     const size = bytes.readUInt32LE(at + 4);
     if (kind === 'fmt ') {
+      kindOf = bytes.readUInt16LE(at + 8);
       channels = bytes.readUInt16LE(at + 10);
       rate = bytes.readUInt32LE(at + 12);
       bits = bytes.readUInt16LE(at + 22);
     } else if (kind === 'data') {
-      if (bits !== 16) throw new Error(`${file}: ${bits} bits a sample`);
-      const count = Math.floor(Math.min(size, bytes.length - at - 8) / 2 / channels);
-      return { rate, samples: Float32Array.from({ length: count }, (_, i) => bytes.readInt16LE(at + 8 + i * 2 * channels) / 32768) };
+      const float = kindOf === 3 && bits === 32;
+      if (!float && bits !== 16) throw new Error(`${file}: neither 16 bits nor 32-bit float`);
+      const step = (bits / 8) * channels;
+      const one = float ? (i) => bytes.readFloatLE(i) : (i) => bytes.readInt16LE(i) / 32768;
+      const count = Math.floor(Math.min(size, bytes.length - at - 8) / step);
+      return { rate, samples: Float32Array.from({ length: count }, (_, i) => one(at + 8 + i * step)) };
     }
     at += 8 + size + (size & 1);
   }
