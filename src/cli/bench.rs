@@ -1,8 +1,68 @@
 //! `loquent bench`: measure the engine on this machine.
 
-#[derive(clap::Args)]
-pub(super) struct Args {}
+use super::{
+    engines::Choice,
+    machine::Machine,
+    measure::{Measured, measure},
+};
+use serde::Serialize;
 
-pub(super) fn run(_: Args) -> anyhow::Result<()> {
-    anyhow::bail!("`loquent bench` is not built into this version yet")
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// What is measured.
+    #[arg(long, value_enum, default_value_t = Choice::Pocket)]
+    engine: Choice,
+    /// Thread counts to try, separated by commas.
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    threads: Vec<usize>,
+    /// Denoising steps to try, separated by commas; the model's own when left out.
+    #[arg(long, value_delimiter = ',')]
+    steps: Vec<usize>,
+    /// Seconds of speech for each measurement.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    seconds: u32,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    machine: Machine,
+    runs: Vec<Measured>,
+}
+
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let steps: Vec<Option<usize>> = if args.steps.is_empty() { vec![None] } else { args.steps.iter().copied().map(Some).collect() };
+    let mut runs = Vec::new();
+    for &threads in &args.threads {
+        for &steps in &steps {
+            runs.push(measure(args.engine, threads, steps, args.seconds)?);
+        }
+    }
+    let report = Report { machine: Machine::look(), runs };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    let Machine { processor, cores, features, load, version, .. } = &report.machine;
+    println!("Loquent {version} on {processor}, {cores} cores, {}", features.join(", "));
+    if let Some(load) = load.filter(|l| *l > 0.5) {
+        println!("Other work is going on (load {load:.1}): times are longer than they need be.");
+    }
+    println!();
+    println!(
+        "engine  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms | real-time factor  frames/s",
+        report.runs.first().map_or(0.0, |r| r.block_ms).round()
+    );
+    for r in &report.runs {
+        let steps = r.steps.map_or("own".into(), |n| n.to_string());
+        println!(
+            "{:<6}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}",
+            r.engine, r.threads, steps, r.features_ms, r.generation_ms, r.decode_ms, r.encode_ms, r.block_p50_ms,
+            r.block_p95_ms, r.real_time_factor, r.frames_per_second
+        );
+    }
+    println!("\nMedians per block in milliseconds. A real-time factor of 0.5 leaves half of the time to others.");
+    Ok(())
 }

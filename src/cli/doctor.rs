@@ -1,8 +1,202 @@
 //! `loquent doctor`: say in plain words what this machine can do.
+//!
+//! Looks, tries the ports, runs each engine for a moment. Ends with exit code 1 when the live service could not work.
+
+use super::{
+    engines::Choice,
+    machine::Machine,
+    measure::{encoder_ms, measure},
+};
+use crate::{config::Config, engine, net, server};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 
 #[derive(clap::Args)]
-pub(super) struct Args {}
+pub(super) struct Args {
+    #[command(flatten)]
+    source: super::config_cmd::Source,
+    /// Seconds of speech each engine is measured with; 0 leaves the measuring out.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=600))]
+    seconds: u32,
+}
 
-pub(super) fn run(_: Args) -> anyhow::Result<()> {
-    anyhow::bail!("`loquent doctor` is not built into this version yet")
+/// Findings that must be told again at the end.
+#[derive(Default)]
+struct Findings {
+    problems: Vec<String>,
+    hints: Vec<String>,
+}
+
+impl Findings {
+    fn problem(&mut self, text: impl Into<String>) {
+        self.problems.push(text.into());
+    }
+    fn hint(&mut self, text: impl Into<String>) {
+        self.hints.push(text.into());
+    }
+}
+
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let mut findings = Findings::default();
+    let machine = Machine::look();
+    println!("Loquent {}\n", machine.version);
+    hardware(&machine, &mut findings);
+    packages(&mut findings)?;
+    let loaded = args.source.load(&[]);
+    let config = match &loaded {
+        Ok(loaded) => loaded.config.clone(),
+        Err(error) => {
+            findings.problem(format!("The settings cannot be used: {error:#}"));
+            Config::default()
+        }
+    };
+    ports(&config.server, &config.net, &mut findings);
+    line("Microphone", "not needed on this machine: the visitor's browser has one");
+    if args.seconds > 0 {
+        engines(&config.engine, args.seconds, &machine, &mut findings);
+    }
+    println!();
+    for hint in &findings.hints {
+        println!("Hint: {hint}");
+    }
+    for problem in &findings.problems {
+        println!("Problem: {problem}");
+    }
+    if findings.problems.is_empty() {
+        println!("Everything the live service needs is here. Start it with `loquent serve`.");
+        return Ok(());
+    }
+    anyhow::bail!("{} of the findings above must be put right before the live service can work", findings.problems.len())
+}
+
+fn line(what: &str, told: impl std::fmt::Display) {
+    println!("{what:<12} {told}");
+}
+
+fn hardware(machine: &Machine, findings: &mut Findings) {
+    line("System", &machine.system);
+    let features = if machine.features.is_empty() { "no wide vectors".into() } else { machine.features.join(", ") };
+    let cores = if machine.cores == 1 { "1 core".into() } else { format!("{} cores", machine.cores) };
+    line("Processor", format!("{}, {cores}, {features}", machine.processor));
+    if cfg!(target_arch = "x86_64") && !machine.features.contains(&"AVX2") {
+        findings.hint("This processor has no AVX2; the engine will be several times slower than on one that has.");
+    }
+    if let (Some(all), Some(free)) = (machine.memory_mib, machine.memory_free_mib) {
+        line("Memory", format!("{:.1} GiB, {:.1} GiB free", all as f64 / 1024.0, free as f64 / 1024.0));
+        if free < 600 {
+            findings.problem(format!("Only {free} MiB of memory are free and about 600 are needed; end other programs."));
+        }
+    }
+    match machine.gpus.as_slice() {
+        [] => line("GPU", "none found, and none needed: the pocket engine runs on the processor"),
+        gpus => line("GPU", format!("{}; this build runs on the processor and leaves it alone", gpus.join(", "))),
+    }
+    if let Some(load) = machine.load.filter(|l| *l > machine.cores as f64 * 0.75) {
+        findings.hint(format!("Other programs keep this machine busy (load {load:.1}); the figures are worse for it."));
+    }
+}
+
+fn packages(findings: &mut Findings) -> anyhow::Result<()> {
+    let took = encoder_ms()?;
+    let assembler = env!("LOQUENT_H264_ASSEMBLER");
+    let how = match assembler {
+        "yes" => "built with its fast paths (nasm)",
+        "no" => "built WITHOUT its fast paths",
+        _ => "built for this processor",
+    };
+    line("H.264", format!("{how}; {took:.1} ms for a picture of 512×512"));
+    if assembler == "no" {
+        findings.hint("Install nasm, run `cargo clean --release -p openh264-sys2` and build again: pictures are encoded 2.6 times faster then.");
+    }
+    line("Packages", "nothing else to install: models, presenters, page and codecs are in this program");
+    Ok(())
+}
+
+fn ports(server: &server::Config, net: &net::Config, findings: &mut Findings) {
+    match server.address() {
+        Ok(address) => match TcpListener::bind(address) {
+            Ok(_) => line("Web address", format!("{address} is free")),
+            Err(e) => {
+                line("Web address", format!("{address} cannot be used ({e})"));
+                findings.problem(format!("{address} cannot be used ({e}); give another one: `loquent serve --listen 127.0.0.1:8090`."));
+            }
+        },
+        Err(why) => findings.problem(why),
+    }
+    let first = if net.port_min == 0 { vec![0] } else { (net.port_min..=net.port_max).collect::<Vec<u16>>() };
+    for ip in &net.bind {
+        let (free, all) = (first.iter().filter(|&&p| UdpSocket::bind((*ip, p)).is_ok()).count(), first.len());
+        let range = if net.port_min == 0 { "any UDP port".into() } else { format!("UDP ports {}–{}", net.port_min, net.port_max) };
+        let state = match (free, all) {
+            (0, _) => "cannot be used".to_string(),
+            (free, all) if free < all => format!("{free} of {all} are free"),
+            _ => "free".into(),
+        };
+        line("Media", format!("{range} on {ip}: {state}"));
+        if free == 0 {
+            findings.problem(format!("No media port can be opened on {ip} ({range}); see `net.bind`, `net.port_min`, `net.port_max`."));
+        }
+        if net.ice_tcp && !first.iter().any(|&p| TcpListener::bind((*ip, p)).is_ok()) {
+            findings.problem(format!("No TCP port for media can be opened on {ip}; see `net.ice_tcp`."));
+        }
+    }
+    match own_address() {
+        Some(ip) => line("Network", format!("other machines know this one as {ip}; their browsers give a microphone only to https:// pages")),
+        None => line("Network", "this machine has no address but its own: only browsers on it can connect"),
+    }
+}
+
+/// The address packets to the world would leave from; nothing is sent.
+fn own_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    // A documentation address (RFC 5737): connecting a UDP socket only chooses a route.
+    socket.connect("192.0.2.1:9").ok()?;
+    socket.local_addr().ok().map(|a| a.ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback())
+}
+
+fn engines(config: &engine::Config, seconds: u32, machine: &Machine, findings: &mut Findings) {
+    for choice in [Choice::Pocket, Choice::Card] {
+        let chosen = choice.name() == engine_name(config.generator);
+        match measure(choice, config.threads, config.steps, seconds) {
+            Ok(m) => {
+                let verdict = match m.real_time_factor {
+                    f if f <= 0.5 => format!("good for about {} at once", people((0.8 / f) as usize)),
+                    f if f < 0.9 => "real time, with little to spare".into(),
+                    f if f < 1.0 => "barely real time".into(),
+                    _ => "too slow for real time here".into(),
+                };
+                line(
+                    "Engine",
+                    format!(
+                        "{}: {}×{} at {} frames/s needed, {:.0} made (real-time factor {:.2} on {} threads): {verdict}",
+                        m.engine, m.width, m.height, m.fps, m.frames_per_second, m.real_time_factor,
+                        if m.threads == 0 { machine.cores } else { m.threads }
+                    ),
+                );
+                if chosen && m.real_time_factor >= 0.9 {
+                    findings.problem(format!(
+                        "The {} engine is too slow on this machine (real-time factor {:.2}, at most 0.9 works).",
+                        m.engine, m.real_time_factor
+                    ));
+                }
+            }
+            Err(error) => {
+                line("Engine", format!("{}: cannot be run ({error:#})", choice.name()));
+                if chosen {
+                    findings.problem(format!("The {} engine cannot be run: {error:#}", choice.name()));
+                }
+            }
+        }
+    }
+    line("Engine", "Wan2.2-S2V and LiveAvatar (14B): need a GPU of 48 GB or more; not measured");
+}
+
+fn people(n: usize) -> String {
+    if n <= 1 { "1 conversation".into() } else { format!("{n} conversations") }
+}
+
+fn engine_name(kind: engine::Kind) -> &'static str {
+    match kind {
+        engine::Kind::Pocket => "pocket",
+        engine::Kind::Card => "card",
+    }
 }

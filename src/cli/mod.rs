@@ -8,6 +8,8 @@ mod config_cmd;
 mod doctor;
 mod engines;
 mod generate;
+mod machine;
+mod measure;
 mod model;
 mod serve;
 

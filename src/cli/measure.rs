@@ -1,0 +1,167 @@
+//! How fast an engine is on this machine: the pipeline of one conversation without its network, timed.
+
+use super::engines::{self, Choice};
+use crate::{
+    avatar::OpenOptions,
+    codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, rgb_to_i420},
+    media::{AudioBlock, Geometry, MediaTime, SPEECH_RATE},
+};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+/// Medians over blocks, in milliseconds, and what they amount to.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Measured {
+    pub(super) engine: &'static str,
+    pub(super) threads: usize,
+    /// Denoising steps asked for; absent = the model's own.
+    pub(super) steps: Option<usize>,
+    pub(super) width: u32,
+    pub(super) height: u32,
+    pub(super) fps: u32,
+    /// Length of one block.
+    pub(super) block_ms: f64,
+    pub(super) blocks: usize,
+    /// Loading the model, and preparing a face.
+    pub(super) load_ms: f64,
+    pub(super) open_ms: f64,
+    pub(super) features_ms: f64,
+    pub(super) generation_ms: f64,
+    pub(super) decode_ms: f64,
+    /// Colour conversion, H.264 and Opus.
+    pub(super) encode_ms: f64,
+    /// A whole block; its 95th percentile.
+    pub(super) block_p50_ms: f64,
+    pub(super) block_p95_ms: f64,
+    /// Time needed over time shown: below 1 is faster than life.
+    pub(super) real_time_factor: f64,
+    pub(super) frames_per_second: f64,
+}
+
+/// Runs `seconds` of made-up speech through an engine. The first second warms it up and is not counted.
+pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seconds: u32) -> anyhow::Result<Measured> {
+    let began = Instant::now();
+    let mut generator = engines::load(choice, threads)?;
+    let load = began.elapsed();
+    let geometry = generator.geometry();
+    let Geometry { width, height, fps, .. } = geometry;
+    let portrait = generator.sample_portrait();
+    let began = Instant::now();
+    let mut stream = generator.open(&portrait, &OpenOptions { seed: 1, steps })?;
+    let open = began.elapsed();
+    let bitrate = 900_000;
+    let mut video = VideoEncoder::new(H264Config { width, height, fps: fps as f32, bitrate, max_bitrate: bitrate })?;
+    let mut voice = VoiceEncoder::new(32_000, 5)?;
+
+    let (mut features, mut generation, mut decode, mut encode, mut whole) = (vec![], vec![], vec![], vec![], vec![]);
+    let mut fed = MediaTime::ZERO;
+    let end = MediaTime::from_millis(i64::from(seconds + 1) * 1000);
+    let mut spent = Duration::ZERO;
+    let mut shown = MediaTime::ZERO;
+    let mut made = MediaTime::ZERO;
+    while fed < end {
+        let audio = AudioBlock { at: fed, samples: babble(fed, SPEECH_RATE as usize / 25) };
+        fed = audio.end();
+        let before = Instant::now();
+        stream.push(&audio)?;
+        // What pushing costs belongs to the block that it completes.
+        let mut pushed = before.elapsed();
+        loop {
+            let before = Instant::now();
+            let Some(block) = stream.pull()? else { break };
+            let pulled = before.elapsed();
+            let before = Instant::now();
+            for frame in &block.frames {
+                video.encode(&rgb_to_i420(frame)?, frame.at, false)?;
+            }
+            let span = MediaTime::from_units(block.frames.len() as i64, fps);
+            for _ in 0..(span.units(OPUS_RATE) as usize).div_ceil(VOICE_FRAME) {
+                voice.encode(&[0.1; VOICE_FRAME])?;
+            }
+            let encoded = before.elapsed();
+            made += span;
+            if made <= MediaTime::from_millis(1000) {
+                pushed = Duration::ZERO;
+                continue;
+            }
+            let took = pushed + pulled + encoded;
+            spent += took;
+            shown += span;
+            features.push(block.stages.features);
+            generation.push(block.stages.generation);
+            decode.push(block.stages.decode);
+            encode.push(encoded);
+            whole.push(took);
+            pushed = Duration::ZERO;
+        }
+        spent += pushed;
+    }
+    anyhow::ensure!(!whole.is_empty(), "the engine gave no block for {seconds} s of speech");
+    let factor = spent.as_secs_f64() / shown.as_secs_f64();
+    Ok(Measured {
+        engine: choice.name(),
+        threads,
+        steps,
+        width,
+        height,
+        fps,
+        block_ms: geometry.block_span(1).as_millis_f64(),
+        blocks: whole.len(),
+        load_ms: ms(load),
+        open_ms: ms(open),
+        features_ms: percentile(&mut features, 0.5),
+        generation_ms: percentile(&mut generation, 0.5),
+        decode_ms: percentile(&mut decode, 0.5),
+        encode_ms: percentile(&mut encode, 0.5),
+        block_p50_ms: percentile(&mut whole, 0.5),
+        block_p95_ms: percentile(&mut whole, 0.95),
+        real_time_factor: factor,
+        frames_per_second: f64::from(fps) / factor,
+    })
+}
+
+/// Milliseconds of processor time for one 512 × 512 picture in H.264, median: tells whether the encoder is the fast one.
+pub(super) fn encoder_ms() -> anyhow::Result<f64> {
+    let (width, height) = (512u32, 512u32);
+    let config = H264Config { width, height, fps: 25.0, bitrate: 800_000, max_bitrate: 800_000 };
+    let mut video = VideoEncoder::new(config)?;
+    let mut times = Vec::new();
+    for i in 0..50u32 {
+        let mut rgb = vec![0; 3 * (width * height) as usize];
+        for (n, pixel) in rgb.chunks_exact_mut(3).enumerate() {
+            let (x, y) = (n as u32 % width + 3 * i, n as u32 / width + i);
+            pixel.copy_from_slice(&[(x ^ y) as u8, (x / 2) as u8, (y * x / 256) as u8]);
+        }
+        let at = MediaTime::from_units(i64::from(i), 25);
+        let frame = crate::media::Frame { at, width, height, rgb: rgb.into() };
+        let picture = rgb_to_i420(&frame)?;
+        let before = Instant::now();
+        video.encode(&picture, at, false)?;
+        if i >= 5 {
+            times.push(before.elapsed());
+        }
+    }
+    Ok(percentile(&mut times, 0.5))
+}
+
+/// Something like speech: a buzz whose pitch and loudness move, with pauses.
+fn babble(at: MediaTime, n: usize) -> Vec<f32> {
+    let first = at.units(SPEECH_RATE);
+    (0..n as i64)
+        .map(|i| {
+            let t = (first + i) as f32 / SPEECH_RATE as f32;
+            let loud = (0.6 + 0.4 * (t * 19.0).sin()) * f32::from(u8::from(t % 2.0 < 1.5));
+            let phase = (t * 130.0 + (t * 2.0).sin()) * std::f32::consts::TAU;
+            0.2 * loud * (phase.sin() + 0.5 * (2.0 * phase).sin() + 0.3 * (5.0 * phase).sin())
+        })
+        .collect()
+}
+
+fn ms(d: Duration) -> f64 {
+    d.as_secs_f64() * 1000.0
+}
+
+fn percentile(values: &mut [Duration], q: f64) -> f64 {
+    values.sort_unstable();
+    values.get(((values.len() as f64 * q) as usize).min(values.len().saturating_sub(1))).map_or(0.0, |d| ms(*d))
+}
