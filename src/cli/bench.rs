@@ -33,7 +33,8 @@ struct Report {
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
-    let steps: Vec<Option<usize>> = if args.steps.is_empty() { vec![None] } else { args.steps.iter().copied().map(Some).collect() };
+    let steps: Vec<Option<usize>> =
+        if args.steps.is_empty() { vec![None] } else { args.steps.iter().copied().map(Some).collect() };
     let mut runs = Vec::new();
     for &threads in &args.threads {
         for &steps in &steps {
@@ -59,8 +60,17 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         let steps = r.steps.map_or("own".into(), |n| n.to_string());
         println!(
             "{:<6}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}",
-            r.engine, r.threads, steps, r.features_ms, r.generation_ms, r.decode_ms, r.encode_ms, r.block_p50_ms,
-            r.block_p95_ms, r.real_time_factor, r.frames_per_second
+            r.engine,
+            r.threads,
+            steps,
+            r.features_ms,
+            r.generation_ms,
+            r.decode_ms,
+            r.encode_ms,
+            r.block_p50_ms,
+            r.block_p95_ms,
+            r.real_time_factor,
+            r.frames_per_second
         );
     }
     println!("\nMedians per block in milliseconds. A real-time factor of 0.5 leaves half of the time to others.");

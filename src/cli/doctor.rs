@@ -65,7 +65,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         println!("Everything the live service needs is here. Start it with `loquent serve`.");
         return Ok(());
     }
-    anyhow::bail!("{} of the findings above must be put right before the live service can work", findings.problems.len())
+    anyhow::bail!(
+        "{} of the findings above must be put right before the live service can work",
+        findings.problems.len()
+    )
 }
 
 fn line(what: &str, told: impl std::fmt::Display) {
@@ -83,7 +86,8 @@ fn hardware(machine: &Machine, findings: &mut Findings) {
     if let (Some(all), Some(free)) = (machine.memory_mib, machine.memory_free_mib) {
         line("Memory", format!("{:.1} GiB, {:.1} GiB free", all as f64 / 1024.0, free as f64 / 1024.0));
         if free < 600 {
-            findings.problem(format!("Only {free} MiB of memory are free and about 600 are needed; end other programs."));
+            findings
+                .problem(format!("Only {free} MiB of memory are free and about 600 are needed; end other programs."));
         }
     }
     match machine.gpus.as_slice() {
@@ -117,7 +121,9 @@ fn ports(server: &server::Config, net: &net::Config, findings: &mut Findings) {
             Ok(_) => line("Web address", format!("{address} is free")),
             Err(e) => {
                 line("Web address", format!("{address} cannot be used ({e})"));
-                findings.problem(format!("{address} cannot be used ({e}); give another one: `loquent serve --listen 127.0.0.1:8090`."));
+                findings.problem(format!(
+                    "{address} cannot be used ({e}); give another one: `loquent serve --listen 127.0.0.1:8090`."
+                ));
             }
         },
         Err(why) => findings.problem(why),
@@ -125,7 +131,11 @@ fn ports(server: &server::Config, net: &net::Config, findings: &mut Findings) {
     let first = if net.port_min == 0 { vec![0] } else { (net.port_min..=net.port_max).collect::<Vec<u16>>() };
     for ip in &net.bind {
         let (free, all) = (first.iter().filter(|&&p| UdpSocket::bind((*ip, p)).is_ok()).count(), first.len());
-        let range = if net.port_min == 0 { "any UDP port".into() } else { format!("UDP ports {}–{}", net.port_min, net.port_max) };
+        let range = if net.port_min == 0 {
+            "any UDP port".into()
+        } else {
+            format!("UDP ports {}–{}", net.port_min, net.port_max)
+        };
         let state = match (free, all) {
             (0, _) => "cannot be used".to_string(),
             (free, all) if free < all => format!("{free} of {all} are free"),
@@ -133,14 +143,19 @@ fn ports(server: &server::Config, net: &net::Config, findings: &mut Findings) {
         };
         line("Media", format!("{range} on {ip}: {state}"));
         if free == 0 {
-            findings.problem(format!("No media port can be opened on {ip} ({range}); see `net.bind`, `net.port_min`, `net.port_max`."));
+            findings.problem(format!(
+                "No media port can be opened on {ip} ({range}); see `net.bind`, `net.port_min`, `net.port_max`."
+            ));
         }
         if net.ice_tcp && !first.iter().any(|&p| TcpListener::bind((*ip, p)).is_ok()) {
             findings.problem(format!("No TCP port for media can be opened on {ip}; see `net.ice_tcp`."));
         }
     }
     match own_address() {
-        Some(ip) => line("Network", format!("other machines know this one as {ip}; their browsers give a microphone only to https:// pages")),
+        Some(ip) => line(
+            "Network",
+            format!("other machines know this one as {ip}; their browsers give a microphone only to https:// pages"),
+        ),
         None => line("Network", "this machine has no address but its own: only browsers on it can connect"),
     }
 }
@@ -168,7 +183,12 @@ fn engines(config: &engine::Config, seconds: u32, machine: &Machine, findings: &
                     "Engine",
                     format!(
                         "{}: {}×{} at {} frames/s needed, {:.0} made (real-time factor {:.2} on {} threads): {verdict}",
-                        m.engine, m.width, m.height, m.fps, m.frames_per_second, m.real_time_factor,
+                        m.engine,
+                        m.width,
+                        m.height,
+                        m.fps,
+                        m.frames_per_second,
+                        m.real_time_factor,
                         if m.threads == 0 { machine.cores } else { m.threads }
                     ),
                 );

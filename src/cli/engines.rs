@@ -28,9 +28,8 @@ impl Choice {
 
 /// Loads an engine's generator onto the calling thread. `threads` 0 = all cores.
 pub(super) fn load(choice: Choice, threads: usize) -> anyhow::Result<Box<dyn Generator>> {
-    let _ = threads;
     match choice {
-        Choice::Pocket => bail!("the pocket engine is not built into this version yet; `--engine card` works"),
+        Choice::Pocket => Ok(avatar::pocket::load(threads)?),
         Choice::Card => Ok(avatar::test_card()),
     }
 }
@@ -46,8 +45,10 @@ pub(super) fn portrait(
         let bytes = crate::codec::audio_file::read_bytes(path, limits.bytes as u64 + 1)?;
         return decode_portrait(&bytes, &limits).with_context(|| path.display().to_string());
     }
-    match presenter {
-        Some(id) => bail!("there is no presenter `{id}`"),
-        None => Ok(generator.sample_portrait()),
-    }
+    let Some(id) = presenter else { return Ok(generator.sample_portrait()) };
+    let Some(found) = avatar::presenters().iter().find(|p| p.id == id) else {
+        let ids: Vec<&str> = avatar::presenters().iter().map(|p| p.id).collect();
+        bail!("there is no presenter `{id}`; there are {}", ids.join(", "));
+    };
+    decode_portrait(found.png, &limits).with_context(|| format!("presenter {id}"))
 }

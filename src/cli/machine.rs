@@ -33,7 +33,8 @@ impl Machine {
             Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
         };
         let release = read("/etc/os-release");
-        let system = release.lines().find_map(|l| l.strip_prefix("PRETTY_NAME=")).map(|n| n.trim_matches('"').to_string());
+        let system =
+            release.lines().find_map(|l| l.strip_prefix("PRETTY_NAME=")).map(|n| n.trim_matches('"').to_string());
         Machine {
             processor: field("model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
