@@ -17,6 +17,8 @@ let info = { engine: { fps: 25, block_ms: 160 }, ice_servers: [] };
 let live = null;
 let microphone = null;
 let server = {};
+/** What the server last said the conversation is doing. */
+let state = '';
 let chances = 0;
 let retryTimer = 0;
 let ticker = 0;
@@ -233,12 +235,13 @@ async function start() {
 async function converse() {
   phase('starting', 'Connecting…');
   server = {};
+  state = '';
   const talk = new Live({ presenter: chosen()?.value, stream: microphone, iceServers: info.ice_servers });
   live = talk;
   const mine = (handle) => (event) => { if (live === talk) handle(event.detail); };
   talk.addEventListener('phase', mine((name) => {
     if (name === 'live') {
-      phase('live', 'Connected');
+      phase('live', STATES[state] || 'Connected');
       stayAwake();
     } else if (name === 'reconnecting') {
       phase('reconnecting', 'Connection lost, reconnecting…');
@@ -312,8 +315,9 @@ const STATES = {
 };
 
 function told(message) {
-  if (message.type === 'state' && page.dataset.phase === 'live') {
-    say(STATES[message.state] || message.state || 'Connected');
+  if (message.type === 'state') {
+    state = message.state;
+    if (page.dataset.phase === 'live') say(STATES[state] || 'Connected');
   } else if (message.type === 'metrics') {
     server = message;
   }
@@ -368,6 +372,18 @@ const put = (id, text) => { $(id).textContent = text; };
 /** The newest numbers, also for tests: `window.loquent.numbers`. */
 const numbers = {};
 
+/** Seconds without a single packet. Browsers notice a dead path only after five or more. */
+let dead = 0;
+
+function watchSilence(talk, sample) {
+  dead = sample.bitrate > 0 ? 0 : dead + 1;
+  if (page.dataset.phase !== 'live') return;
+  if (dead === 2) say('Picture interrupted…');
+  else if (dead === 0 && $('status').textContent === 'Picture interrupted…') say(STATES[state] || 'Connected');
+  // A gap this long does not heal by itself more often than a new path is found.
+  if (dead === 4) talk.restart();
+}
+
 async function tick() {
   const talk = live;
   const sample = talk && (await talk.sample());
@@ -377,6 +393,7 @@ async function tick() {
   presented = 0;
   playouts = [];
   if (!talk || talk !== live || !sample) return;
+  watchSilence(talk, sample);
   // A hidden page draws no frames; what was decoded is then the honest number.
   const fps = document.hidden || !video.requestVideoFrameCallback ? sample.fps : shown;
   const ownPart = frames ? playout : sample.bufferMs;
@@ -450,7 +467,7 @@ window.loquent = { numbers, get live() { return live; } };
     if (response.ok) info = await response.json();
     stage.style.setProperty('--aspect', String(info.engine.width / info.engine.height));
     put('n-block', `(a block lasts ${info.engine.block_ms} ms)`);
-    if (info.engine.name === 'card') $('own-note').textContent = 'The service runs its test card: no face is made, and a picture only appears behind the card.';
+    if (info.engine.name === 'card') $('own-note').textContent = 'The service runs its test card: no face is made, and a picture only appears in its corner.';
     await loadPresenters();
   } catch {
     $('presenters').innerHTML = '<p class="quiet">The server does not answer. Is it still running? Reload this page when it is.</p>';

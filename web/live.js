@@ -209,7 +209,11 @@ export class Live extends EventTarget {
     }
     this.send();
     clearTimeout(this.patience);
-    if (!this.closed && this.pc.connectionState !== 'connected') {
+    if (this.closed) return;
+    if (this.pc.connectionState === 'connected') {
+      // It had come back by itself meanwhile: no change of state will tell us.
+      this.changed();
+    } else {
       this.patience = setTimeout(() => this.restart(), navigator.onLine === false ? RESTART_MS * 2 : RESTART_MS);
     }
   }

@@ -103,11 +103,8 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
     service.drain();
     let grace = Duration::from_secs(config.server.drain_timeout_s);
     if failure.is_none() && !sessions.is_empty() {
-        println!(
-            "Stopping: {} conversations have {} s to end; Ctrl-C again ends them now.",
-            sessions.len(),
-            grace.as_secs()
-        );
+        let (n, seconds) = (sessions.len(), grace.as_secs());
+        println!("Stopping: {} have {seconds} s to end; Ctrl-C again ends them now.", conversations(n));
         sessions.drain_all(&Reason::ServiceClosing);
         tokio::select! {
             _ = sessions.emptied(grace) => {}
@@ -162,13 +159,12 @@ fn announce(config: &Config, engine: &Engine, http: std::net::SocketAddr) {
     let stats = engine.stats();
     println!("Loquent {}", env!("CARGO_PKG_VERSION"));
     println!(
-        "  engine  {}, {}x{} at {} frames a second, {} conversation{} at once, real-time factor {:.2}",
+        "  engine  {}, {}x{} at {} frames a second, {} at once, real-time factor {:.2}",
         kind_name(config.engine.generator),
         g.width,
         g.height,
         g.fps,
-        stats.slots,
-        if stats.slots == 1 { "" } else { "s" },
+        conversations(stats.slots),
         stats.real_time_factor
     );
     println!("  http    {http}: page, API, /healthz, /readyz, /metrics");
@@ -178,6 +174,10 @@ fn announce(config: &Config, engine: &Engine, http: std::net::SocketAddr) {
         a => a.to_string(),
     };
     println!("Open http://{host}/ and press Start. Ctrl-C ends the service.");
+}
+
+fn conversations(n: usize) -> String {
+    if n == 1 { "1 conversation".into() } else { format!("{n} conversations") }
 }
 
 fn media(net: &crate::net::Config) -> String {

@@ -16,7 +16,7 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; st
      media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const PERMISSIONS_POLICY: &str = "microphone=(self), fullscreen=(self), autoplay=(self), speaker-selection=(self), \
-     screen-wake-lock=(self), camera=(), geolocation=(), display-capture=(), usb=(), serial=(), bluetooth=(), midi=(), \
+     screen-wake-lock=(self), camera=(), geolocation=(), display-capture=(), usb=(), serial=(), midi=(), \
      payment=()";
 
 /// The outermost layer: counts the answer, adds the headers that every answer carries.
