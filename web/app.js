@@ -315,11 +315,11 @@ const STATES = {
 };
 
 function told(message) {
-  if (message.type === 'state') {
+  if (message.type === 'metrics') server = message;
+  // Also in the numbers: the channel may have opened after the last change.
+  if (message.state && message.state !== state) {
     state = message.state;
     if (page.dataset.phase === 'live') say(STATES[state] || 'Connected');
-  } else if (message.type === 'metrics') {
-    server = message;
   }
 }
 

@@ -15,6 +15,18 @@ const PATIENCE_MS = 1500;
 const RESTART_MS = 5000;
 const RESTARTS = 4;
 
+/** What stands above the server's sentence when it ends a conversation. */
+const TITLES = {
+  portrait_refused: 'This picture cannot be used',
+  engine_failed: 'The engine has failed',
+  codec_failed: 'The engine has failed',
+  prepare_timeout: 'The presenter was not ready in time',
+  connect_timeout: 'No connection came about',
+  service_closing: 'The service is closing',
+  session_limit: 'The time is up',
+  idle_limit: 'Nobody spoke for a long time',
+};
+
 /** H.264 constrained baseline first, with its retransmission format; null when this browser has none. */
 function preferredVideo() {
   const known = (RTCRtpReceiver.getCapabilities && RTCRtpReceiver.getCapabilities('video')) || { codecs: [] };
@@ -226,7 +238,8 @@ export class Live extends EventTarget {
       return;
     }
     if (message.type === 'closed') {
-      this.end(new LiveProblem(message.reason || 'closed', 'The conversation has ended', message.message || 'The server closed it.'));
+      const title = TITLES[message.reason] || 'The conversation has ended';
+      this.end(new LiveProblem(message.reason || 'closed', title, message.message || 'The server closed it.'));
       return;
     }
     this.tell('message', message);

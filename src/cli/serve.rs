@@ -1,6 +1,6 @@
 //! `loquent serve`: the live service.
 
-use super::config_cmd::Source;
+use super::{config_cmd::Source, engines};
 use crate::{
     avatar,
     config::{Change, Config},
@@ -56,6 +56,14 @@ impl Args {
     }
 }
 
+/// A line on standard output; a reader that has gone (`loquent serve | head`) must not end the service.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
 /// Serves until told to stop, or until the engine has failed for good (which is an error).
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let loaded = args.source.load(&args.changes())?;
@@ -75,7 +83,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<()> {
     // Whatever can be refused cheaply is refused before the model is loaded.
     let net = Net::new(config.net.clone())?;
-    let presenters = presenters(&config)?;
+    let presenters = presenters(&config);
     let engine = {
         let config = config.engine.clone();
         tokio::task::spawn_blocking(move || build(&config)).await.context("the engine's start panicked")??
@@ -85,7 +93,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
         config.server.clone(),
         server::Rooms {
             engine: engine.clone(),
-            engine_name: kind_name(config.engine.generator),
+            engine_name: choice(config.engine.generator).name(),
             net,
             sessions: sessions.clone(),
             session_config: config.session.clone(),
@@ -104,7 +112,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
     let grace = Duration::from_secs(config.server.drain_timeout_s);
     if failure.is_none() && !sessions.is_empty() {
         let (n, seconds) = (sessions.len(), grace.as_secs());
-        println!("Stopping: {} have {seconds} s to end; Ctrl-C again ends them now.", conversations(n));
+        say!("Stopping: {} have {seconds} s to end; Ctrl-C again ends them now.", conversations(n));
         sessions.drain_all(&Reason::ServiceClosing);
         tokio::select! {
             _ = sessions.emptied(grace) => {}
@@ -125,55 +133,59 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
     }
 }
 
-fn kind_name(kind: Kind) -> &'static str {
+fn choice(kind: Kind) -> engines::Choice {
     match kind {
-        Kind::Pocket => "pocket",
-        Kind::Card => "card",
+        Kind::Pocket => engines::Choice::Pocket,
+        Kind::Card => engines::Choice::Card,
     }
 }
 
-/// Loads and warms up the generator; takes seconds.
-fn build(config: &engine::Config) -> anyhow::Result<Engine> {
-    let engine = match config.generator {
-        Kind::Card => Engine::start("card", config, || Ok(avatar::test_card())),
-        Kind::Pocket => anyhow::bail!("the pocket engine is not built into this version yet; use --engine card"),
-    };
-    Ok(engine?)
+/// Loads and warms up the generator on its own thread; takes seconds.
+fn build(config: &engine::Config) -> Result<Engine, engine::EngineError> {
+    let (choice, threads) = (choice(config.generator), config.threads);
+    Engine::start(choice.name(), config, move || {
+        engines::load(choice, threads).map_err(|e| avatar::AvatarError::Weights(format!("{e:#}")))
+    })
 }
 
-/// Who can be shown without an upload.
-fn presenters(config: &Config) -> anyhow::Result<Vec<Presenter>> {
-    match config.engine.generator {
-        Kind::Card | Kind::Pocket => Ok(vec![Presenter {
-            id: "card".into(),
-            name: "Test card".into(),
-            description: "A time code and a level meter that follow your voice.".into(),
-            png: bytes::Bytes::from_static(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/web/card.png"))),
-        }]),
-    }
+/// Who can be shown without an upload: the built-in faces, and before them, on the test card, the card's own picture.
+fn presenters(config: &Config) -> Vec<Presenter> {
+    let card = (config.engine.generator == Kind::Card).then(|| Presenter {
+        id: "card".into(),
+        name: "Test card".into(),
+        description: "A time code and a level meter that follow your voice.".into(),
+        png: bytes::Bytes::from_static(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/web/card.png"))),
+    });
+    let faces = avatar::presenters().iter().map(|p| Presenter {
+        id: p.id.into(),
+        name: p.name.into(),
+        description: p.description.into(),
+        png: bytes::Bytes::from_static(p.png),
+    });
+    card.into_iter().chain(faces).collect()
 }
 
 /// Says, on standard output, what listens where and which address to open.
 fn announce(config: &Config, engine: &Engine, http: std::net::SocketAddr) {
     let g = engine.geometry();
     let stats = engine.stats();
-    println!("Loquent {}", env!("CARGO_PKG_VERSION"));
-    println!(
+    say!("Loquent {}", env!("CARGO_PKG_VERSION"));
+    say!(
         "  engine  {}, {}x{} at {} frames a second, {} at once, real-time factor {:.2}",
-        kind_name(config.engine.generator),
+        choice(config.engine.generator).name(),
         g.width,
         g.height,
         g.fps,
         conversations(stats.slots),
         stats.real_time_factor
     );
-    println!("  http    {http}: page, API, /healthz, /readyz, /metrics");
-    println!("  media   {}", media(&config.net));
+    say!("  http    {http}: page, API, /healthz, /readyz, /metrics");
+    say!("  media   {}", media(&config.net));
     let host = match http {
         a if a.ip().is_unspecified() => format!("localhost:{}", a.port()),
         a => a.to_string(),
     };
-    println!("Open http://{host}/ and press Start. Ctrl-C ends the service.");
+    say!("Open http://{host}/ and press Start. Ctrl-C ends the service.");
 }
 
 fn conversations(n: usize) -> String {
@@ -229,5 +241,52 @@ async fn stop_signal() -> anyhow::Result<()> {
     tokio::select! {
         done = tokio::signal::ctrl_c() => done.context("Ctrl-C cannot be listened for"),
         _ = terminate.recv() => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        avatar::{AvatarError, Generator, OpenOptions, Stream},
+        media::{Geometry, Portrait},
+    };
+
+    /// Opens faces until it is told to break.
+    struct Fragile {
+        inner: Box<dyn Generator>,
+        opened: usize,
+    }
+
+    impl Generator for Fragile {
+        fn geometry(&self) -> Geometry {
+            self.inner.geometry()
+        }
+        fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
+            self.opened += 1;
+            // The first face is the warm-up's.
+            if self.opened > 1 {
+                return Err(AvatarError::Device { block: 0, stage: "open", source: "it broke".into() });
+            }
+            self.inner.open(portrait, options)
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_failed_engine_ends_the_service_with_its_reason() {
+        let config = engine::Config::default();
+        let engine = tokio::task::spawn_blocking(move || {
+            Engine::start("fragile", &config, || Ok(Box::new(Fragile { inner: avatar::test_card(), opened: 0 }) as _))
+        });
+        let engine = engine.await.unwrap().unwrap();
+        let slot = engine.admit().unwrap();
+        let portrait = Portrait { width: 8, height: 8, rgb: vec![0; 192].into() };
+        assert!(slot.open(portrait, OpenOptions::default()).await.is_err());
+        let long = Some(Duration::from_secs(20));
+        let why = wait_for_the_end(&engine, EngineFailure::Exit, long).await.unwrap();
+        assert!(why.as_deref().is_some_and(|w| w.contains("it broke")), "{why:?}");
+        // Told to stay, it goes on until somebody ends it.
+        let short = Some(Duration::from_millis(100));
+        assert_eq!(wait_for_the_end(&engine, EngineFailure::Stay, short).await.unwrap(), None);
     }
 }

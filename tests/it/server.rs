@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use loquent::{
-    avatar,
+    avatar::{self, AvatarError, Generator, OpenOptions, Stream},
     engine::{self, Engine},
+    media::{Geometry, Portrait},
     net::{self, Net},
     server::{Config, Presenter, Rooms, Server, Service},
     session::{self, Registry},
@@ -38,10 +39,17 @@ impl Drop for House {
 }
 
 async fn house(change: impl FnOnce(&mut Config)) -> House {
+    house_with(change, || Ok(avatar::test_card())).await
+}
+
+async fn house_with(
+    change: impl FnOnce(&mut Config),
+    build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+) -> House {
     let mut config = Config { listen: "127.0.0.1:0".into(), ..Config::default() };
     change(&mut config);
     let settings = engine::Config::default();
-    let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, || Ok(avatar::test_card())));
+    let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
     let net = net::Config { bind: vec!["127.0.0.1".parse().unwrap()], ..net::Config::default() };
     let rooms = Rooms {
         engine: engine.await.unwrap().unwrap(),
@@ -421,6 +429,84 @@ async fn slow_and_surplus_clients_are_shed() {
     drop((slow, endless));
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert_eq!(house.get("/healthz").await.status, 200, "there is room again");
+}
+
+/// Breaks when a guest's face is opened.
+struct Fragile(Box<dyn Generator>, usize);
+
+impl Generator for Fragile {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+    fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
+        self.1 += 1;
+        // The first face is the warm-up's.
+        if self.1 > 1 {
+            return Err(AvatarError::Device { block: 0, stage: "open", source: "it broke".into() });
+        }
+        self.0.open(portrait, options)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_engine_is_seen_everywhere() {
+    let house = house_with(|_| {}, || Ok(Box::new(Fragile(avatar::test_card(), 0)))).await;
+    assert_eq!(house.get("/readyz").await.status, 200);
+    // Whether the failure overtakes the answer is a matter of scheduling; the place is given back either way.
+    house.post("/v1/live", SDP, offer().as_bytes()).await;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while house.get("/readyz").await.status != 503 {
+        assert!(Instant::now() < deadline, "readyz never turned red");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let ready = house.get("/readyz").await.json();
+    assert_eq!(ready["state"], "engine_failed");
+    assert!(ready["why"].as_str().unwrap().contains("it broke"), "{ready}");
+    let refused = house.post("/v1/live", SDP, offer().as_bytes()).await;
+    assert_eq!((refused.status, refused.code().as_str()), (503, "engine_failed"));
+    assert!(!refused.text().contains("it broke"), "what broke is for the log");
+    let ended = "loquent_sessions_closed_total{reason=\"engine_failed\"} 1";
+    loop {
+        let metrics = house.get("/metrics").await.text();
+        if metrics.contains(ended) && metrics.contains("loquent_slots_used 0") {
+            assert!(metrics.contains("loquent_engine_ready 0"));
+            break;
+        }
+        assert!(Instant::now() < deadline, "{metrics}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The program itself: prints where it listens, serves, ends on SIGTERM with code 0 and in time.
+#[test]
+fn the_program_serves_and_ends_when_told() {
+    use std::io::{BufRead, BufReader, Read, Write};
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_loquent"))
+        .args(["serve", "--engine", "card", "--listen", "127.0.0.1:0", "--stop-after", "60"])
+        .current_dir(std::env::temp_dir())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(program.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let line = lines.into_iter().find(|l| l.starts_with("Open http://")).expect("the address to open is printed");
+    let address = line.trim_start_matches("Open http://").split('/').next().unwrap().to_string();
+    let mut socket = std::net::TcpStream::connect(&address).unwrap();
+    socket.write_all(b"GET /readyz HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    let told = std::process::Command::new("kill").args(["-TERM", &program.id().to_string()]).status().unwrap();
+    assert!(told.success());
+    let began = Instant::now();
+    let ended = loop {
+        if let Some(status) = program.try_wait().unwrap() {
+            break status;
+        }
+        assert!(began.elapsed() < Duration::from_secs(5), "still running");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(ended.code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
