@@ -454,7 +454,7 @@ async fn a_failed_engine_is_seen_everywhere() {
     assert_eq!(house.get("/readyz").await.status, 200);
     // Whether the failure overtakes the answer is a matter of scheduling; the place is given back either way.
     house.post("/v1/live", SDP, offer().as_bytes()).await;
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while house.get("/readyz").await.status != 503 {
         assert!(Instant::now() < deadline, "readyz never turned red");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -503,7 +503,7 @@ fn the_program_serves_and_ends_when_told() {
         if let Some(status) = program.try_wait().unwrap() {
             break status;
         }
-        assert!(began.elapsed() < Duration::from_secs(5), "still running");
+        assert!(began.elapsed() < Duration::from_secs(20), "still running");
         std::thread::sleep(Duration::from_millis(20));
     };
     assert_eq!(ended.code(), Some(0));
