@@ -415,6 +415,7 @@ async function tick() {
     const muted = $('mute').getAttribute('aria-pressed') === 'true';
     const nothing = !muted && meter.silentFor() > 8;
     $('hint').textContent = muted ? 'You are muted.'
+      : server.real_time_factor > 0.95 ? 'The engine cannot keep up on this machine just now: the picture stutters.'
       : nothing ? 'Nothing is heard from your microphone. Is it switched off, or is another one chosen?' : HINTS.live;
   }
 }
