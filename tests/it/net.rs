@@ -224,13 +224,13 @@ async fn an_ice_restart_keeps_the_connection_and_a_bad_one_too() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fifty_peers_come_and_go_without_leaving_a_socket() {
-    let net = Net::new(config()).unwrap();
-    // Warm up whatever the runtime opens once.
-    let first = connect(&net).await;
-    first.client.close().await;
-    first.peer.close().await;
-    drop(first);
-    let before = open_files();
+    // Four ports for fifty peers: each must come back, as a lease and as a socket.
+    let ports = (20_000..60_000u16)
+        .step_by(97)
+        .map(|first| first..first + 4)
+        .find(|r| r.clone().all(|p| std::net::UdpSocket::bind(("127.0.0.1", p)).is_ok()))
+        .expect("four free ports in a row");
+    let net = Net::new(Config { port_min: ports.start, port_max: ports.end - 1, ..config() }).unwrap();
     for n in 0..50 {
         let Live { client, peer, mut events, out, .. } = connect(&net).await;
         // Four ways to end it; whoever does, everything goes.
@@ -245,19 +245,86 @@ async fn fifty_peers_come_and_go_without_leaving_a_socket() {
         }
         client.close().await;
     }
-    let mut after = open_files();
+    let mut held = vec![];
     for _ in 0..50 {
-        if after <= before {
+        held = ports.clone().filter(|p| std::net::UdpSocket::bind(("127.0.0.1", *p)).is_err()).collect();
+        if held.is_empty() {
             break;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
-        after = open_files();
     }
-    assert!(after <= before, "{before} files open before, {after} after");
+    assert!(held.is_empty(), "ports still held: {held:?}");
 }
 
-fn open_files() -> usize {
-    std::fs::read_dir("/proc/self/fd").map(|d| d.count()).unwrap_or(0)
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ice_lite_a_port_range_and_tcp_work() {
+    let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let one = Net::new(Config { ice_lite: true, ice_tcp: true, port_min: free, port_max: free, ..config() }).unwrap();
+    let live = connect(&one).await;
+    println!("ICE-lite, offer to connected: {:?}", live.took);
+    let answer = live.client.pc.remote_description().await.unwrap().sdp;
+    assert!(answer.contains("a=ice-lite"));
+    assert!(answer.contains(&format!("127.0.0.1 {free} typ host")), "{answer}");
+    assert!(answer.contains("tcptype passive"), "{answer}");
+    // The range has one port, and it is taken.
+    let second = one.answer_live(&Client::new().await.offer().await).await.map(|_| ());
+    assert!(matches!(second, Err(NetError::NoPort(_))), "{second:?}");
+    live.peer.close().await;
+    connect(&one).await.peer.close().await;
+
+    // With its UDP candidates taken away, a client that speaks TCP still gets through.
+    let mut client = Client::new_with(true).await;
+    let (peer, answer, mut events, _out) = one.answer_live(&client.offer().await).await.unwrap();
+    let (tcp, rest): (Vec<&str>, Vec<&str>) = answer.lines().partition(|l| l.starts_with("a=candidate"));
+    client.accept(&(rest.join("\r\n") + "\r\n")).await;
+    for candidate in tcp.into_iter().filter(|l| l.contains("tcptype passive")) {
+        client.candidate(candidate).await;
+    }
+    assert!(client.connected(Duration::from_secs(5)).await, "over TCP");
+    until(&mut events, |e| matches!(e, LinkEvent::Connected)).await.expect("connected over TCP");
+    peer.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rubbish_at_the_socket_disturbs_nobody() {
+    let net = Net::new(config()).unwrap();
+    let mut live = connect(&net).await;
+    let answer = live.client.pc.remote_description().await.unwrap().sdp;
+    let port: u16 = answer
+        .lines()
+        .find_map(|l| l.strip_prefix("a=candidate:")?.split(' ').nth(5)?.parse().ok())
+        .expect("a candidate with a port");
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut seed = 88_172_645_463_325_252u64;
+    for n in 0..3000usize {
+        let mut next = || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed as u8
+        };
+        let mut data: Vec<u8> = (0..n % 200).map(|_| next()).collect();
+        // First bytes of STUN, DTLS, TURN channels, RTP and RTCP in turn.
+        if let Some(first) = data.first_mut() {
+            *first = [0, 1, 20, 22, 23, 64, 128, 129, 144, 191, *first][n % 11];
+        }
+        if n % 3 == 0 && data.len() > 8 {
+            data[4..8].copy_from_slice(&0x2112_a442u32.to_be_bytes());
+        }
+        if n % 5 == 0 && data.len() > 1 {
+            data[1] = [200, 201, 205, 206][n % 4];
+        }
+        socket.send_to(&data, ("127.0.0.1", port)).unwrap();
+        if n % 100 == 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+    for n in 0..20 {
+        live.client.speak(n, &[0xf8, 1, 2, 3]).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    until(&mut live.events, |e| matches!(e, LinkEvent::Speech(_))).await.expect("speech still comes");
+    live.peer.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,10 @@
 use rtc::{
     interceptor::{Interceptor, Packet, Registry, Slot, StreamInfo, TaggedPacket},
     media_stream::MediaStreamTrack,
-    peer_connection::configuration::{interceptor_registry::register_default_interceptors, media_engine::*},
+    peer_connection::{
+        configuration::{interceptor_registry::register_default_interceptors, media_engine::*},
+        transport::RTCIceCandidateInit,
+    },
     rtcp::{payload_feedbacks::picture_loss_indication::PictureLossIndication, sender_report::SenderReport},
     rtp,
     rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit, rtp_sender::*},
@@ -60,6 +63,11 @@ const OPUS_PT: u8 = 111;
 impl Client {
     /// A client on loopback that has not offered anything yet.
     pub(crate) async fn new() -> Client {
+        Client::new_with(false).await
+    }
+
+    /// A client that speaks UDP or, `tcp`, only TCP.
+    pub(crate) async fn new_with(tcp: bool) -> Client {
         let mut media = MediaEngine::default();
         media.register_default_codecs().unwrap();
         let received: Arc<Mutex<Received>> = Default::default();
@@ -82,7 +90,8 @@ impl Client {
             .with_setting_engine(settings)
             .with_interceptor_registry(registry)
             .with_handler(Arc::new(handler))
-            .with_udp_addrs(vec!["127.0.0.1:0".to_string()])
+            .with_udp_addrs(if tcp { vec![] } else { vec!["127.0.0.1:0".to_string()] })
+            .with_tcp_addrs(if tcp { vec!["127.0.0.1:0".to_string()] } else { vec![] })
             .build()
             .await
             .unwrap();
@@ -134,6 +143,18 @@ impl Client {
 
     pub(crate) async fn accept(&self, answer: &str) {
         self.pc.set_remote_description(RTCSessionDescription::answer(answer.to_string()).unwrap()).await.unwrap();
+    }
+
+    /// Adds one candidate line (`a=candidate:…`) of the other side.
+    pub(crate) async fn candidate(&self, line: &str) {
+        let init = RTCIceCandidateInit {
+            candidate: line.trim_start_matches("a=").to_string(),
+            sdp_mid: Some("0".into()),
+            sdp_mline_index: Some(0),
+            username_fragment: None,
+            url: None,
+        };
+        self.pc.add_ice_candidate(init).await.unwrap();
     }
 
     /// Waits until the connection stands.
