@@ -218,10 +218,23 @@ fn presenters_are_accepted_and_what_it_cannot_draw_is_refused_in_words() {
         let portrait = decode_portrait(p.png, &PictureLimits::default()).unwrap();
         engine.open(&portrait, &OpenOptions::default()).map(drop).unwrap_or_else(|e| panic!("{}: {e}", p.id));
     }
-    let noise: Vec<u8> = (0..3 * 300 * 200u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let noise = Portrait { width: 300, height: 200, rgb: noise.into() };
-    let refused = engine.open(&noise, &OpenOptions::default()).map(drop).unwrap_err();
-    assert!(matches!(&refused, AvatarError::Portrait(text) if text.contains("choose")), "{refused}");
+    let ada = engine.sample_portrait();
+    let drawn = |f: &dyn Fn(usize, usize, usize) -> u8| {
+        let rgb: Vec<u8> = (0..3 * 256 * 256).map(|i| f(i / 3 % 256, i / 768, i % 3)).collect();
+        Portrait { width: 256, height: 256, rgb: rgb.into() }
+    };
+    let pixel = |x: usize, y: usize, c: usize| ada.rgb[3 * (y % 256 * 256 + x % 256) + c];
+    let strange = [
+        ("noise", drawn(&|x, y, c| ((3 * (y * 256 + x) + c).wrapping_mul(2_654_435_761) >> 13) as u8)),
+        ("a flat field", drawn(&|_, _, _| 128)),
+        ("a face at the edge", drawn(&|x, y, c| pixel(x + 60, y, c))),
+        ("upside down", drawn(&|x, y, c| pixel(x, 255 - y, c))),
+        ("far too near", drawn(&|x, y, c| pixel(64 + x / 2, 64 + y / 2, c))),
+    ];
+    for (what, picture) in strange {
+        let refused = engine.open(&picture, &OpenOptions::default()).map(drop);
+        assert!(matches!(&refused, Err(AvatarError::Portrait(t)) if t.contains("choose")), "{what}: {refused:?}");
+    }
     let portrait = engine.sample_portrait();
     let refused = engine.open(&portrait, &OpenOptions { steps: Some(9), ..OpenOptions::default() });
     assert!(matches!(refused.map(drop), Err(AvatarError::Options(_))));

@@ -7,29 +7,28 @@
 //!
 //! One block is one latent is 4 frames is 160 ms. The mouth needs 126 ms of speech beyond a block's end.
 
+mod audition;
 mod noise;
 mod portrait;
 mod stream;
 
-use super::{AvatarError, Generator, OpenOptions, Result, Stream};
+use super::{AvatarError, Controls, Generator, OpenOptions, Result, Stream};
 use crate::{
     media::{Geometry, MediaTime, Portrait, SPEECH_RATE},
     model::{
         self,
-        audio::{AHEAD, AudioConfig, AudioNet, HOP, Mel},
-        dit::{self, Dit, Opening, Schedule},
+        audio::{AHEAD, AudioConfig, AudioNet, FEATURES, HOP, Mel},
+        dit::{self, Dit, Opening, Schedule, StreamState},
         kernels::{Isa, Pool},
         vae::patch::{CELL, Decoder, Encoder, FRAMES, LATENT, Memory},
         weights::{Safetensors, Source, Weights},
     },
 };
+use audition::Audition;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use std::{collections::HashMap, path::Path, sync::Arc};
 use stream::Face;
-
-/// Below this likeness (dB of a picture that went through the autoencoder) the model would paint something else.
-const LEAST_LIKENESS_DB: f32 = 17.0;
 
 /// What of the weights' configuration is not the transformer's.
 #[derive(Deserialize)]
@@ -43,6 +42,7 @@ struct Sizes {
     audio: String,
     audio_dilation: Vec<usize>,
     audio_ahead: Vec<usize>,
+    control_neutral: Controls,
 }
 
 /// Weights and everything else that faces share; immutable once loaded.
@@ -58,13 +58,43 @@ struct Shared {
     decoder: Decoder,
     control_scale: [f32; 10],
     control_range: [[f32; 2]; 10],
+    /// The pose of the built-in portraits.
+    control_neutral: Controls,
+}
+
+impl Shared {
+    /// The next latent `[16][h][w]` of a stream, from four frames of features `[4][192]` and controls.
+    fn imagine(
+        &self,
+        state: &mut StreamState,
+        features: impl Iterator<Item = f32>,
+        controls: &[Controls],
+        noise: Vec<f32>,
+    ) -> model::Result<Vec<f32>> {
+        // [1 layer][192 features ‖ 10 controls][4 frames]
+        let mut audio = vec![0.0; (FEATURES + 10) * FRAMES];
+        for (i, v) in features.enumerate() {
+            audio[i % FEATURES * FRAMES + i / FEATURES] = v;
+        }
+        for (f, controls) in controls.iter().enumerate() {
+            for (c, (v, scale)) in controls.iter().zip(&self.control_scale).enumerate() {
+                audio[(FEATURES + c) * FRAMES + f] = v * scale;
+            }
+        }
+        let audio = self.dit.audio(&Tensor::from_vec(audio, (1, FEATURES + 10, FRAMES), &Device::Cpu)?)?;
+        let [h, w] = self.grid;
+        let noise = Tensor::from_vec(noise, (LATENT, 1, h, w), &Device::Cpu)?;
+        let latent = self.dit.generate(state, &audio, noise, None, &[])?;
+        Ok(latent.contiguous()?.flatten_all()?.to_vec1()?)
+    }
 }
 
 struct Pocket {
     shared: Arc<Shared>,
     default_steps: usize,
     schedules: HashMap<usize, Arc<Schedule>>,
-    judge: bool,
+    /// Absent: every picture is taken.
+    audition: Option<Audition>,
 }
 
 /// Loads the weights that are part of the binary. `threads`: for the arithmetic, 0 = all cores.
@@ -102,10 +132,9 @@ fn build(source: Safetensors, threads: usize, judge: bool) -> Result<Box<dyn Gen
         )));
     }
     let config = dit::Config::parse(&json).map_err(fits)?;
-    let shared = assemble(source, threads, config, &sizes).map_err(fits)?;
-    let pocket =
-        Pocket { shared: Arc::new(shared), default_steps: sizes.default_steps, schedules: HashMap::new(), judge };
-    Ok(Box::new(pocket))
+    let shared = Arc::new(assemble(source, threads, config, &sizes).map_err(fits)?);
+    let audition = judge.then(|| Audition::new(&shared));
+    Ok(Box::new(Pocket { shared, default_steps: sizes.default_steps, schedules: HashMap::new(), audition }))
 }
 
 fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Sizes) -> model::Result<Shared> {
@@ -137,6 +166,7 @@ fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Si
         decoder: Decoder::load(&weights.pp("vae.decoder"), isa)?,
         control_scale: std::array::from_fn(|i| scale[i]),
         control_range: std::array::from_fn(|i| [range[2 * i], range[2 * i + 1]]),
+        control_neutral: sizes.control_neutral,
     };
     weights.finish()?;
     Ok(shared)
@@ -155,45 +185,35 @@ impl Generator for Pocket {
     }
 
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>> {
-        let s = &self.shared;
+        let s = self.shared.clone();
         let (width, height) = (s.geometry.width as usize, s.geometry.height as usize);
         let picture = portrait::prepare(portrait, width)?;
         let z = s.encoder.encode(&s.pool, [&picture; FRAMES], width, height);
-        if self.judge {
-            judge(s, &picture, &z)?;
-        }
         let device = |stage, e: model::Error| AvatarError::Device { block: 0, stage, source: e.into() };
-        let steps = options.steps.unwrap_or(self.default_steps);
-        let schedule = match self.schedules.get(&steps) {
-            Some(schedule) => schedule.clone(),
-            None => {
-                let made = s.dit.schedule_of(steps).map_err(|e| AvatarError::Options(e.to_string()))?;
-                self.schedules.entry(steps).or_insert(Arc::new(made)).clone()
-            }
-        };
         let [h, w] = s.grid;
         let reference =
             Tensor::from_vec(z, (LATENT, 1, h, w), &Device::Cpu).map_err(|e| device("portrait", e.into()))?;
         let opening = Opening { reference: &reference, motion: None, text: None };
+        if let Some(mut audition) = self.audition.take() {
+            let schedule = self.schedule(1)?;
+            let state = s.dit.open(&opening, &schedule).map_err(|e| device("portrait", e))?;
+            let verdict = audition.judge(&s, state, &picture);
+            self.audition = Some(audition);
+            verdict?;
+        }
+        let schedule = self.schedule(options.steps.unwrap_or(self.default_steps))?;
         let state = s.dit.open(&opening, &schedule).map_err(|e| device("portrait", e))?;
-        Ok(Box::new(Face::new(s.clone(), state, Memory::new(h, w), options.seed)))
+        Ok(Box::new(Face::new(s, state, Memory::new(h, w), options.seed)))
     }
 }
 
-/// Says whether the model can show this picture: it must survive the autoencoder.
-fn judge(s: &Shared, picture: &[u8], z: &[f32]) -> Result<()> {
-    let [h, w] = s.grid;
-    let mut memory = Memory::new(h, w);
-    s.decoder.decode(&s.pool, z, &mut memory);
-    // The second block has a memory, as all but the first have.
-    let shown = s.decoder.decode(&s.pool, z, &mut memory);
-    let likeness = portrait::psnr(&shown[FRAMES - 1], picture);
-    if likeness < LEAST_LIKENESS_DB {
-        return Err(AvatarError::Portrait(format!(
-            "The pocket engine cannot draw this picture: what comes back differs too much from it ({likeness:.0} dB, at \
-             least {LEAST_LIKENESS_DB:.0} needed). It was made for drawn presenters, seen from the front with the face in \
-             the middle; choose such a picture, or one of the built-in presenters."
-        )));
+impl Pocket {
+    /// The noise levels for so many steps, prepared once.
+    fn schedule(&mut self, steps: usize) -> Result<Arc<Schedule>> {
+        if let Some(schedule) = self.schedules.get(&steps) {
+            return Ok(schedule.clone());
+        }
+        let made = self.shared.dit.schedule_of(steps).map_err(|e| AvatarError::Options(e.to_string()))?;
+        Ok(self.schedules.entry(steps).or_insert(Arc::new(made)).clone())
     }
-    Ok(())
 }

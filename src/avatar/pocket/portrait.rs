@@ -63,13 +63,6 @@ fn kernel(from: usize, to: usize) -> Vec<(usize, Vec<f32>)> {
         .collect()
 }
 
-/// Peak signal-to-noise ratio of two pictures, dB.
-pub(super) fn psnr(a: &[u8], b: &[u8]) -> f32 {
-    let sum: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
-    let mse = (sum / a.len().max(1) as f64).max(1e-9);
-    (10.0 * (255.0 * 255.0 / mse).log10()) as f32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

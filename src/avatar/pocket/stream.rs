@@ -11,7 +11,6 @@ use crate::{
         vae::patch::{FRAMES, LATENT, Memory},
     },
 };
-use candle_core::{Device, Tensor};
 use std::{
     collections::VecDeque,
     sync::Arc,
@@ -81,25 +80,10 @@ impl Face {
 
     /// The latent of the next block.
     fn generate(&mut self, controls: &[Controls]) -> model::Result<Vec<f32>> {
-        let s = &self.shared;
-        // [1 layer][192 features ‖ 10 controls][4 frames]
-        let width = FEATURES + 10;
-        let mut audio = vec![0.0; width * FRAMES];
-        for (f, controls) in controls.iter().enumerate() {
-            for (c, v) in self.features.drain(..FEATURES).enumerate() {
-                audio[c * FRAMES + f] = v;
-            }
-            for (c, (v, scale)) in controls.iter().zip(&s.control_scale).enumerate() {
-                audio[(FEATURES + c) * FRAMES + f] = v * scale;
-            }
-        }
-        let audio = Tensor::from_vec(audio, (1, width, FRAMES), &Device::Cpu)?;
-        let audio = s.dit.audio(&audio)?;
-        let [h, w] = s.grid;
+        let [h, w] = self.shared.grid;
         let noise = normal(self.seed, self.index, LATENT * h * w);
-        let noise = Tensor::from_vec(noise, (LATENT, 1, h, w), &Device::Cpu)?;
-        let latent = s.dit.generate(&mut self.state, &audio, noise, None, &[])?;
-        Ok(latent.contiguous()?.flatten_all()?.to_vec1()?)
+        let features = self.features.drain(..FRAMES * FEATURES);
+        self.shared.imagine(&mut self.state, features, controls, noise)
     }
 }
 
