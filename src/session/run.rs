@@ -1,13 +1,14 @@
 //! The only place where a conversation meets the world: sockets' events, the engine's lane, the clock, the log.
 
 use super::{
-    Config, Conversation, Effect, Encoder, Input, LinkEvent, LinkOut, Reason, SessionControl, SessionId, State,
-    registry::Order,
+    Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Metrics, Reason, SessionControl,
+    SessionId, State, registry::Order,
 };
 use crate::{
     avatar::{AvatarError, OpenOptions},
     engine::{EngineError, Lane, LaneEvent, Slot, TryPush},
     media::{Geometry, Portrait},
+    telemetry,
 };
 use std::{
     future::Future,
@@ -75,6 +76,7 @@ async fn converse(
     };
     let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), spec.options.clone())));
     let mut measured = begun;
+    let mut told = Told(Metrics::default());
     let reason = loop {
         let now = clock();
         if now.saturating_duration_since(measured) >= MEASURE {
@@ -84,6 +86,7 @@ async fn converse(
                 conversation.order(Input::Close(Reason::CodecFailed(why.clone())), now);
             }
             conversation.measure(&report, encoder.replaced(), &out.stats(), now);
+            told.tell(conversation.metrics(), &report, spec.geometry.block_frames);
             control.report(conversation.state(), conversation.metrics());
         }
         if let Err(error) = conversation.advance(out.stats().pacer_queue, now) {
@@ -116,11 +119,17 @@ async fn converse(
                 conversation.order(input, clock());
             }
             event = events.recv() => {
-                let gone = || LinkEvent::Closed("the transport ended".into());
-                conversation.link(event.unwrap_or_else(gone), clock());
-                // What else came meanwhile; the queue is bounded.
-                while let Ok(event) = events.try_recv() {
+                let mut event = event.unwrap_or_else(|| LinkEvent::Closed("the transport ended".into()));
+                // And what else came meanwhile; the queue is bounded.
+                loop {
+                    if matches!(&event, LinkEvent::Speech(packet) if !packet.payload.is_empty()) {
+                        telemetry::metrics().speech("received", 1);
+                    }
                     conversation.link(event, clock());
+                    match events.try_recv() {
+                        Ok(next) => event = next,
+                        Err(_) => break,
+                    }
                 }
             }
             step = face.step() => step.apply(&mut face, &mut conversation),
@@ -128,7 +137,9 @@ async fn converse(
         }
     };
     // The last words: what was counted until now.
-    conversation.measure(&encoder.report(), encoder.replaced(), &out.stats(), clock());
+    let report = encoder.report();
+    conversation.measure(&report, encoder.replaced(), &out.stats(), clock());
+    told.tell(conversation.metrics(), &report, spec.geometry.block_frames);
     control.report(State::Closed, conversation.metrics());
     drop(face);
     drop(encoder);
@@ -190,6 +201,34 @@ fn finish(
         "session ended"
     );
     reason
+}
+
+/// What of a conversation's counters the process's metrics already have.
+struct Told(Metrics);
+
+impl Told {
+    /// Adds what was counted since the last time.
+    fn tell(&mut self, now: &Metrics, report: &EncoderReport, block_frames: u32) {
+        let (all, then) = (telemetry::metrics(), &self.0);
+        // A counter that was set back to zero by an interruption counts from there.
+        let more = |new: u64, old: u64| if new >= old { new - old } else { new };
+        all.frame("sent", more(now.frames_sent, then.frames_sent));
+        all.frame("held", more(now.frames_held, then.frames_held));
+        all.frame("skipped", more(now.frames_skipped, then.frames_skipped));
+        all.speech("lost", more(now.lost_in, then.lost_in));
+        all.speech("recovered", more(now.repaired_in, then.repaired_in));
+        all.speech("late", more(now.late_in, then.late_in));
+        all.speech("padding", more(now.padding_in, then.padding_in));
+        // Concealed sound is measured in time; a packet of Chromium holds 20 ms.
+        all.speech("concealed", more(now.concealed_in_ms / 20, then.concealed_in_ms / 20));
+        for delay in &report.delays {
+            all.delay_seconds.observe(delay.as_secs_f64());
+        }
+        if report.frames > 0 {
+            all.stage("encode", report.encode * block_frames / report.frames as u32);
+        }
+        self.0 = now.clone();
+    }
 }
 
 /// Ends the link however the conversation ends.

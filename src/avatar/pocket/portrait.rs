@@ -1,4 +1,4 @@
-//! A caller's picture becomes the model's: centre-cropped to a square, scaled to its size.
+//! A caller's picture becomes the model's: cropped to a square where faces are, scaled to its size.
 
 use crate::{
     avatar::{AvatarError, Result},
@@ -8,7 +8,8 @@ use crate::{
 /// The smallest side that still shows a face.
 const SMALLEST: u32 = 64;
 
-/// Packed RGB of `size × size` from the middle of `portrait`.
+/// Packed RGB of `size × size` from `portrait`: the middle of a wide one, the upper part of a tall one (people are
+/// photographed with the head near the top).
 pub(super) fn prepare(portrait: &Portrait, size: usize) -> Result<Vec<u8>> {
     let (w, h) = (portrait.width as usize, portrait.height as usize);
     if portrait.rgb.len() != 3 * w * h || w == 0 || h == 0 {
@@ -20,7 +21,7 @@ pub(super) fn prepare(portrait: &Portrait, size: usize) -> Result<Vec<u8>> {
         )));
     }
     let side = w.min(h);
-    let (left, top) = ((w - side) / 2, (h - side) / 2);
+    let (left, top) = ((w - side) / 2, (h - side) / 6);
     if side == size {
         return Ok((top..top + size).flat_map(|y| &portrait.rgb[3 * (y * w + left)..][..3 * size]).copied().collect());
     }

@@ -10,7 +10,7 @@ use crate::model::{
 };
 
 /// Motion latents that are looked at.
-pub const FRAMES: usize = 19;
+pub(super) const FRAMES: usize = 19;
 
 /// What happens to the newest frames when there is little motion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
