@@ -9,6 +9,7 @@
 //! | [`audio`] | how the pocket model hears: log-mel front-end and audio net |
 //! | [`vae`] | pixels to latents and back |
 //! | [`wav2vec2`] | how the 14B model hears: all hidden states, 30 Hz features, per-frame buckets |
+//! | [`taehv`] | a small decoder instead of Wan 2.1's |
 //! | [`umt5`] | how it reads: prompt cleaning, tokens, text encoder |
 //! | [`picture`] | the reference picture: output size, resize, crop |
 //! | [`kernels`] | fused CPU operations, each beside its plain twin |
@@ -20,6 +21,7 @@ pub mod kernels;
 pub mod nn;
 pub mod picture;
 pub mod sampler;
+pub mod taehv;
 pub mod umt5;
 pub mod vae;
 pub mod wav2vec2;

@@ -1,5 +1,6 @@
 //! Fast tests, no GPU, no browser: one binary so that candle is linked once.
 
+mod checkpoints;
 mod codec;
 mod config;
 mod engine;
@@ -7,6 +8,7 @@ mod files;
 mod hostile;
 mod net;
 mod peer;
+mod prompts;
 mod pocket;
 mod server;
 mod session;

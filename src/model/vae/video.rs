@@ -165,7 +165,7 @@ impl Kind {
     }
 
     /// Base widths of encoder and decoder as published.
-    fn widths(self) -> (usize, usize) {
+    pub fn widths(self) -> (usize, usize) {
         match self {
             Kind::Wan21 => (96, 96),
             Kind::Wan22 => (160, 256),
@@ -206,22 +206,30 @@ impl WanVae {
     pub fn load(weights: &Weights) -> Loaded<Self> {
         let wrapped = weights.has("decoder.upsamples.0.upsamples.0.residual.2.weight");
         let kind = if wrapped { Kind::Wan22 } else { Kind::Wan21 };
-        let table = kind.statistics();
-        let z = table.len();
-        let l = &mut Loader::new(weights);
         let width = |name: &str, axis: usize, published: usize| match weights.shape(name) {
             Some(s) if s.len() == 5 && s[axis] > 0 && s[axis] <= 4096 => s[axis],
             _ => published,
         };
-        let (encoder, outlet) = match weights.has("encoder.conv1.weight") {
-            true => (
-                Some(Network::encoder(l, kind, width("encoder.conv1.weight", 0, kind.widths().0), 2 * z)?),
+        let encoder = weights.has("encoder.conv1.weight");
+        let encoder = encoder.then(|| width("encoder.conv1.weight", 0, kind.widths().0));
+        let decoder = width("decoder.head.2.weight", 1, kind.widths().1);
+        Self::build(weights, kind, encoder, decoder)
+    }
+
+    /// Reads one of `kind` with these base widths; `None` leaves the encoder out.
+    pub fn build(weights: &Weights, kind: Kind, encoder: Option<usize>, decoder: usize) -> Loaded<Self> {
+        let table = kind.statistics();
+        let z = table.len();
+        let l = &mut Loader::new(weights);
+        let (encoder, outlet) = match encoder {
+            Some(dim) => (
+                Some(Network::encoder(l, kind, dim, 2 * z)?),
                 Some(CausalConv::load(l, "conv1", (2 * z, 2 * z), (1, 1))?),
             ),
-            false => (None, None),
+            None => (None, None),
         };
         let inlet = CausalConv::load(l, "conv2", (z, z), (1, 1))?;
-        let decoder = Network::decoder(l, kind, width("decoder.head.2.weight", 1, kind.widths().1), z)?;
+        let decoder = Network::decoder(l, kind, decoder, z)?;
         let column = |f: &dyn Fn(&(f32, f32)) -> f32| -> Result<Tensor> {
             Tensor::from_vec(table.iter().map(f).collect::<Vec<f32>>(), (z, 1, 1, 1), weights.device())
         };

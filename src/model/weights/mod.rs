@@ -5,6 +5,7 @@
 //! carries the prefix, the device and the element type, and keeps a ledger. Constructors ask it for tensors with the
 //! shape they need and go on when one is absent; [`Weights::finish`] then says everything that was wrong at once.
 
+mod adapter;
 mod archive;
 mod gguf;
 pub mod layout;
@@ -12,18 +13,22 @@ mod lora;
 mod open;
 mod pickle;
 mod safetensors;
+mod shapes;
+pub mod synth;
 mod tensors;
 mod torch;
 
+pub use adapter::Adapted;
 pub use gguf::Gguf;
 pub use lora::Lora;
 pub use open::{Checkpoint, Format, format_of, open};
 pub use safetensors::Safetensors;
+pub use shapes::Shapes;
 pub use tensors::Tensors;
 pub use torch::Torch;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
 };
 
@@ -62,6 +67,7 @@ pub struct Int8Rows {
 #[derive(Default)]
 struct Ledger {
     used: BTreeSet<String>,
+    asked: BTreeMap<String, Vec<usize>>,
     missing: BTreeSet<String>,
     misshapen: BTreeSet<String>,
 }
@@ -141,6 +147,7 @@ impl Weights {
         {
             let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
             ledger.used.insert(full.clone());
+            ledger.asked.insert(full.clone(), shape.dims().to_vec());
             match &found {
                 None => {
                     ledger.missing.insert(full.clone());
@@ -177,6 +184,11 @@ impl Weights {
                 ledger.used.insert(n);
             }
         }
+    }
+
+    /// Every name that was asked for, with the shape it was expected in: from an empty source, a network's whole listing.
+    pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
+        self.ledger.lock().unwrap_or_else(|e| e.into_inner()).asked.clone()
     }
 
     /// Ends a load. Fails, naming them, if tensors were missing or misshapen; otherwise tells what was left over below

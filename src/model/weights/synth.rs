@@ -1,0 +1,254 @@
+//! Random checkpoints of true names and shapes, for tests and benchmarks: what the loaders ask an empty source for is
+//! what is written, so that a preset cannot differ from the network it stands for.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::Path,
+    sync::Arc,
+};
+
+use candle_core::{DType, Device};
+use half::bf16;
+
+use super::{Tensors, Weights};
+use crate::model::{
+    Error, Result,
+    dit::{Config, Dit},
+    umt5::{self, Umt5},
+    vae::{Kind, WanVae},
+    wav2vec2::{self, Wav2Vec2},
+};
+
+/// One network at one size.
+pub struct Preset {
+    pub name: &'static str,
+    /// What it is and where its sizes stand.
+    pub about: &'static str,
+    ask: fn(&Weights) -> Result<()>,
+}
+
+fn tiny_transformer() -> Config {
+    Config {
+        dim: 96,
+        num_heads: 3,
+        num_layers: 4,
+        ffn_dim: 256,
+        text_dim: 64,
+        text_len: 24,
+        audio_dim: 32,
+        audio_inject_layers: vec![0, 2],
+        ..Config::default()
+    }
+}
+
+fn tiny_hearing() -> wav2vec2::Config {
+    wav2vec2::Config {
+        hidden_size: 32,
+        num_attention_heads: 4,
+        intermediate_size: 64,
+        conv_dim: vec![24; 7],
+        num_conv_pos_embeddings: 16,
+        num_conv_pos_embedding_groups: 4,
+        ..wav2vec2::Config::default()
+    }
+}
+
+fn tiny_text() -> umt5::Config {
+    umt5::Config { vocab_size: 200, dim: 64, dim_attn: 64, dim_ffn: 96, num_heads: 4, layers: 3, num_buckets: 32 }
+}
+
+fn vae(w: &Weights, kind: Kind, widths: (usize, usize)) -> Result<()> {
+    WanVae::build(w, kind, Some(widths.0), widths.1).map(drop)
+}
+
+/// What [`write`] can make.
+pub const PRESETS: &[Preset] = &[
+    Preset {
+        name: "s2v-14b",
+        about: "Wan2.2-S2V-14B transformer (Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_s2v_14B.py), 32.6 GB",
+        ask: |w| Dit::load(Config::default(), w).map(drop),
+    },
+    Preset {
+        name: "s2v-tiny",
+        about: "the same architecture at width 96",
+        ask: |w| Dit::load(tiny_transformer(), w).map(drop),
+    },
+    Preset {
+        name: "wan21-vae",
+        about: "Wan 2.1 video autoencoder (wan/modules/vae2_1.py)",
+        ask: |w| vae(w, Kind::Wan21, Kind::Wan21.widths()),
+    },
+    Preset { name: "wan21-vae-tiny", about: "the same at width 4", ask: |w| vae(w, Kind::Wan21, (4, 4)) },
+    Preset {
+        name: "wan22-vae",
+        about: "Wan 2.2 video autoencoder (wan/modules/vae2_2.py)",
+        ask: |w| vae(w, Kind::Wan22, Kind::Wan22.widths()),
+    },
+    Preset {
+        name: "umt5-xxl",
+        about: "UMT5-XXL text encoder (wan/modules/t5.py), 11.4 GB",
+        ask: |w| Umt5::load(w, &umt5::Config::default()).map(drop),
+    },
+    Preset {
+        name: "umt5-tiny",
+        about: "the same architecture at width 64",
+        ask: |w| Umt5::load(w, &tiny_text()).map(drop),
+    },
+    Preset {
+        name: "wav2vec2-large",
+        about: "wav2vec2-large-xlsr-53 audio encoder (transformers, Wav2Vec2Model)",
+        ask: |w| Wav2Vec2::load(&w.pp("wav2vec2"), &wav2vec2::Config::default()).map(drop),
+    },
+    Preset {
+        name: "wav2vec2-tiny",
+        about: "the same architecture at width 32",
+        ask: |w| Wav2Vec2::load(&w.pp("wav2vec2"), &tiny_hearing()).map(drop),
+    },
+];
+
+/// Names and shapes of a preset.
+pub fn shapes(preset: &Preset) -> Result<BTreeMap<String, Vec<usize>>> {
+    let empty = Tensors::new([], preset.name);
+    let weights = Weights::new(Arc::new(empty), &Device::Cpu, DType::BF16);
+    (preset.ask)(&weights)?;
+    Ok(weights.asked())
+}
+
+/// A small fast generator (SplitMix64); quality is of no concern here, speed is.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Four numbers, evenly spread in ±√3·`deviation`.
+    fn four(&mut self, deviation: f32) -> [bf16; 4] {
+        let bits = self.next();
+        [0, 16, 32, 48].map(|s| {
+            let unit = ((bits >> s) & 0xffff) as f32 / 32768.0 - 1.0;
+            bf16::from_f32(unit * 1.732 * deviation)
+        })
+    }
+}
+
+/// Mean and deviation of a tensor by its name and shape: gains near one, the rest so that signals keep their size.
+fn kind(name: &str, shape: &[usize]) -> (f32, f32) {
+    let gain = name.ends_with("gamma") || name.ends_with("original0") || name.ends_with("weight_g");
+    if gain || (name.contains("norm") && name.ends_with("weight") && shape.len() == 1) {
+        return (1.0, 0.02);
+    }
+    if shape.len() < 2 {
+        return (0.0, 0.01);
+    }
+    let fan_in: usize = shape[1..].iter().product();
+    (0.0, 1.0 / (fan_in.max(1) as f32).sqrt())
+}
+
+/// Writes a preset as one bf16 safetensors file; `seed` makes it reproducible. The file appears when it is complete.
+/// `progress` is told bytes written and bytes in all.
+pub fn write(preset: &Preset, path: &Path, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    let shapes = shapes(preset)?;
+    let wrong = |e: std::io::Error| Error::Weights(format!("{} cannot be written: {e}", path.display()));
+    let mut header = serde_json::Map::new();
+    let mut at = 0u64;
+    for (name, shape) in &shapes {
+        let end = at + 2 * shape.iter().product::<usize>() as u64;
+        let entry = serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [at, end]});
+        header.insert(name.clone(), entry);
+        at = end;
+    }
+    let total = at;
+    let about = serde_json::json!({"preset": preset.name, "seed": seed.to_string(), "about": "random numbers"});
+    header.insert("__metadata__".into(), about);
+    let mut text = serde_json::Value::Object(header).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let part = path.with_extension("part");
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(&part).map_err(wrong)?);
+    let mut body = || -> std::io::Result<()> {
+        file.write_all(&(text.len() as u64).to_le_bytes())?;
+        file.write_all(&text)?;
+        let mut random = Random(seed);
+        let mut done = 0u64;
+        for (name, shape) in &shapes {
+            let (mean, deviation) = kind(name, shape);
+            let mut left: usize = shape.iter().product();
+            done += 2 * left as u64;
+            while left > 0 {
+                let four = random.four(deviation).map(|v| bf16::from_f32(v.to_f32() + mean).to_le_bytes());
+                let n = left.min(4);
+                file.write_all(&four.as_flattened()[..2 * n])?;
+                left -= n;
+            }
+            progress(done, total);
+        }
+        file.flush()
+    };
+    let outcome = body().and_then(|()| fs::rename(&part, path));
+    if outcome.is_err() {
+        let _ = fs::remove_file(&part);
+    }
+    outcome.map_err(wrong)
+}
+
+/// Checks a checkpoint against the network it holds, by shapes alone: one message that lists what is missing,
+/// unexpected or of wrong shape and where the right file is published; none if all is well or nothing can be checked.
+pub fn complaint(c: &super::Checkpoint) -> Option<String> {
+    use super::{Shapes, layout::Part};
+    let source = &c.source;
+    let list = source.names().into_iter().map(|n| {
+        let shape = source.shape(&n).unwrap_or_default();
+        (n, shape)
+    });
+    let weights = Weights::new(Arc::new(Shapes::new(list)), &Device::Cpu, DType::BF16);
+    let loaded = match c.part {
+        Part::Speech => transformer(&weights).and_then(|config| Dit::load(config, &weights).map(drop)),
+        Part::Vae21 | Part::Vae22 => WanVae::load(&weights).map(drop),
+        Part::Text => Umt5::load(&weights, &umt5::Config::from_weights(&weights)).map(drop),
+        Part::Hearing if weights.shape("wav2vec2.encoder.layer_norm.weight").is_some_and(|s| s == [1024]) => {
+            Wav2Vec2::load(&weights, &wav2vec2::Config::default()).map(drop)
+        }
+        _ => return None,
+    };
+    match loaded.and_then(|()| weights.finish()) {
+        Ok(report) if report.unexpected.is_empty() => None,
+        Ok(report) => {
+            let few: Vec<&str> = report.unexpected.iter().take(4).map(String::as_str).collect();
+            Some(format!("usable, but {} tensors have no place: {}", report.unexpected.len(), few.join(", ")))
+        }
+        Err(e) => Some(c.explain(e, c.part).to_string()),
+    }
+}
+
+/// A transformer's sizes as its shapes tell them. The width of a head cannot be seen in shapes: 128, as published,
+/// where that divides the width, else 32.
+fn transformer(w: &Weights) -> Result<Config> {
+    let mut c = Config::default();
+    let axis = |name: &str, i: usize| w.shape(name).and_then(|s| s.get(i).copied());
+    if let Some(dim) = axis("blocks.0.self_attn.q.weight", 0) {
+        c.dim = dim;
+        c.num_heads = if dim % 128 == 0 { dim / 128 } else { (dim / 32).max(1) };
+    }
+    c.ffn_dim = axis("blocks.0.ffn.0.weight", 0).unwrap_or(c.ffn_dim);
+    c.freq_dim = axis("time_embedding.0.weight", 1).unwrap_or(c.freq_dim);
+    c.text_dim = axis("text_embedding.0.weight", 1).unwrap_or(c.text_dim);
+    c.audio_dim = axis("casual_audio_encoder.encoder.conv1_local.conv.weight", 1).unwrap_or(c.audio_dim);
+    let blocks = (0..4096).take_while(|i| w.has(&format!("blocks.{i}.self_attn.q.weight"))).count();
+    let injectors = (0..4096).take_while(|j| w.has(&format!("audio_injector.injector.{j}.q.weight"))).count();
+    if blocks > 0 && blocks != c.num_layers {
+        c.num_layers = blocks;
+    }
+    if injectors != c.audio_inject_layers.len() {
+        // which blocks they follow stands in config.json; the shapes do not depend on it
+        c.audio_inject_layers = (0..injectors.min(blocks)).collect();
+    }
+    c.audio_inject_layers.retain(|l| *l < c.num_layers);
+    c.check()?;
+    Ok(c)
+}
