@@ -53,13 +53,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     println!();
     println!(
-        "engine  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms | real-time factor  frames/s",
+        "engine  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms | real-time factor  frames/s  processor",
         report.runs.first().map_or(0.0, |r| r.block_ms).round()
     );
     for r in &report.runs {
         let steps = r.steps.map_or("own".into(), |n| n.to_string());
         println!(
-            "{:<6}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}",
+            "{:<6}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}  {:>7}%",
             r.engine,
             r.threads,
             steps,
@@ -70,9 +70,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             r.block_p50_ms,
             r.block_p95_ms,
             r.real_time_factor,
-            r.frames_per_second
+            r.frames_per_second,
+            r.processor.map_or("–".into(), |p| format!("{:.0}", 100.0 * p))
         );
     }
-    println!("\nMedians per block in milliseconds. A real-time factor of 0.5 leaves half of the time to others.");
+    println!(
+        "\nMedians per block in milliseconds. A real-time factor of 0.5 leaves half of the time to others;\n\
+         processor: of one core, which other programs do not change."
+    );
     Ok(())
 }

@@ -36,6 +36,9 @@ pub(super) struct Measured {
     /// Time needed over time shown: below 1 is faster than life.
     pub(super) real_time_factor: f64,
     pub(super) frames_per_second: f64,
+    /// Processor seconds of all threads per second shown: what it costs however busy the machine is. Absent where the
+    /// system does not tell.
+    pub(super) processor: Option<f64>,
 }
 
 /// Runs `seconds` of made-up speech through an engine. The first second warms it up and is not counted.
@@ -59,6 +62,7 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
     let mut spent = Duration::ZERO;
     let mut shown = MediaTime::ZERO;
     let mut made = MediaTime::ZERO;
+    let mut used = None;
     while fed < end {
         let audio = AudioBlock { at: fed, samples: babble(fed, SPEECH_RATE as usize / 25) };
         fed = audio.end();
@@ -82,6 +86,7 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
             made += span;
             if made <= MediaTime::from_millis(1000) {
                 pushed = Duration::ZERO;
+                used = processor_seconds();
                 continue;
             }
             let took = pushed + pulled + encoded;
@@ -98,6 +103,7 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
     }
     anyhow::ensure!(!whole.is_empty(), "the engine gave no block for {seconds} s of speech");
     let factor = spent.as_secs_f64() / shown.as_secs_f64();
+    let processor = processor_seconds().zip(used).map(|(end, begin)| (end - begin) / shown.as_secs_f64());
     Ok(Measured {
         engine: choice.name(),
         threads,
@@ -117,6 +123,7 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
         block_p95_ms: percentile(&mut whole, 0.95),
         real_time_factor: factor,
         frames_per_second: f64::from(fps) / factor,
+        processor,
     })
 }
 
@@ -142,6 +149,16 @@ pub(super) fn encoder_ms() -> anyhow::Result<f64> {
         }
     }
     Ok(percentile(&mut times, 0.5))
+}
+
+/// Processor time of this process so far, to 10 ms: user and system, fields 14 and 15 of `/proc/self/stat`.
+fn processor_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The second field is a name in parentheses that may hold spaces.
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    let user: f64 = fields.nth(11)?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / 100.0)
 }
 
 /// Something like speech: a buzz whose pitch and loudness move, with pauses.
