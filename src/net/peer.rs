@@ -183,8 +183,8 @@ impl Peer {
     /// goes on.
     ///
     /// # Errors
-    /// [`NetError::Malformed`] without credentials, [`NetError::NotARestart`] with the old ones, [`NetError::Closed`],
-    /// [`NetError::Stack`].
+    /// [`NetError::Malformed`] without usable credentials, [`NetError::NotARestart`] with the old ones,
+    /// [`NetError::Closed`].
     pub async fn restart(&self, fragment: &str) -> Result<String, NetError> {
         let fragment = sdp::parse_fragment(fragment)?;
         self.open()?;
@@ -205,7 +205,7 @@ impl Peer {
             Ok::<_, webrtc::error::Error>(self.pc.local_description().await)
         })
         .await?
-        .map_err(NetError::stack)?
+        .map_err(malformed)?
         .ok_or(NetError::Closed)?;
         *remote = offer;
         *lock(&self.etag) = new_etag();
@@ -372,10 +372,11 @@ async fn negotiate(
     // After the remote description, so that the tracks attach to the offered sections.
     let video = track(RtpCodecKind::Video, h264(), shared.video.0, Some(shared.video_rtx));
     let audio = track(RtpCodecKind::Audio, opus(), shared.audio.0, None);
-    let video_sender = pc.add_track(video.clone() as Arc<dyn TrackLocal>).await.map_err(NetError::stack)?;
-    let audio_sender = pc.add_track(audio.clone() as Arc<dyn TrackLocal>).await.map_err(NetError::stack)?;
+    // What fails up to the answer fails for what the offer says: the same calls succeed for every sound one.
+    let video_sender = pc.add_track(video.clone() as Arc<dyn TrackLocal>).await.map_err(malformed)?;
+    let audio_sender = pc.add_track(audio.clone() as Arc<dyn TrackLocal>).await.map_err(malformed)?;
     let answer = pc.create_answer(None).await.map_err(malformed)?;
-    pc.set_local_description(answer).await.map_err(NetError::stack)?;
+    pc.set_local_description(answer).await.map_err(malformed)?;
     if tokio::time::timeout(GATHER_TIMEOUT, gathered.wait_for(|g| *g)).await.is_err() {
         tracing::warn!("ICE servers did not answer in {GATHER_TIMEOUT:?}; answering without their candidates");
     }
