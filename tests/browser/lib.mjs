@@ -299,6 +299,42 @@ export function following(from, to, [least, most]) {
   return from.map((a) => [a, to.find((b) => b - a >= least && b - a <= most)]).filter(([, b]) => b !== undefined);
 }
 
+/** The lag in ms at which rows `late` ([ms, value]) follow rows `early` best, and the correlation there. */
+export function shift(late, early) {
+  const step = 10;
+  const from = Math.max(late[0][0], early[0][0]) + 400;
+  const count = Math.floor((Math.min(late[late.length - 1][0], early[early.length - 1][0]) - 400 - from) / step);
+  // Mean loudness of 40 ms for the sound, the picture shown at the moment for the other.
+  const sampled = (rows, lag, width) => {
+    let at = 0;
+    return Array.from({ length: count }, (_, i) => {
+      const t = from + i * step + lag;
+      while (at + 1 < rows.length && rows[at + 1][0] <= t - width / 2) at += 1;
+      let [sum, n] = [0, 0];
+      for (let k = at; k < rows.length && rows[k][0] <= t + width / 2; k++, n++) sum += rows[k][1];
+      return n ? sum / n : rows[at][1];
+    });
+  };
+  const correlation = (a, b) => {
+    const mean = (v) => v.reduce((s, x) => s + x, 0) / v.length;
+    const [ma, mb] = [mean(a), mean(b)];
+    let [ab, aa, bb] = [0, 0, 0];
+    a.forEach((x, i) => {
+      ab += (x - ma) * (b[i] - mb);
+      aa += (x - ma) ** 2;
+      bb += (b[i] - mb) ** 2;
+    });
+    return ab / Math.sqrt(aa * bb || 1);
+  };
+  const sound = sampled(early, 0, 40);
+  let best = { lag: NaN, r: -2 };
+  for (let lag = -300; lag <= 300; lag += step) {
+    const r = correlation(sampled(late, lag, 0), sound);
+    if (r > best.r) best = { lag, r };
+  }
+  return best;
+}
+
 /** Gaps between shown pictures in ms, after the first `skip` ms: [largest, [every gap above 500]]. */
 export function gaps(frames, skip = 0) {
   const times = frames.map((f) => f[0]).filter((t) => t >= frames[0][0] + skip);

@@ -1,6 +1,6 @@
 // Runs in the page before the page's own scripts: keeps hold of its connection and microphone, and writes down when
 // which sound and which picture was there. Changes nothing the page sees, except where a test asks for it:
-// `window.__options = { raw, levels, meter, rewrite, spotlight }`.
+// `window.__options = { raw, levels, meter, mouth, rewrite }`.
 (() => {
   const options = window.__options || {};
   const probe = { peers: [], frames: [], levels: [], answers: [], problems: [] };
@@ -79,6 +79,10 @@
     const canvas = document.createElement('canvas');
     [canvas.width, canvas.height] = [1, 160];
     const context = canvas.getContext('2d', { willReadFrequently: true });
+    const tiny = document.createElement('canvas');
+    [tiny.width, tiny.height] = [16, 12];
+    const small = tiny.getContext('2d', { willReadFrequently: true });
+    let rest = null;
     const seen = (now, frame) => {
       video.requestVideoFrameCallback(seen);
       let meter = 0;
@@ -89,9 +93,18 @@
         const pixels = context.getImageData(0, 0, 1, 160).data;
         for (let y = 0; y < 160; y++) meter += pixels[4 * y] > 130 || pixels[4 * y + 1] > 110 ? 1 : 0;
       }
+      let mouth = 0;
+      if (options.mouth && video.videoWidth) {
+        // How far the lower face is from what it looked like first, at rest: a mouth that opens, dark or teeth.
+        const scale = video.videoWidth / 256;
+        small.drawImage(video, 96 * scale, 132 * scale, 64 * scale, 48 * scale, 0, 0, 16, 12);
+        const pixels = small.getImageData(0, 0, 16, 12).data;
+        rest ??= pixels;
+        for (let i = 0; i < pixels.length; i++) mouth += Math.abs(pixels[i] - rest[i]);
+      }
       probe.frames.push([
         now, frame.presentationTime, frame.expectedDisplayTime, frame.receiveTime || 0, frame.rtpTimestamp || 0,
-        frame.presentedFrames, meter / 160, video.videoWidth,
+        frame.presentedFrames, meter / 160, video.videoWidth, mouth,
       ]);
     };
     if (video) video.requestVideoFrameCallback(seen);

@@ -6,7 +6,7 @@ import http from 'node:http';
 import path from 'node:path';
 import { spawnSync } from 'node:child_process';
 import {
-  BINARY, Checks, OUT, ROOT, browser, bursts, following, gaps, link, onsets, percentile, round, row, serve, sleep,
+  BINARY, Checks, OUT, ROOT, browser, bursts, following, gaps, link, onsets, percentile, round, row, serve, shift, sleep,
   speech, start, visit,
 } from './lib.mjs';
 
@@ -14,6 +14,8 @@ const words = process.argv.slice(2);
 const options = Object.fromEntries(words.filter((w) => w.includes('=')).map((w) => w.split('=')));
 const secondsOr = (usual) => Number(options.seconds || usual);
 const engineOr = (usual) => options.engine || usual;
+/** What is promised, and what still passes in `ci`, where nobody knows what else the machine does. */
+const limit = (promised, lenient) => (words.includes('ci') ? lenient : promised);
 
 /** Service, browser and page for one scenario, put away in any case. */
 async function live({ engine, wav, settings, probe, bend, size, seconds }, scenario) {
@@ -63,8 +65,8 @@ async function talk(checks) {
     checks.note('first picture after pressing Start', `${first} ms`);
     checks.add('picture', `${b.frameWidth}×${b.frameHeight}`, 'at least 256×256', b.frameWidth >= 256 && b.frameHeight >= 256);
     checks.add('frames decoded', `${decoded} of ${round(fps * took)} (${round((100 * decoded) / (fps * took), 1)} %)`,
-      'at least 95 %', decoded >= 0.95 * fps * took);
-    checks.add('freezes after 5 s', b.freezeCount - a.freezeCount, '0', b.freezeCount === a.freezeCount);
+      `at least ${limit(95, 85)} %`, decoded >= (limit(95, 85) / 100) * fps * took);
+    checks.add('freezes after 5 s', b.freezeCount - a.freezeCount, `at most ${limit(0, 1)}`, b.freezeCount - a.freezeCount <= limit(0, 1));
     checks.note('largest gap between pictures', `${round(gaps(span).largest)} ms`);
     const lost = (b.packetsLost || 0) + (voiceIn.packetsLost || 0);
     const lostIn = late.numbers.server?.lost_in;
@@ -76,7 +78,7 @@ async function talk(checks) {
     checks.add('memory of the service', `${round(settled, 1)} → ${round(end, 1)} MiB`, `grows at most ${round(allowed)} MiB`, end - settled <= allowed);
     checks.note('processor of the service', `${round((100 * (service.cpu() - cpu)) / took)} % of one core`);
     const factor = percentile(panel.map((n) => n.server?.real_time_factor), 0.5);
-    if (engine === 'pocket') checks.add('real-time factor (panel)', round(factor, 3), 'at most 0.5', factor <= 0.5);
+    if (engine === 'pocket') checks.add('real-time factor (panel)', round(factor, 3), `at most ${limit(0.5, 0.8)}`, factor <= limit(0.5, 0.8));
     else checks.note('real-time factor (panel)', round(factor, 4));
     checks.note('delay (panel)', `${round(percentile(panel.map((n) => n.delayMs), 0.5))} ms, ${round(b.bytesReceived * 8 / late.now)} kbit/s video`);
     checks.note('stages (panel)', JSON.stringify(late.numbers.server?.stages ?? {}));
@@ -89,9 +91,10 @@ async function talk(checks) {
 
 /** Bursts at the microphone: when they are heard, when the test card's meter shows them, what the panel says. */
 async function timing(checks) {
-  const seconds = secondsOr(30);
-  const probe = { raw: true, levels: true, meter: true };
-  await live({ engine: 'card', wav: bursts(), probe, seconds }, async ({ page }) => {
+  const [seconds, engine] = [secondsOr(30), engineOr('card')];
+  const card = engine === 'card';
+  const probe = { raw: true, levels: true, meter: card, mouth: !card };
+  await live({ engine, wav: bursts(), probe, seconds }, async ({ page }) => {
     await sleep(6000);
     const began = await page.evaluate(() => performance.now());
     const panel = [];
@@ -104,9 +107,23 @@ async function timing(checks) {
     const seen = (await frames(page)).filter((f) => f[0] >= began);
     const spoken = onsets(sound.map((r) => [r[0], r[1]]), 0.03, 0.01, 150);
     const heard = onsets(sound.map((r) => [r[0], r[2]]), 0.03, 0.01, 150);
-    const shown = onsets(seen.map((f) => [f[1], f[6]]), 0.4, 0.2, 120);
+    const shown = card ? onsets(seen.map((f) => [f[1], f[6]]), 0.4, 0.2, 120) : [];
     checks.note('bursts spoken · heard · shown', `${spoken.length} · ${heard.length} · ${shown.length}`);
     const toVoice = following(spoken, heard, [30, 1500]).map(([a, b]) => b - a);
+    if (!card) {
+      // Lips have no onset to the millisecond: what is measured is the shift at which they follow the voice best.
+      const { lag, r } = shift(seen.map((f) => [f[1] + 20, f[8]]), sound.map((s) => [s[0], s[2]]));
+      checks.add('bursts heard', `${toVoice.length} of ${spoken.length}`, 'at least 80 %', toVoice.length >= 0.8 * spoken.length && toVoice.length >= 8);
+      checks.note('microphone to voice', `p50 ${round(percentile(toVoice, 0.5))} ms, p95 ${round(percentile(toVoice, 0.95))} ms`);
+      const lips = toVoice.map((d) => d + lag);
+      checks.add('delay to voice and lips', `p50 ${round(percentile([...toVoice, ...lips], 0.5))} ms, p95 ${round(percentile([...toVoice, ...lips], 0.95))} ms`,
+        `at most ${limit(600, 900)} and ${limit(800, 1200)}`, percentile([...toVoice, ...lips], 0.5) <= limit(600, 900) && percentile([...toVoice, ...lips], 0.95) <= limit(800, 1200));
+      const told = percentile(panel, 0.5);
+      checks.add('delay on the panel', `${round(told)} ms against ${round(percentile(toVoice, 0.5))} ms of the voice from outside`, `within ${limit(50, 100)} ms`,
+        Math.abs(told - percentile(toVoice, 0.5)) <= limit(50, 100));
+      checks.note('mouth against voice', `${lag} ms (r ${round(r, 2)}; mouths open and close over several frames)`);
+      return;
+    }
     // A frame shows the 40 ms that it spans, so its burst began 20 ms after the frame's own time on average.
     const toLips = following(spoken, shown, [0, 1500]).map(([a, b]) => b - a + 20);
     const offset = following(heard, shown, [-250, 250]).map(([a, b]) => b - a + 20);
@@ -119,9 +136,9 @@ async function timing(checks) {
       percentile(both, 0.5) <= 600 && percentile(both, 0.95) <= 800);
     const told = percentile(panel, 0.5);
     const outside = percentile(toLips, 0.5);
-    checks.add('delay on the panel', `${round(told)} ms against ${round(outside)} ms from outside`, 'within 50 ms', Math.abs(told - outside) <= 50);
+    checks.add('delay on the panel', `${round(told)} ms against ${round(outside)} ms from outside`, `within ${limit(50, 100)} ms`, Math.abs(told - outside) <= limit(50, 100));
     checks.add('lips against voice', `median ${round(percentile(offset, 0.5))} ms (p5 ${round(percentile(offset, 0.05))}, p95 ${round(percentile(offset, 0.95))})`,
-      'within ±40 ms', Math.abs(percentile(offset, 0.5)) <= 40);
+      `within ±${limit(40, 60)} ms`, Math.abs(percentile(offset, 0.5)) <= limit(40, 60));
     fs.writeFileSync(path.join(OUT, 'timing-rows.json'), JSON.stringify({ spoken, heard, shown, panel }));
   });
 }
