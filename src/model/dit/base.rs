@@ -36,9 +36,7 @@ impl Dit {
         for (i, block) in self.blocks.iter().enumerate() {
             trace.within(|| format!("mid.blocks.{i}"));
             x = block
-                .forward(&x, &timing.blocks[i], &runs, text.blocks.get(i), trace, |a, y| {
-                    a.finish(&a.queries(y, &rope)?, &a.rotated_keys(y, &rope)?, &a.values(y)?)
-                })
+                .forward(&x, &timing.blocks[i], &runs, text.blocks.get(i), trace, |a, y| a.whole(y, &rope))
                 .at(|| format!("block {i}"))?;
             trace.outside();
             trace.see(&format!("mid.blocks.{i}"), &x);

@@ -1,6 +1,6 @@
 //! One transformer block, the text's side of it, and the head.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{BlockModulation, Config, trace::Trace};
 use crate::model::{
@@ -15,14 +15,27 @@ use crate::model::{
 /// Projections and norms of one attention.
 #[derive(Debug)]
 pub struct Attention {
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    inputs: Inputs,
     o: Linear,
     norm_q: Tensor,
     norm_k: Tensor,
     heads: usize,
     eps: f64,
+}
+
+/// The three input projections. On the CPU, where each product costs a wake-up of other threads, one matrix does all.
+#[derive(Debug)]
+enum Inputs {
+    Apart { q: Linear, k: Linear, v: Linear },
+    Stacked(Linear),
+}
+
+/// Queries, keys and values as they leave their projections, `[tokens, dim]` each.
+#[derive(Debug)]
+pub struct Projected {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 }
 
 /// Keys of a sequence before their rotation, and values.
@@ -35,13 +48,17 @@ pub struct KeysValues {
 }
 
 impl Attention {
-    /// Official key names.
-    pub fn load(weights: &Weights, c: &Config) -> Result<Self> {
+    /// Official key names. `own`: queries, keys and values come from the same tokens.
+    pub fn load(weights: &Weights, c: &Config, own: bool) -> Result<Self> {
         let d = c.dim;
+        let [q, k, v] =
+            [weights.linear("q", d, d, true)?, weights.linear("k", d, d, true)?, weights.linear("v", d, d, true)?];
+        let inputs = match weights.device() {
+            Device::Cpu if own => Inputs::Stacked(Linear::stacked(&[&q, &k, &v])?),
+            _ => Inputs::Apart { q, k, v },
+        };
         Ok(Self {
-            q: weights.linear("q", d, d, true)?,
-            k: weights.linear("k", d, d, true)?,
-            v: weights.linear("v", d, d, true)?,
+            inputs,
             o: weights.linear("o", d, d, true)?,
             norm_q: weights.get(d, "norm_q.weight")?,
             norm_k: weights.get(d, "norm_k.weight")?,
@@ -50,24 +67,32 @@ impl Attention {
         })
     }
 
+    /// All three projections of the same tokens.
+    pub fn project(&self, y: &Tensor) -> Result<Projected> {
+        Ok(match &self.inputs {
+            Inputs::Apart { q, k, v } => Projected { q: q.forward(y)?, k: k.forward(y)?, v: v.forward(y)? },
+            Inputs::Stacked(all) => {
+                let y = all.forward(y)?;
+                let d = y.dim(1)? / 3;
+                let part = |i: usize| y.narrow(1, i * d, d);
+                Projected { q: part(0)?, k: part(1)?, v: part(2)?.contiguous()? }
+            }
+        })
+    }
+
     /// Queries, normed and rotated.
-    pub fn queries(&self, y: &Tensor, rope: &Rope) -> Result<Tensor> {
-        norm::rms_norm_rotate(&self.q.forward(y)?, &self.norm_q, self.eps, rope)
+    pub fn queries(&self, p: &Projected, rope: &Rope) -> Result<Tensor> {
+        norm::rms_norm_rotate(&p.q, &self.norm_q, self.eps, rope)
     }
 
     /// Keys normed and rotated.
-    pub fn rotated_keys(&self, y: &Tensor, rope: &Rope) -> Result<Tensor> {
-        norm::rms_norm_rotate(&self.k.forward(y)?, &self.norm_k, self.eps, rope)
-    }
-
-    /// Values.
-    pub fn values(&self, y: &Tensor) -> Result<Tensor> {
-        self.v.forward(y)
+    pub fn keys(&self, p: &Projected, rope: &Rope) -> Result<Tensor> {
+        norm::rms_norm_rotate(&p.k, &self.norm_k, self.eps, rope)
     }
 
     /// Keys normed but not rotated, and values.
-    pub fn keys_values(&self, y: &Tensor) -> Result<KeysValues> {
-        Ok(KeysValues { k: norm::rms_norm(&self.k.forward(y)?, &self.norm_k, self.eps)?, v: self.v.forward(y)? })
+    pub fn kept(&self, p: &Projected) -> Result<KeysValues> {
+        Ok(KeysValues { k: norm::rms_norm(&p.k, &self.norm_k, self.eps)?, v: p.v.clone() })
     }
 
     /// Attention of ready queries over ready keys, and the output projection.
@@ -75,9 +100,31 @@ impl Attention {
         self.o.forward(&attention(q, k, v, self.heads, 1)?)
     }
 
+    /// A sequence's attention to itself.
+    pub fn whole(&self, y: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let p = self.project(y)?;
+        self.finish(&self.queries(&p, rope)?, &self.keys(&p, rope)?, &p.v)
+    }
+
+    /// Keys and values of another sequence, without rotation.
+    fn foreign(&self, y: &Tensor) -> Result<KeysValues> {
+        let Inputs::Apart { k, v, .. } = &self.inputs else { return self.kept(&self.project(y)?) };
+        Ok(KeysValues { k: norm::rms_norm(&k.forward(y)?, &self.norm_k, self.eps)?, v: v.forward(y)? })
+    }
+
     fn across(&self, y: &Tensor, text: &KeysValues) -> Result<Tensor> {
-        let q = norm::rms_norm(&self.q.forward(y)?, &self.norm_q, self.eps)?;
-        self.finish(&q, &text.k, &text.v)
+        let q = match &self.inputs {
+            Inputs::Apart { q, .. } => q.forward(y)?,
+            Inputs::Stacked(_) => self.project(y)?.q,
+        };
+        self.finish(&norm::rms_norm(&q, &self.norm_q, self.eps)?, &text.k, &text.v)
+    }
+}
+
+impl Projected {
+    /// Values.
+    pub fn values(&self) -> &Tensor {
+        &self.v
     }
 }
 
@@ -101,13 +148,13 @@ impl Block {
             let row = |name| -> Result<Tensor> { Ok(norm.get(c.dim, name)?.reshape((1, c.dim))?) };
             Some((
                 Affine { scale: row("weight")?, shift: row("bias")? },
-                Attention::load(&weights.pp("cross_attn"), c)?,
+                Attention::load(&weights.pp("cross_attn"), c, false)?,
             ))
         } else {
             None
         };
         Ok(Self {
-            own: Attention::load(&weights.pp("self_attn"), c)?,
+            own: Attention::load(&weights.pp("self_attn"), c, true)?,
             text,
             first: weights.linear("ffn.0", c.dim, c.ffn_dim, true)?,
             second: weights.linear("ffn.2", c.ffn_dim, c.dim, true)?,
@@ -123,7 +170,7 @@ impl Block {
 
     /// The text's keys and values for this block, from embedded text `[tokens, dim]`; none where there is no text.
     pub fn text(&self, embedded: &Tensor) -> Result<Option<KeysValues>> {
-        self.text.as_ref().map(|(_, a)| a.keys_values(embedded)).transpose()
+        self.text.as_ref().map(|(_, a)| a.foreign(embedded)).transpose()
     }
 
     /// `x` `[tokens, dim]` through the block. `attend` is given the modulated input and returns the self-attention's

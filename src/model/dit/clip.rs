@@ -73,9 +73,7 @@ impl Dit {
             let text = inputs.text.and_then(|t| t.blocks.get(i));
             trace.within(|| format!("mid.blocks.{i}"));
             x = block
-                .forward(&x, &timing.blocks[i], &runs, text, trace, |a, y| {
-                    a.finish(&a.queries(y, &rope)?, &a.rotated_keys(y, &rope)?, &a.values(y)?)
-                })
+                .forward(&x, &timing.blocks[i], &runs, text, trace, |a, y| a.whole(y, &rope))
                 .at(|| format!("block {i}"))?;
             trace.outside();
             trace.see(&format!("mid.blocks.{i}"), &x);

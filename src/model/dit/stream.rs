@@ -209,8 +209,9 @@ impl Dit {
             trace.within(|| format!("blocks.{i}"));
             x = block
                 .forward(&x, m, &runs, text, trace, |a, y| {
-                    let kv = a.keys_values(y)?;
-                    let out = a.finish(&a.queries(y, &rope)?, &rope.rotate(&kv.k)?, &kv.v)?;
+                    let p = a.project(y)?;
+                    let kv = a.kept(&p)?;
+                    let out = a.finish(&a.queries(&p, &rope)?, &rope.rotate(&kv.k)?, &kv.v)?;
                     conditioning.push(kv);
                     Ok(out)
                 })
@@ -338,9 +339,10 @@ impl Dit {
             trace.within(|| format!("blocks.{i}"));
             y = block
                 .forward(&y, &timing.blocks[i], &runs, text, trace, |a, y| {
-                    let q = a.queries(y, &rope)?;
-                    buffer.k.slice_set(&a.rotated_keys(y, &rope)?, 0, at)?;
-                    buffer.v.slice_set(&a.values(y)?, 0, at)?;
+                    let fresh = a.project(y)?;
+                    let q = a.queries(&fresh, &rope)?;
+                    buffer.k.slice_set(&a.keys(&fresh, &rope)?, 0, at)?;
+                    buffer.v.slice_set(fresh.values(), 0, at)?;
                     if let (Some(m), Some(turned)) = (&moved, &turned) {
                         let part = kept.k.narrow(0, m.row, turned.tokens())?;
                         buffer.k.slice_set(&turned.rotate(&part)?.contiguous()?, 0, m.row)?;

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::simd::{dispatch, run_of_rows, slice, sum, sum_squares};
+use super::simd::{dispatch, rows, run_of_rows, slice, sum, sum_squares};
 
 /// LayerNorm of each row, `· scale + shift` of its run.
 pub fn layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, runs: &[usize], eps: f64) -> Result<Tensor> {
@@ -110,13 +110,13 @@ impl CustomOp2 for RmsNorm {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, weight) = (slice(s1, l1)?, slice(s2, l2)?);
-        let c = l1.shape().dims2()?.1;
+        let (x, weight) = (rows(s1, l1)?, slice(s2, l2)?);
+        let (n, c) = l1.shape().dims2()?;
         if weight.len() != c {
             candle_core::bail!("RMS norm of {c} channels with a weight of {}", weight.len());
         }
-        let mut out = vec![0f32; x.len()];
-        rms_rows(x, weight, c, self.eps, &mut out);
+        let mut out = vec![0f32; n * c];
+        rms_rows(x, l1.stride()[0], weight, c, self.eps, &mut out);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 }
@@ -144,14 +144,14 @@ impl CustomOp3 for RmsNormRotate {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, weight, table) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
-        let c = l1.shape().dims2()?.1;
+        let (x, weight, table) = (rows(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
+        let (n, c) = l1.shape().dims2()?;
         let head = l3.shape().dims2()?.1;
         if weight.len() != c {
             candle_core::bail!("RMS norm of {c} channels with a weight of {}", weight.len());
         }
-        let mut out = vec![0f32; x.len()];
-        rms_rows(x, weight, c, self.eps, &mut out);
+        let mut out = vec![0f32; n * c];
+        rms_rows(x, l1.stride()[0], weight, c, self.eps, &mut out);
         rotate_rows(table, head, c, &mut out);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
@@ -178,8 +178,9 @@ impl CustomOp2 for Rotate {
 }
 
 dispatch! {
-    fn rms_rows(x: &[f32], weight: &[f32], c: usize, eps: f32, out: &mut [f32]) {
-        for (x, out) in x.chunks_exact(c).zip(out.chunks_exact_mut(c)) {
+    fn rms_rows(x: &[f32], step: usize, weight: &[f32], c: usize, eps: f32, out: &mut [f32]) {
+        for (i, out) in out.chunks_exact_mut(c).enumerate() {
+            let x = &x[i * step..i * step + c];
             let inv = 1.0 / (sum_squares(x, 0.0) / c as f32 + eps).sqrt();
             for ((o, v), w) in out.iter_mut().zip(x).zip(weight) {
                 *o = v * inv * w;

@@ -51,16 +51,20 @@ pub(crate) const LANES: usize = 32;
 /// `e^x` to about 1e-7 relative, without branches so that it becomes vector code; 0 below -87.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    let x = x.clamp(-87.0, 88.0);
-    // Adding and subtracting 1.5·2^23 rounds to the nearest integer.
-    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // Comparisons rather than `clamp`, and bits rather than a cast to an integer: both would check for NaN, which passes
+    // through here by itself.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    // Adding 1.5·2^23 rounds to the nearest integer and leaves it in the lowest bits.
+    let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
+    let n = shifted - 12_582_912.0;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let mut p = 1.987_569_1e-4f32;
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5.000_000_3e-1] {
         p = p * r + c;
     }
     let p = p * r * r + r + 1.0;
-    p * f32::from_bits((((n as i32) + 127) << 23) as u32)
+    p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
 /// Sum with a fixed order that vectorises.
@@ -99,6 +103,18 @@ pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
     }
 }
 
+/// The elements of an f32 matrix whose rows may stand apart, from its first element on.
+pub(crate) fn rows<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let (n, c) = layout.shape().dims2()?;
+    let (step, start) = (layout.stride()[0], layout.start_offset());
+    let all = storage.as_slice::<f32>()?;
+    let length = if n == 0 { 0 } else { (n - 1) * step + c };
+    match all.get(start..start + length) {
+        Some(part) if layout.stride()[1] == 1 || c <= 1 => Ok(part),
+        _ => candle_core::bail!("a fused operation was given rows that are not contiguous"),
+    }
+}
+
 /// `run[i]` of row `i`, from the lengths of the runs.
 pub(crate) fn run_of_rows(runs: &[usize]) -> Vec<usize> {
     runs.iter().enumerate().flat_map(|(s, n)| std::iter::repeat_n(s, *n)).collect()
@@ -115,6 +131,6 @@ mod tests {
             let (got, want) = (exp(x) as f64, (x as f64).exp());
             assert!((got / want - 1.0).abs() < 4e-7, "{x}: {got} {want}");
         }
-        assert!(exp(-1e9) < 1e-37);
+        assert!(exp(-1e9) < 1e-37 && exp(f32::NAN).is_nan());
     }
 }

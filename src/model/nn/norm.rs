@@ -19,6 +19,12 @@ fn fused(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
 }
 
+/// Rows may stand apart (part of a wider matrix); anything else is copied.
+fn rows_apart(x: &Tensor) -> Result<Tensor> {
+    let fits = x.rank() == 2 && x.stride()[1] == 1 && x.stride()[0] >= x.dim(1)?;
+    Ok(if fits { x.clone() } else { x.contiguous()? })
+}
+
 fn runs_cover(x: &Tensor, runs: &[usize], values: &Tensor) -> Result<()> {
     let rows = x.dim(0)?;
     if runs.iter().sum::<usize>() != rows || values.dims() != [runs.len(), x.dim(1)?] {
@@ -53,7 +59,7 @@ pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor, runs: &[usize]) -> Resul
 /// RMS norm over all channels times `weight`, f32 statistics.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if fused(x) && fused(weight) {
-        return Ok(dit_rows::rms_norm(&x.contiguous()?, weight, eps)?);
+        return Ok(dit_rows::rms_norm(&rows_apart(x)?, weight, eps)?);
     }
     plain::rms_norm(x, weight, eps)
 }
@@ -62,7 +68,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 pub fn rms_norm_rotate(x: &Tensor, weight: &Tensor, eps: f64, rope: &Rope) -> Result<Tensor> {
     rope_fits(x, rope)?;
     if fused(x) && fused(weight) && fused(rope.table()) {
-        return Ok(dit_rows::rms_norm_rotate(&x.contiguous()?, weight, rope.table(), eps)?);
+        return Ok(dit_rows::rms_norm_rotate(&rows_apart(x)?, weight, rope.table(), eps)?);
     }
     plain::rotate(&plain::rms_norm(x, weight, eps)?, rope)
 }

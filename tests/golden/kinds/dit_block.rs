@@ -22,11 +22,8 @@ pub fn check(golden: &Golden, check: &mut Check) -> Result<(), String> {
         let kv = block.text(&words).map_err(text)?;
         for (i, boundary) in list("boundaries")?.into_iter().enumerate() {
             let runs = [boundary, rows - boundary];
-            let out = block
-                .forward(&x, &m, &runs, kv.as_ref(), &mut Trace::off(), |a, y| {
-                    a.finish(&a.queries(y, &rope)?, &a.rotated_keys(y, &rope)?, &a.values(y)?)
-                })
-                .map_err(text)?;
+            let out =
+                block.forward(&x, &m, &runs, kv.as_ref(), &mut Trace::off(), |a, y| a.whole(y, &rope)).map_err(text)?;
             check.same(&format!("block{layer}.{i}"), &out)?;
         }
     }
