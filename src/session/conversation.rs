@@ -35,8 +35,14 @@ pub enum Effect {
 const TICK: Duration = Duration::from_millis(10);
 /// Speech handed to the engine at a time: 20 ms.
 const HANDFUL: usize = 320;
-/// Blocks of speech that may wait for the engine (beyond what its lane holds) before whole blocks are skipped.
+/// Blocks of speech that may wait for the engine before whole blocks are skipped.
 const BACKLOG_BLOCKS: usize = 4;
+/// Blocks the engine may have in hand: one running, one ready. What it has in hand cannot be skipped any more, and on
+/// a slow engine takes several times its own length.
+const IN_HAND_BLOCKS: i64 = 2;
+/// When blocks come later than this share of the longest delay, both of the above shrink to one block, so that what is
+/// made is of the present and can still be shown.
+const HOPELESS: f64 = 0.7;
 /// Pictures are skipped before encoding while the pacer needs longer than this to send what it has.
 const CONGESTED: Duration = Duration::from_millis(300);
 /// Messages of the page longer than this are not read.
@@ -51,6 +57,10 @@ struct Stage {
     /// 16 kHz speech for the engine; `feed_at` is the stream time of its first sample.
     feed: VecDeque<f32>,
     feed_at: MediaTime,
+    /// Stream time up to which pictures have come back.
+    received: MediaTime,
+    /// The engine is so slow that every block must be of the newest speech.
+    hopeless: bool,
     /// Stream time from which media time is this much ahead of it: speech that was skipped.
     skips: Vec<(MediaTime, MediaTime)>,
     origin: MediaTime,
@@ -152,6 +162,8 @@ impl Conversation {
             playout: Playout::new(begun, origin, span, expected, margin, most),
             feed: VecDeque::new(),
             feed_at: origin,
+            received: origin,
+            hopeless: false,
             skips: Vec::new(),
             origin,
             floor: origin,
@@ -208,12 +220,17 @@ impl Conversation {
     /// A block from the engine.
     pub fn block(&mut self, mut block: FrameBlock, now: Instant) {
         let Some(stage) = &mut self.stage else { return };
+        let span = self.geometry.block_span(block.index);
+        if let Some(last) = block.frames.last() {
+            stage.received = stage.received.max(last.at + self.geometry.frame_span());
+        }
         for frame in &mut block.frames {
             frame.at = stage.media(frame.at);
         }
-        let span = self.geometry.block_span(block.index);
         let whole_is_stale = block.frames.last().is_some_and(|f| f.at < stage.floor);
         let needed = stage.playout.block(block.frames, now);
+        let bound = f64::from(self.config.playout_max_ms) / 1e3 * HOPELESS;
+        stage.hopeless = needed.as_secs_f64() > if stage.hopeless { bound * 0.6 } else { bound };
         let lag = needed.saturating_sub((span + self.geometry.look_ahead).as_duration()).as_secs_f64() * 1e3;
         let m = &mut self.metrics;
         m.blocks += 1;
@@ -232,7 +249,12 @@ impl Conversation {
     /// Speech for the engine's lane, 20 ms at a time.
     pub fn next_speech(&mut self) -> Option<AudioBlock> {
         let stage = self.stage.as_mut()?;
-        if stage.feed.is_empty() {
+        let longest = self.geometry.block_span(0).max(self.geometry.block_span(1));
+        let blocks = if stage.hopeless { 1 } else { IN_HAND_BLOCKS };
+        // 40 ms more, for the filters an engine may have.
+        let most =
+            self.geometry.look_ahead + MediaTime::from_ticks(longest.ticks() * blocks) + MediaTime::from_millis(40);
+        if stage.feed.is_empty() || stage.feed_at - stage.received >= most {
             return None;
         }
         let n = stage.feed.len().min(HANDFUL);
@@ -285,9 +307,10 @@ impl Conversation {
         stage.playout.voice(&heard.voice);
         stage.feed.extend(&heard.speech.samples);
         let block = (self.geometry.block_span(1).units(SPEECH_RATE)).max(1) as usize;
-        if stage.feed.len() > BACKLOG_BLOCKS * block {
+        let (backlog, keep) = if stage.hopeless { (1, 0) } else { (BACKLOG_BLOCKS, 1) };
+        if stage.feed.len() > backlog * block {
             // The engine is too slow for good: whole blocks are skipped, the last picture stays meanwhile.
-            let skip = (stage.feed.len() / block - 1) as i64;
+            let skip = (stage.feed.len() / block - keep) as i64;
             stage.feed.drain(..skip as usize * block);
             let ahead = stage.skipped() + MediaTime::from_units(skip * block as i64, SPEECH_RATE);
             stage.skips.push((stage.feed_at, ahead));

@@ -78,9 +78,8 @@ impl World {
 
     fn advance(&mut self) {
         self.talk.advance(Duration::ZERO, self.now).unwrap();
-        // The engine: takes speech only while not too far behind, one block at a time.
-        while self.making.len() < 2 {
-            let Some(speech) = self.talk.next_speech() else { break };
+        // The engine: takes whatever it is given, makes one block at a time.
+        while let Some(speech) = self.talk.next_speech() {
             self.stream.push(&speech).unwrap();
             while let Some(block) = self.stream.pull().unwrap() {
                 self.free_at = self.free_at.max(self.now) + self.block_takes;
@@ -237,22 +236,24 @@ fn sixty_simulated_seconds_with_everything_that_happens() {
 
 #[test]
 fn an_engine_too_slow_for_good_skips_speech_and_never_lags_beyond_the_bound() {
-    let mut w = World::new(Config::default());
-    w.block_takes = ms(230);
-    w.talk.link(LinkEvent::Connected, w.now);
-    w.talk.opened(w.now).unwrap();
-    w.run_until(60.0);
-    let m = w.metrics();
-    println!("{m:?}");
-    assert!(m.blocks_skipped > 50, "{m:?}");
-    assert!(m.playout_delay_ms <= 2000.0);
-    // Pictures that are shown are of their time: lips are right when they are there.
-    let (pictures, offset) = w.judge(30.0, 60.0);
-    println!("{pictures} pictures in 30 s, offset {offset:.1} ms");
-    assert!(pictures > 350 && offset < 45.0, "{pictures} pictures, {offset:.1} ms");
-    // And the engine's blocks still come: what waits does not grow.
-    assert!(m.worst_lag_ms < 2000.0, "{m:?}");
-    assert!(w.voices.windows(2).all(|v| v[1].0 - v[0].0 == MediaTime::from_millis(20)));
+    // Beyond four times too slow nothing can be in time: the look-ahead of one block is the beginning of the next.
+    // A block lasts 160 ms; the rest of the table: what it takes, pictures at least shown in 30 s (those made, less
+    // some), blocks at least skipped in a minute.
+    for (takes, pictures_least, skipped_least) in [(230, 480, 80), (620, 170, 230)] {
+        let mut w = World::new(Config::default());
+        w.block_takes = ms(takes);
+        w.talk.link(LinkEvent::Connected, w.now);
+        w.talk.opened(w.now).unwrap();
+        w.run_until(60.0);
+        let m = w.metrics();
+        // Pictures that are shown are of their time: lips are right when they are there.
+        let (pictures, offset) = w.judge(30.0, 60.0);
+        println!("{takes} ms a block: {pictures} pictures in 30 s, offset {offset:.1} ms, {m:?}");
+        assert!(m.blocks_skipped > skipped_least, "{m:?}");
+        assert!(m.playout_delay_ms <= 2000.0);
+        assert!(pictures > pictures_least && offset < 45.0, "{takes}: {pictures} pictures, {offset:.1} ms");
+        assert!(w.voices.windows(2).all(|v| v[1].0 - v[0].0 == MediaTime::from_millis(20)));
+    }
 }
 
 #[derive(Default)]
