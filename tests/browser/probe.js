@@ -3,7 +3,7 @@
 // `window.__options = { raw, levels, meter, mouth, rewrite }`.
 (() => {
   const options = window.__options || {};
-  const probe = { peers: [], frames: [], levels: [], answers: [], problems: [] };
+  const probe = { peers: [], frames: [], levels: [], answers: [], problems: [], waits: [] };
   window.__probe = probe;
   addEventListener('error', (e) => probe.problems.push(String(e.message)));
   addEventListener('unhandledrejection', (e) => probe.problems.push(String(e.reason)));
@@ -72,6 +72,12 @@
       probe.levels.push(...e.data);
     };
   }
+
+  // The service's own waiting, which moves when its machine is busy: no part of what the network adds.
+  setInterval(() => {
+    const wait = window.loquent?.numbers?.server?.playout_delay_ms;
+    if (Number.isFinite(wait)) probe.waits.push([performance.now(), wait]);
+  }, 250);
 
   // ---- pictures -----------------------------------------------------------------------------------------------------
   addEventListener('DOMContentLoaded', () => {

@@ -34,6 +34,7 @@ async function live({ engine, wav, settings, probe, bend, size, seconds }, scena
 
 const report = (page) => page.evaluate(() => window.__probe.report());
 const frames = (page) => page.evaluate(() => window.__probe.frames);
+const waits = (page) => page.evaluate(() => window.__probe.waits);
 
 // ---- a conversation ------------------------------------------------------------------------------------------------
 
@@ -244,20 +245,22 @@ async function bent(checks, seconds, script) {
   }
 }
 
-/** Delay of each picture beyond the least one before `calm`, in ms: [time, delay]. */
-function transport(shown, calm) {
-  let last = null;
-  let wraps = 0;
-  const rows = shown.filter((f) => f[4]).map((f) => {
+/**
+ * Delays of the pictures shown in [from, to] beyond the least one before `calm`, in ms. A picture's RTP time is when its
+ * speech was spoken; what the service itself waits before it sends (told once a second) is taken out.
+ */
+async function delays(page, calm, from, to = Infinity) {
+  const waited = await waits(page);
+  let [last, wraps, w] = [null, 0, 0];
+  const rows = (await frames(page)).filter((f) => f[4]).map((f) => {
     if (last !== null && last - f[4] > 2 ** 31) wraps += 2 ** 32;
     last = f[4];
-    return [f[0], f[0] - (f[4] + wraps) / 90];
+    while (w + 1 < waited.length && waited[w + 1][0] <= f[0]) w += 1;
+    return [f[0], f[0] - (f[4] + wraps) / 90 - (waited[w]?.[1] ?? 0)];
   });
-  const base = Math.min(...rows.filter((r) => r[0] < calm).map((r) => r[1]));
-  return rows.map(([at, d]) => [at, d - base]);
+  const base = percentile(rows.filter((r) => r[0] < calm).map((r) => r[1]), 0.05);
+  return rows.filter((r) => r[0] >= from && r[0] <= to).map((r) => r[1] - base);
 }
-
-const delays = (shown, calm, from, to = Infinity) => transport(shown, calm).filter((r) => r[0] >= from && r[0] <= to).map((r) => r[1]);
 
 async function loss(checks) {
   const seconds = secondsOr(60);
@@ -276,7 +279,7 @@ async function loss(checks) {
       'at most one a minute', freezes <= Math.max(1, seconds / 60));
     checks.note('largest gap', `${round(gaps(shown.filter((f) => f[0] >= from)).largest)} ms`);
     checks.note('frames', `${round((after.framesDecoded - before.framesDecoded) / seconds, 1)} a second, PLI ${after.pliCount - before.pliCount}, repaired ${after.retransmittedPacketsReceived - before.retransmittedPacketsReceived}`);
-    checks.note('transport delay p95', `${round(percentile(delays(shown, calm, from), 0.95))} ms`);
+    checks.note('transport delay p95', `${round(percentile(await delays(page, calm, from), 0.95))} ms`);
   });
 }
 
@@ -290,7 +293,7 @@ async function bottleneck(checks) {
     const from = await now();
     await sleep(seconds * 1000);
     const shown = await frames(page);
-    const d = delays(shown, calm, from);
+    const d = await delays(page, calm, from);
     const gap = gaps(shown.filter((f) => f[0] >= from));
     checks.add('700 kbit/s, 300 ms queue, 40 ms round trip: transport delay',
       `p50 ${round(percentile(d, 0.5))}, p95 ${round(percentile(d, 0.95))}, most ${round(Math.max(...d))} ms`, 'p95 at most 400 ms', percentile(d, 0.95) <= 400);
@@ -319,7 +322,7 @@ async function step(checks) {
     }
     const shown = await frames(page);
     const gap = gaps(shown.filter((f) => f[0] >= from));
-    const d = delays(shown, calm, from);
+    const d = await delays(page, calm, from);
     checks.add('2000 → 500 → 2000 kbit/s: longest freeze', `${round(gap.largest)} ms`, 'none above 500 ms', gap.long.length === 0);
     checks.add('bitrate', `${round(before / 1000)} → ${round(low / 1000)} → back after ${recovered === null ? 'more than 20 000' : recovered} ms`,
       'back within 15 s', recovered !== null && recovered <= 15_000);
