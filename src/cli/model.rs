@@ -1,6 +1,9 @@
 //! `loquent model`: look into model files, and write random ones of true shapes.
 
-use std::path::PathBuf;
+use std::{
+    io::{ErrorKind, Write},
+    path::PathBuf,
+};
 
 use anyhow::{Context, bail};
 use clap::Subcommand;
@@ -8,7 +11,7 @@ use clap::Subcommand;
 use crate::model::weights::{
     self,
     layout::Part,
-    synth::{self, PRESETS},
+    synth::{self, PRESETS, Verdict},
 };
 
 #[derive(clap::Args)]
@@ -43,7 +46,10 @@ enum Command {
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     match args.command {
-        Command::Inspect { path, list } => inspect(&path, list),
+        Command::Inspect { path, list } => match inspect(&path, list) {
+            Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => Ok(()),
+            outcome => outcome,
+        },
         Command::Synth { preset, out, seed } => synth(&preset, &out, seed),
         Command::Presets => {
             for p in PRESETS {
@@ -72,36 +78,44 @@ fn memory() -> Option<u64> {
 
 fn inspect(path: &std::path::Path, list: bool) -> anyhow::Result<()> {
     let c = weights::open(path)?;
+    // written through a handle: a reader that went away (`| head`) ends the listing, not the program
+    let mut out = std::io::stdout().lock();
     let names = c.source.names();
     let mut parameters = 0u64;
     for name in &names {
         let shape = c.source.shape(name).unwrap_or_default();
         if list {
-            println!("{name} {shape:?}");
+            writeln!(out, "{name} {shape:?}")?;
         }
         parameters += shape.iter().map(|&n| n as u64).product::<u64>();
     }
-    println!("{}", c.source.origin());
-    println!("  what       {}", c.part.name());
-    println!("  format     {}, {} in {} file(s)", c.format.name(), size(c.bytes), c.files.len());
-    println!("  names      {}", c.layout.name());
-    println!("  tensors    {}, {:.3} billion parameters", names.len(), parameters as f64 / 1e9);
+    writeln!(out, "{}", c.source.origin())?;
+    writeln!(out, "  what       {}", c.part.name())?;
+    writeln!(out, "  format     {}, {} in {} file(s)", c.format.name(), size(c.bytes), c.files.len())?;
+    writeln!(out, "  names      {}", c.layout.name())?;
+    writeln!(out, "  tensors    {}, {:.3} billion parameters", names.len(), parameters as f64 / 1e9)?;
     if c.part == Part::Unknown {
-        println!("  verdict    nothing that Loquent knows; the models it runs are published at {}", c.part.published());
+        writeln!(
+            out,
+            "  verdict    nothing that Loquent knows; the models it runs are published at {}",
+            c.part.published()
+        )?;
         return Ok(());
     }
-    match weights::synth::complaint(&c) {
-        Some(complaint) => println!("  verdict    {complaint}"),
-        None => println!("  verdict    complete: every tensor is there and of the right shape"),
-    }
+    let verdict = match synth::verdict(&c) {
+        Verdict::Wrong(complaint) => complaint,
+        Verdict::Complete => "complete: every tensor is there and of the right shape".into(),
+        Verdict::Unchecked => "recognised, not checked: what it belongs to is not in the file".into(),
+    };
+    writeln!(out, "  verdict    {verdict}")?;
     let half = parameters * 2;
-    println!("  memory     {} as bf16, {} as f32", size(half), size(parameters * 4));
+    writeln!(out, "  memory     {} as bf16, {} as f32", size(half), size(parameters * 4))?;
     let fits = |have: u64| if half < have / 10 * 9 { "fits" } else { "does not fit" };
     if let Some(have) = memory() {
-        println!("  this host  {} of main memory: {} as bf16", size(have), fits(have));
+        writeln!(out, "  this host  {} of main memory: {} as bf16", size(have), fits(have))?;
     }
     for (device, have) in [("24 GB", 24_000_000_000), ("80 GB", 80_000_000_000), ("141 GB", 141_000_000_000)] {
-        println!("  a GPU of   {device}: {} as bf16 (weights alone)", fits(have));
+        writeln!(out, "  a GPU of   {device}: {} as bf16 (weights alone)", fits(have))?;
     }
     Ok(())
 }

@@ -197,9 +197,20 @@ pub fn write(preset: &Preset, path: &Path, seed: u64, progress: &mut dyn FnMut(u
     outcome.map_err(wrong)
 }
 
+/// What a checkpoint is worth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Every tensor is there and of the right shape.
+    Complete,
+    /// What is missing, unexpected or of wrong shape.
+    Wrong(String),
+    /// Nothing to hold it against: an adapter needs its base, a small variant its `config.json`.
+    Unchecked,
+}
+
 /// Checks a checkpoint against the network it holds, by shapes alone: one message that lists what is missing,
-/// unexpected or of wrong shape and where the right file is published; none if all is well or nothing can be checked.
-pub fn complaint(c: &super::Checkpoint) -> Option<String> {
+/// unexpected or of wrong shape and where the right file is published.
+pub fn verdict(c: &super::Checkpoint) -> Verdict {
     use super::{Shapes, layout::Part};
     let source = &c.source;
     let list = source.names().into_iter().map(|n| {
@@ -214,15 +225,15 @@ pub fn complaint(c: &super::Checkpoint) -> Option<String> {
         Part::Hearing if weights.shape("wav2vec2.encoder.layer_norm.weight").is_some_and(|s| s == [1024]) => {
             Wav2Vec2::load(&weights, &wav2vec2::Config::default()).map(drop)
         }
-        _ => return None,
+        _ => return Verdict::Unchecked,
     };
     match loaded.and_then(|()| weights.finish()) {
-        Ok(report) if report.unexpected.is_empty() => None,
+        Ok(report) if report.unexpected.is_empty() => Verdict::Complete,
         Ok(report) => {
             let few: Vec<&str> = report.unexpected.iter().take(4).map(String::as_str).collect();
-            Some(format!("usable, but {} tensors have no place: {}", report.unexpected.len(), few.join(", ")))
+            Verdict::Wrong(format!("usable, but {} tensors have no place: {}", report.unexpected.len(), few.join(", ")))
         }
-        Err(e) => Some(c.explain(e, c.part).to_string()),
+        Err(e) => Verdict::Wrong(c.explain(e, c.part).to_string()),
     }
 }
 
