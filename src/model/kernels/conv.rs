@@ -108,6 +108,44 @@ impl Packed {
         Packed { isa, cin, cout, taps, panels, weight: packed, bias: padded }
     }
 
+    /// One tap, from `cout` rows of `cin` inputs that stand `step` apart: keys, as attention has them.
+    pub fn of_rows(isa: Isa, rows: &[f32], step: usize, cout: usize, cin: usize) -> Packed {
+        let mut packed = Self::blank(isa, cout, cin);
+        let (mut first, mut rest) = (0, &mut packed.weight[..]);
+        for &panel in &packed.panels {
+            let width = panel * UNIT;
+            let (now, later) = rest.split_at_mut(width * cin);
+            for o in 0..width.min(cout - first) {
+                let row = &rows[(first + o) * step..][..cin];
+                now.chunks_exact_mut(width).zip(row).for_each(|(to, v)| to[o] = *v);
+            }
+            (first, rest) = (first + width, later);
+        }
+        packed
+    }
+
+    /// One tap, from `cin` rows of `cout` outputs that stand `step` apart: values, as attention has them.
+    pub fn of_columns(isa: Isa, columns: &[f32], step: usize, cout: usize, cin: usize) -> Packed {
+        let mut packed = Self::blank(isa, cout, cin);
+        let (mut first, mut rest) = (0, &mut packed.weight[..]);
+        for &panel in &packed.panels {
+            let width = panel * UNIT;
+            let (now, later) = rest.split_at_mut(width * cin);
+            let n = width.min(cout - first);
+            for (i, to) in now.chunks_exact_mut(width).enumerate() {
+                to[..n].copy_from_slice(&columns[i * step + first..][..n]);
+            }
+            (first, rest) = (first + width, later);
+        }
+        packed
+    }
+
+    fn blank(isa: Isa, cout: usize, cin: usize) -> Packed {
+        let units = cout.div_ceil(UNIT);
+        let (weight, bias) = (vec![0.0; units * UNIT * cin], vec![0.0; units * UNIT]);
+        Packed { isa, cin, cout, taps: 1, panels: isa.panels(units), weight, bias }
+    }
+
     pub fn outputs(&self) -> usize {
         self.cout
     }

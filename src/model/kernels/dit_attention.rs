@@ -1,15 +1,15 @@
-//! Attention in f32 on token-major operands: no transposed copies, one task per head and tile of queries.
+//! Attention in f32: one task per head, which packs its keys and values once for the same inner loop that linear layers
+//! use, then takes the queries tile by tile.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use gemm::{Parallelism, gemm};
 
 use super::{
-    Pool,
+    Isa, Packed, Pool,
     simd::{LANES, dispatch, exp, slice},
 };
 
-/// Queries per task. Fixed, so that results do not depend on the number of threads.
-const TILE: usize = 64;
+/// Queries whose scores are held at a time.
+const TILE: usize = 16;
 
 /// See [`crate::model::nn::attention`]; operands are contiguous f32.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize) -> Result<Tensor> {
@@ -43,72 +43,33 @@ impl CustomOp3 for Attention {
         }
         let (rows_in, keys_in, head) = (rows / groups, keys / groups, dim / heads);
         let mut out = vec![0f32; q.len()];
-        let tiles = rows_in.div_ceil(TILE);
+        let (isa, scale) = (Isa::best(), 1.0 / (head as f32).sqrt());
         let target = Out(out.as_mut_ptr());
         let one = |task: usize| {
-            let (tile, h, group) = (task % tiles, task / tiles % heads, task / (tiles * heads));
-            let first = tile * TILE;
-            let n = TILE.min(rows_in - first);
-            let at = (group * rows_in + first) * dim + h * head;
-            let keys_at = group * keys_in * dim + h * head;
-            let mut scores = vec![0f32; n * keys_in];
+            let (h, group) = (task % heads, task / heads);
+            let (at, keys_at) = (group * rows_in * dim + h * head, group * keys_in * dim + h * head);
+            let (q, k, v) = (&q[at..], &k[keys_at..], &v[keys_at..]);
+            let keys = Packed::of_rows(isa, k, dim, keys_in, head);
+            let values = Packed::of_columns(isa, v, dim, head, keys_in);
+            let rows = TILE.min(rows_in);
+            let (mut scores, mut mixed) = (vec![0f32; rows * keys_in], vec![0f32; rows * head]);
             let mut sums = [0f32; TILE];
-            // SAFETY: all offsets stay inside the operands: a task reads rows `first..first+n` of its group and head of
-            // q, all rows of its group and head of k and v, and writes the same rows and columns of `out` as it read of
-            // q, which no other task touches.
-            unsafe {
-                gemm(
-                    n,
-                    keys_in,
-                    head,
-                    scores.as_mut_ptr(),
-                    1,
-                    keys_in as isize,
-                    false,
-                    q.as_ptr().add(at),
-                    1,
-                    dim as isize,
-                    k.as_ptr().add(keys_at),
-                    dim as isize,
-                    1,
-                    0.0,
-                    1.0 / (head as f32).sqrt(),
-                    false,
-                    false,
-                    false,
-                    Parallelism::None,
-                );
-                softmax(&mut scores, keys_in, &mut sums[..n]);
-                gemm(
-                    n,
-                    head,
-                    keys_in,
-                    target.at(at),
-                    1,
-                    dim as isize,
-                    false,
-                    scores.as_ptr(),
-                    1,
-                    keys_in as isize,
-                    v.as_ptr().add(keys_at),
-                    1,
-                    dim as isize,
-                    0.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    Parallelism::None,
-                );
-                for (i, s) in sums[..n].iter().enumerate() {
-                    let row = std::slice::from_raw_parts_mut(target.at(at + i * dim), head);
-                    let inv = 1.0 / s;
-                    row.iter_mut().for_each(|v| *v *= inv);
+            for first in (0..rows_in).step_by(TILE) {
+                let n = TILE.min(rows_in - first);
+                keys.rows(&q[first * dim..], dim, &[0], n, &mut scores, keys_in);
+                softmax(&mut scores[..n * keys_in], keys_in, scale, &mut sums[..n]);
+                values.rows(&scores, keys_in, &[0], n, &mut mixed, head);
+                for (i, row) in mixed.chunks_exact(head).take(n).enumerate() {
+                    // SAFETY: the row lies inside the result, which has the shape of the queries; a task writes the
+                    // channels of its own head and group only, so no two touch the same element.
+                    let to = unsafe { std::slice::from_raw_parts_mut(target.at(at + (first + i) * dim), head) };
+                    let inv = 1.0 / sums[i];
+                    to.iter_mut().zip(row).for_each(|(o, v)| *o = v * inv);
                 }
             }
         };
-        let tasks = tiles * heads * groups;
-        if tasks * rows_in.min(TILE) * keys_in * head < 1 << 19 {
+        let tasks = heads * groups;
+        if tasks * rows_in * keys_in * head < 1 << 19 {
             (0..tasks).for_each(one);
         } else {
             Pool::shared().run(tasks, one);
@@ -131,8 +92,8 @@ impl Out {
 }
 
 dispatch! {
-    /// Exponentials of each row less its maximum, and their sums; the caller divides at the end.
-    fn softmax(scores: &mut [f32], keys: usize, sums: &mut [f32]) {
+    /// Exponentials of `scale` times each row less its maximum, and their sums; the caller divides at the end.
+    fn softmax(scores: &mut [f32], keys: usize, scale: f32, sums: &mut [f32]) {
         for (row, total) in scores.chunks_exact_mut(keys).zip(sums.iter_mut()) {
             let mut lanes = [f32::NEG_INFINITY; LANES];
             for c in row.chunks_exact(LANES) {
@@ -146,13 +107,13 @@ dispatch! {
             let mut chunks = row.chunks_exact_mut(LANES);
             for c in &mut chunks {
                 for (s, v) in sums.iter_mut().zip(c) {
-                    *v = exp(*v - max);
+                    *v = exp((*v - max) * scale);
                     *s += *v;
                 }
             }
             let mut sum: f32 = 0.0;
             for v in chunks.into_remainder() {
-                *v = exp(*v - max);
+                *v = exp((*v - max) * scale);
                 sum += *v;
             }
             *total = sum + sums.iter().sum::<f32>();
@@ -169,7 +130,9 @@ mod tests {
     #[test]
     fn agrees_with_its_plain_twin() {
         let cpu = Device::Cpu;
-        for (a, b, heads, head, groups) in [(5, 3, 2, 8, 1), (70, 130, 3, 32, 1), (64, 5, 4, 64, 3), (1, 1, 1, 2, 2)] {
+        for (a, b, heads, head, groups) in
+            [(5, 3, 2, 8, 1), (70, 130, 3, 32, 1), (64, 416, 4, 64, 1), (64, 5, 4, 64, 3), (1, 1, 1, 2, 2)]
+        {
             let make = |n| Tensor::randn(0f32, 2.0, (n, heads * head), &cpu).unwrap();
             let (q, k, v) = (make(a * groups), make(b * groups), make(b * groups));
             let got = attention(&q, &k, &v, heads, groups).unwrap();
