@@ -9,7 +9,6 @@ mod adapter;
 mod archive;
 mod gguf;
 pub mod layout;
-mod lora;
 mod open;
 mod pickle;
 mod safetensors;
@@ -20,7 +19,6 @@ mod torch;
 
 pub use adapter::Adapted;
 pub use gguf::Gguf;
-pub use lora::Lora;
 pub use open::{Checkpoint, Format, format_of, open};
 pub use safetensors::Safetensors;
 pub use shapes::Shapes;
