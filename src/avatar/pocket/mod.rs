@@ -52,6 +52,8 @@ struct Shared {
     grid: [usize; 2],
     pool: Arc<Pool>,
     mel: Mel,
+    /// Mel frames the audio net needs beyond a block's own.
+    mel_ahead: usize,
     net: AudioNet,
     dit: Dit,
     encoder: Encoder,
@@ -160,6 +162,7 @@ fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Si
         grid: [sizes.latent[1], sizes.latent[2]],
         pool: Pool::share(threads),
         mel: Mel::new(&filters),
+        mel_ahead: audio.look_ahead(),
         net: AudioNet::load(&weights.pp("audio"), isa, &audio)?,
         dit: Dit::load(config, &weights.pp("dit"))?,
         encoder: Encoder::load(&weights.pp("vae.encoder"), isa)?,

@@ -6,7 +6,7 @@ use crate::{
     media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, SPEECH_RATE, StageTimes},
     model::{
         self,
-        audio::{AHEAD, AudioState, FEATURES, MelState},
+        audio::{AHEAD, AudioState, BANDS, FEATURES, MelState},
         dit::StreamState,
         vae::patch::{FRAMES, LATENT, Memory},
     },
@@ -24,6 +24,12 @@ pub(super) struct Face {
     intake: Intake,
     mel: MelState,
     hearing: AudioState,
+    /// Mel frames that wait until a block needs them: the audio net's weights then pass by once a block, not once for
+    /// every few milliseconds of speech.
+    waiting: Vec<f32>,
+    /// Mel frames so far, and how many make the audio net run next.
+    mel_frames: usize,
+    wanted: usize,
     /// Features that are final and not yet used, `[frames][192]`.
     features: VecDeque<f32>,
     /// Samples of the video frame that is not complete, as their count and sum of squares.
@@ -48,6 +54,9 @@ impl Face {
             intake: Intake::default(),
             mel: MelState::default(),
             hearing: shared.net.start(),
+            waiting: Vec::new(),
+            mel_frames: 0,
+            wanted: 2 * FRAMES + shared.mel_ahead,
             features: VecDeque::new(),
             partial: (0, 0.0),
             levels: VecDeque::new(),
@@ -65,7 +74,13 @@ impl Face {
     fn hear(&mut self, speech: &[f32]) {
         let began = Instant::now();
         let mel = self.shared.mel.push(&mut self.mel, speech);
-        self.features.extend(self.shared.net.push(&mut self.hearing, &mel));
+        self.mel_frames += mel.len() / BANDS;
+        self.waiting.extend(mel);
+        if self.mel_frames >= self.wanted {
+            self.understand();
+            let blocks = (self.mel_frames - self.shared.mel_ahead) / (2 * FRAMES);
+            self.wanted = (blocks + 1) * 2 * FRAMES + self.shared.mel_ahead;
+        }
         let each = (SPEECH_RATE / self.shared.geometry.fps) as usize;
         for s in speech {
             self.partial.0 += 1;
@@ -76,6 +91,12 @@ impl Face {
             }
         }
         self.listening += began.elapsed();
+    }
+
+    /// Features of the mel frames that wait.
+    fn understand(&mut self) {
+        let mel = std::mem::take(&mut self.waiting);
+        self.features.extend(self.shared.net.push(&mut self.hearing, &mel));
     }
 
     /// The latent of the next block.
@@ -139,13 +160,22 @@ impl Stream for Face {
         let samples = self.intake.samples() as usize;
         self.hear(&vec![0.0; samples.next_multiple_of(block) - samples]);
         let began = Instant::now();
-        let mel = self.shared.mel.push(&mut self.mel, &[0.0; AHEAD]);
-        self.features.extend(self.shared.net.push(&mut self.hearing, &mel));
+        self.waiting.extend(self.shared.mel.push(&mut self.mel, &[0.0; AHEAD]));
+        self.understand();
         if samples > 0 {
             self.features.extend(self.shared.net.finish(&mut self.hearing));
         }
         self.listening += began.elapsed();
         self.complete = true;
         Ok(())
+    }
+}
+
+impl Drop for Face {
+    fn drop(&mut self) {
+        let repaired = self.intake.repaired();
+        if repaired > 0 {
+            tracing::warn!(repaired, "samples of speech were not numbers and became silence");
+        }
     }
 }
