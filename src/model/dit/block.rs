@@ -53,9 +53,13 @@ impl Attention {
         let d = c.dim;
         let [q, k, v] =
             [weights.linear("q", d, d, true)?, weights.linear("k", d, d, true)?, weights.linear("v", d, d, true)?];
-        let inputs = match weights.device() {
-            Device::Cpu if own => Inputs::Stacked(Linear::stacked(&[&q, &k, &v])?),
-            _ => Inputs::Apart { q, k, v },
+        let stacked = match weights.device() {
+            Device::Cpu if own => Linear::stacked(&[&q, &k, &v])?,
+            _ => None,
+        };
+        let inputs = match stacked {
+            Some(all) => Inputs::Stacked(all),
+            None => Inputs::Apart { q, k, v },
         };
         Ok(Self {
             inputs,

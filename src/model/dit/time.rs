@@ -41,7 +41,7 @@ impl TimeEmbedding {
             sinusoid.extend((0..half).map(|i| angle(i).cos() as f32));
             sinusoid.extend((0..half).map(|i| angle(i).sin() as f32));
         }
-        let x = Tensor::from_vec(sinusoid, (timesteps.len(), self.freq), self.first.device())?;
+        let x = Tensor::from_vec(sinusoid, (timesteps.len(), self.freq), &self.first.device())?;
         let e = self.second.forward(&self.first.forward(&x)?.silu()?)?;
         let e0 = self.projection.forward(&e.silu()?)?.reshape((timesteps.len(), 6, self.dim))?;
         Ok((e, e0))

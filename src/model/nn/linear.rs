@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::Matrix;
 use crate::model::{
     Error, Result,
     kernels::{Isa, Packed, dit_linear},
@@ -12,7 +13,7 @@ use crate::model::{
 /// A matrix `[out, in]` with an optional bias. The one place where a GEMM is chosen.
 #[derive(Clone)]
 pub struct Linear {
-    weight: Tensor,
+    matrix: Matrix,
     bias: Option<Tensor>,
     /// The same for the CPU's f32 kernel, packed when first used.
     packed: OnceLock<Arc<Packed>>,
@@ -20,7 +21,7 @@ pub struct Linear {
 
 impl std::fmt::Debug for Linear {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Linear({} → {}, {:?})", self.width(), self.out(), self.weight.dtype())
+        write!(f, "Linear({} → {}, {})", self.width(), self.out(), self.matrix.kind())
     }
 }
 
@@ -36,19 +37,27 @@ pub enum Activation {
 impl Linear {
     /// `weight` `[out, in]`, `bias` `[out]`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let out = weight.dims2()?.0;
+        Self::of(Matrix::plain(weight)?, bias)
+    }
+
+    /// The same with numbers kept in any form.
+    pub fn of(matrix: Matrix, bias: Option<Tensor>) -> Result<Self> {
+        let out = matrix.dims().0;
         if let Some(b) = &bias
             && b.dims() != [out]
         {
             return Err(Error::Weights(format!("a matrix with {out} rows has a bias of shape {:?}", b.dims())));
         }
-        Ok(Self { weight, bias, packed: OnceLock::new() })
+        Ok(Self { matrix, bias, packed: OnceLock::new() })
     }
 
-    /// Several matrices over the same input as one, results side by side.
-    pub fn stacked(parts: &[&Linear]) -> Result<Self> {
-        let weight = Tensor::cat(&parts.iter().map(|l| &l.weight).collect::<Vec<_>>(), 0)?;
-        let zero = |l: &Linear| Tensor::zeros(l.out(), l.weight.dtype(), l.weight.device());
+    /// Several matrices over the same input as one, results side by side; none if one of them is quantised.
+    pub fn stacked(parts: &[&Linear]) -> Result<Option<Self>> {
+        let Some(plain) = parts.iter().map(|l| l.matrix.as_plain()).collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        let weight = Tensor::cat(&plain, 0)?;
+        let zero = |l: &Linear| Tensor::zeros(l.out(), weight.dtype(), weight.device());
         let bias = if parts.iter().any(|l| l.bias.is_some()) {
             let all: candle_core::Result<Vec<Tensor>> =
                 parts.iter().map(|l| l.bias.clone().map_or_else(|| zero(l), Ok)).collect();
@@ -56,22 +65,27 @@ impl Linear {
         } else {
             None
         };
-        Self::new(weight, bias)
+        Self::new(weight, bias).map(Some)
     }
 
     /// Rows of the matrix.
     pub fn out(&self) -> usize {
-        self.weight.dims()[0]
+        self.matrix.dims().0
     }
 
     /// Columns of the matrix.
     pub fn width(&self) -> usize {
-        self.weight.dims()[1]
+        self.matrix.dims().1
     }
 
     /// Where the weights are.
-    pub fn device(&self) -> &Device {
-        self.weight.device()
+    pub fn device(&self) -> Device {
+        self.matrix.device()
+    }
+
+    /// How the numbers are kept.
+    pub fn matrix(&self) -> &Matrix {
+        &self.matrix
     }
 
     /// `[n, in]` → `[n, out]`, in the element type of the weights.
@@ -81,11 +95,15 @@ impl Linear {
 
     /// The same with an activation.
     pub fn forward_with(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let x = x.to_dtype(self.weight.dtype())?;
-        if matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32 && self.weight.is_contiguous() {
-            return Ok(dit_linear::linear(&x.contiguous()?, self.packed()?, activation)?);
+        let x = x.to_dtype(self.matrix.dtype())?;
+        if let Some(weight) = self.matrix.as_plain()
+            && matches!(x.device(), Device::Cpu)
+            && x.dtype() == DType::F32
+            && weight.is_contiguous()
+        {
+            return Ok(dit_linear::linear(&x.contiguous()?, self.packed(weight)?, activation)?);
         }
-        let y = x.matmul(&self.weight.t()?)?;
+        let y = self.matrix.multiply(&x)?;
         let y = match &self.bias {
             Some(b) => y.broadcast_add(b)?,
             None => y,
@@ -96,12 +114,12 @@ impl Linear {
         })
     }
 
-    fn packed(&self) -> Result<Arc<Packed>> {
+    fn packed(&self, weight: &Tensor) -> Result<Arc<Packed>> {
         if let Some(packed) = self.packed.get() {
             return Ok(packed.clone());
         }
-        let (out, width) = self.weight.dims2()?;
-        let weight = self.weight.flatten_all()?.to_vec1::<f32>()?;
+        let (out, width) = weight.dims2()?;
+        let weight = weight.flatten_all()?.to_vec1::<f32>()?;
         let bias = self.bias.as_ref().map(|b| b.to_vec1::<f32>()).transpose()?;
         let packed = Packed::new(Isa::best(), out, 1, width, bias.as_deref(), |o, _, i| weight[o * width + i]);
         Ok(self.packed.get_or_init(|| Arc::new(packed)).clone())

@@ -7,10 +7,12 @@ mod attention;
 mod conv;
 pub mod fp8;
 mod linear;
+mod matrix;
 pub mod norm;
 pub mod rope;
 
 pub use attention::{attention, plain as attention_plain};
 pub use conv::{CausalConv1d, PatchEmbed};
 pub use linear::{Activation, Linear};
+pub use matrix::{Matrix, Numbers, Side, quantised};
 pub use rope::Rope;

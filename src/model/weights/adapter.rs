@@ -1,4 +1,6 @@
 //! Adapters (LoRA) of every layout, several at once with a weight each, merged while loading: `W + Σ wᵢ·sᵢ·BᵢAᵢ`.
+//! A matrix that is kept quantised (GGUF blocks, 8-bit floats) is not touched: there the products stand beside it and
+//! are computed with every use ([`crate::model::nn::Matrix`]), so that nothing is rounded twice.
 //!
 //! Layouts, told apart by names: LiveAvatar and PEFT (`lora_A`, `lora_B`, with or without `.default`, below
 //! `base_model.model.` or not), ComfyUI (`diffusion_model.….lora_down`, `lora_up`, `alpha`, and whole differences as
@@ -13,10 +15,10 @@ use std::{
 use candle_core::{DType, Tensor};
 
 use super::{
-    Source,
+    Source, Stored,
     layout::{Layout, Part, official},
 };
-use crate::model::{Error, Result};
+use crate::model::{Error, Result, nn::Side};
 
 const PREFIXES: &[&str] = &["base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer."];
 const KOHYA: &str = "lora_unet_";
@@ -200,6 +202,22 @@ impl Source for Adapted {
         }
         // merged numbers do not fit into eight bits again
         Ok(if stored.size_in_bytes() >= 2 { w.to_dtype(stored)? } else { w })
+    }
+
+    /// Products go beside quantised numbers, exactly; whole differences and replacements are merged instead, and the
+    /// matrix is then no longer quantised.
+    fn quantised(&self, name: &str) -> Result<Option<Stored>> {
+        let changes = self.changes.get(name).map_or(&[][..], Vec::as_slice);
+        if changes.iter().any(|(_, c)| !matches!(c, Change::Product(..))) {
+            return Ok(None);
+        }
+        let Some(mut stored) = self.base.quantised(name)? else { return Ok(None) };
+        for (i, change) in changes {
+            let Change::Product(a, b, scale) = change else { continue };
+            let up = (self.adapters[*i].load(b)?.to_dtype(DType::F32)? * *scale)?;
+            stored.side.push(Side { down: self.adapters[*i].load(a)?, up });
+        }
+        Ok(Some(stored))
     }
 
     fn origin(&self) -> String {

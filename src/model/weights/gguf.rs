@@ -2,7 +2,7 @@
 //! (Format: docs/gguf.md of ggml; shapes of convolutions with more than four axes are kept under
 //! `comfy.gguf.orig_shape.NAME`, as city96/ComfyUI-GGUF writes them.)
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use candle_core::{
     Device, Tensor,
@@ -10,8 +10,11 @@ use candle_core::{
 };
 use memmap2::Mmap;
 
-use super::{Source, archive::number};
-use crate::model::{Error, Result};
+use super::{Source, Stored, archive::number};
+use crate::model::{
+    Error, Result,
+    nn::{Numbers, quantised},
+};
 
 struct Entry {
     kind: GgmlDType,
@@ -176,6 +179,31 @@ impl Gguf {
         self.architecture.as_deref()
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors.get(name).ok_or_else(|| Error::Weights(format!("{}: no tensor {name}", self.origin)))
+    }
+
+    /// The tensor's blocks, copied out of the file.
+    fn blocks(&self, e: &Entry) -> Result<QTensor> {
+        let bytes = &self.map[e.start..e.end];
+        // candle reads blocks through typed pointers, which must be aligned; odd files are copied to where they are
+        let mut aligned: Vec<u64> = Vec::new();
+        let bytes = if bytes.as_ptr().align_offset(8) == 0 {
+            bytes
+        } else {
+            aligned.resize(bytes.len().div_ceil(8), 0);
+            for (word, part) in aligned.iter_mut().zip(bytes.chunks(8)) {
+                let mut full = [0; 8];
+                full[..part.len()].copy_from_slice(part);
+                *word = u64::from_ne_bytes(full);
+            }
+            // SAFETY: `aligned` owns at least `bytes.len()` initialised bytes, and u8 has no alignment.
+            unsafe { std::slice::from_raw_parts(aligned.as_ptr().cast::<u8>(), bytes.len()) }
+        };
+        let storage = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, e.kind)?;
+        Ok(QTensor::new(storage, e.shape.clone())?)
+    }
+
     /// How many tensors are stored in which type.
     pub fn kinds(&self) -> BTreeMap<String, usize> {
         let mut out = BTreeMap::new();
@@ -196,33 +224,25 @@ impl Source for Gguf {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        let e = self.tensors.get(name).ok_or_else(|| Error::Weights(format!("{}: no tensor {name}", self.origin)))?;
-        let bytes = &self.map[e.start..e.end];
+        let e = self.entry(name)?;
         let plain = match e.kind {
             GgmlDType::F32 => Some(candle_core::DType::F32),
             GgmlDType::F16 => Some(candle_core::DType::F16),
             GgmlDType::BF16 => Some(candle_core::DType::BF16),
             _ => None,
         };
-        if let Some(dtype) = plain {
-            return Ok(Tensor::from_raw_buffer(bytes, dtype, &e.shape, &Device::Cpu)?);
+        match plain {
+            Some(dtype) => Ok(Tensor::from_raw_buffer(&self.map[e.start..e.end], dtype, &e.shape, &Device::Cpu)?),
+            None => Ok(self.blocks(e)?.dequantize(&Device::Cpu)?),
         }
-        // candle reads blocks through typed pointers, which must be aligned; odd files are copied to where they are
-        let mut aligned: Vec<u64> = Vec::new();
-        let bytes = if bytes.as_ptr().align_offset(8) == 0 {
-            bytes
-        } else {
-            aligned.resize(bytes.len().div_ceil(8), 0);
-            for (word, part) in aligned.iter_mut().zip(bytes.chunks(8)) {
-                let mut full = [0; 8];
-                full[..part.len()].copy_from_slice(part);
-                *word = u64::from_ne_bytes(full);
-            }
-            // SAFETY: `aligned` owns at least `bytes.len()` initialised bytes, and u8 has no alignment.
-            unsafe { std::slice::from_raw_parts(aligned.as_ptr().cast::<u8>(), bytes.len()) }
-        };
-        let storage = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, e.kind)?;
-        Ok(QTensor::new(storage, e.shape.clone())?.dequantize(&Device::Cpu)?)
+    }
+
+    fn quantised(&self, name: &str) -> Result<Option<Stored>> {
+        let e = self.entry(name)?;
+        if !quantised(e.kind) || e.shape.len() != 2 || e.shape[1] % e.kind.block_size() != 0 {
+            return Ok(None);
+        }
+        Ok(Some(Stored { numbers: Numbers::Blocks(Arc::new(self.blocks(e)?)), side: Vec::new() }))
     }
 
     fn origin(&self) -> String {

@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::{DType, Tensor};
 
-use super::Source;
-use crate::model::{Error, Result};
+use super::{Source, Stored};
+use crate::model::{Error, Result, nn::Numbers};
 
 /// Which network a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -308,13 +308,17 @@ impl Official {
         let mut names = BTreeMap::new();
         let mut scales = BTreeMap::new();
         for name in &stored {
-            let scalar = || inner.shape(name).is_some_and(|s| s.iter().product::<usize>() == 1);
+            let scale_of = |owner: &String| {
+                let (n, of) = (inner.shape(name)?.iter().product::<usize>(), inner.shape(owner)?);
+                (n == 1 || of.first() == Some(&n)).then_some(())
+            };
             let owner = name
                 .strip_suffix(".scale_weight")
                 .map(|n| format!("{n}.weight"))
-                .or_else(|| name.strip_suffix("_scale").filter(|n| n.ends_with(".weight") && scalar()).map(Into::into));
+                .or_else(|| name.strip_suffix("_scale").filter(|n| n.ends_with(".weight")).map(String::from))
+                .filter(|owner| scale_of(owner).is_some());
             match owner {
-                Some(owner) if stored.binary_search(&owner).is_ok() => {
+                Some(owner) => {
                     scales.insert(owner, name.clone());
                 }
                 _ if describes(name) => {}
@@ -329,6 +333,17 @@ impl Official {
             }
         }
         Ok((Official { inner, names, scales }, part, layout))
+    }
+
+    /// What a stored matrix is multiplied with, `[1]` or one per row.
+    fn scale(&self, stored: &str) -> Result<Option<Tensor>> {
+        let Some(name) = self.scales.get(stored) else { return Ok(None) };
+        let scale = self.inner.load(name)?.to_dtype(DType::F32)?.flatten_all()?;
+        let rows = self.inner.shape(stored).and_then(|s| s.first().copied()).unwrap_or(1);
+        match scale.elem_count() {
+            n if n == 1 || n == rows => Ok(Some(scale)),
+            n => Err(Error::Weights(format!("{}: {name} has {n} scales for {rows} rows", self.inner.origin()))),
+        }
     }
 
     fn stored(&self, name: &str) -> Result<&String> {
@@ -348,9 +363,20 @@ impl Source for Official {
     fn load(&self, name: &str) -> Result<Tensor> {
         let stored = self.stored(name)?;
         let t = self.inner.load(stored)?;
-        let Some(scale) = self.scales.get(stored) else { return Ok(t) };
-        let scale = self.inner.load(scale)?.to_dtype(DType::F32)?.flatten_all()?.get(0)?.to_scalar::<f32>()?;
-        Ok((t.to_dtype(DType::F32)? * f64::from(scale))?)
+        let Some(scale) = self.scale(stored)? else { return Ok(t) };
+        // one for all, or one per row
+        let mut axes = vec![1; t.rank()];
+        axes[0] = scale.elem_count();
+        Ok(t.to_dtype(DType::F32)?.broadcast_mul(&scale.reshape(axes)?)?)
+    }
+
+    fn quantised(&self, name: &str) -> Result<Option<Stored>> {
+        let stored = self.stored(name)?;
+        let Some(mut found) = self.inner.quantised(stored)? else { return Ok(None) };
+        if let (Numbers::Float8 { scale, .. }, Some(own)) = (&mut found.numbers, self.scale(stored)?) {
+            *scale = own;
+        }
+        Ok(Some(found))
     }
 
     fn origin(&self) -> String {

@@ -32,7 +32,10 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::model::{Error, Result, nn::Linear};
+use crate::model::{
+    Error, Result,
+    nn::{Linear, Matrix, Numbers, Side},
+};
 
 /// One checkpoint, read lazily.
 pub trait Source: Send + Sync {
@@ -44,10 +47,22 @@ pub trait Source: Send + Sync {
     fn load(&self, name: &str) -> Result<Tensor>;
     /// What error messages call this checkpoint, usually its path.
     fn origin(&self) -> String;
+    /// A matrix as it is stored, where that is a quantised form that is kept so in memory; on the CPU.
+    fn quantised(&self, _name: &str) -> Result<Option<Stored>> {
+        Ok(None)
+    }
     /// Rows as stored int8 with one f32 scale each, when `name` is stored so and a kernel can use it as it is.
     fn int8_rows(&self, _name: &str) -> Option<Int8Rows> {
         None
     }
+}
+
+/// A quantised matrix and the adapters that go beside it.
+pub struct Stored {
+    /// The numbers.
+    pub numbers: Numbers,
+    /// Additions that are not merged.
+    pub side: Vec<Side>,
 }
 
 /// A matrix whose row `o` is `values[o, ..] * scales[o]`.
@@ -136,27 +151,26 @@ impl Weights {
         self.source.shape(&self.full(name))
     }
 
+    /// Notes in the ledger that `full` is wanted in this shape; whether it is there in this shape.
+    fn note(&self, full: &str, shape: &[usize]) -> bool {
+        let found = self.source.shape(full);
+        let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
+        ledger.used.insert(full.to_string());
+        ledger.asked.insert(full.to_string(), shape.to_vec());
+        match found.as_deref() {
+            Some(s) if s == shape => return true,
+            Some(s) => ledger.misshapen.insert(format!("{full} is {s:?}, expected {shape:?}")),
+            None => ledger.missing.insert(full.to_string()),
+        };
+        false
+    }
+
     /// The tensor, on the device, as this place's element type. Absent or misshapen: noted in the ledger, and zeros
     /// (which take no memory) stand in, so that one load reports all problems.
     pub fn get(&self, shape: impl Into<candle_core::Shape>, name: &str) -> Result<Tensor> {
         let shape = shape.into();
         let full = self.full(name);
-        let found = self.source.shape(&full);
-        {
-            let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
-            ledger.used.insert(full.clone());
-            ledger.asked.insert(full.clone(), shape.dims().to_vec());
-            match &found {
-                None => {
-                    ledger.missing.insert(full.clone());
-                }
-                Some(s) if s != shape.dims() => {
-                    ledger.misshapen.insert(format!("{full} is {s:?}, expected {:?}", shape.dims()));
-                }
-                Some(_) => {}
-            }
-        }
-        if found.as_deref() != Some(shape.dims()) {
+        if !self.note(&full, shape.dims()) {
             return Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?);
         }
         let t = self.source.load(&full)?;
@@ -165,12 +179,21 @@ impl Weights {
         Ok(t.to_device(&self.device)?.to_dtype(self.dtype)?)
     }
 
-    /// `name.weight` `[out, in]` and, if `bias`, `name.bias` `[out]`.
+    /// `name.weight` `[out, in]` and, if `bias`, `name.bias` `[out]`. What is stored quantised stays so.
     pub fn linear(&self, name: &str, width: usize, out: usize, bias: bool) -> Result<Linear> {
         let at = self.pp(name);
-        let weight = at.get((out, width), "weight")?;
+        let full = at.full("weight");
+        let stored =
+            if at.shape("weight").as_deref() == Some(&[out, width]) { self.source.quantised(&full)? } else { None };
+        let matrix = match stored {
+            Some(stored) => {
+                self.note(&full, &[out, width]);
+                Matrix::new(stored.numbers, stored.side, self.dtype)?.moved(&self.device, self.dtype)?
+            }
+            None => Matrix::plain(at.get((out, width), "weight")?)?,
+        };
         let bias = if bias { Some(at.get(out, "bias")?) } else { None };
-        Linear::new(weight, bias)
+        Linear::of(matrix, bias)
     }
 
     /// Marks everything below this place as known but unused here.

@@ -13,8 +13,8 @@ use ::safetensors::{Dtype, SafeTensors};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
-use super::{Int8Rows, Source};
-use crate::model::{Error, Result};
+use super::{Int8Rows, Source, Stored};
+use crate::model::{Error, Result, nn::Numbers};
 
 enum Bytes {
     Map(Mmap),
@@ -141,6 +141,11 @@ fn raw(data: &[u8], e: &Entry, name: &str, origin: &str) -> Result<Tensor> {
         Dtype::U32 => DType::U32,
         Dtype::U8 | Dtype::BOOL => DType::U8,
         Dtype::F8_E4M3 => DType::F8E4M3,
+        // the upper byte of an f16
+        Dtype::F8_E5M2 => {
+            let v: Vec<half::f16> = data.iter().map(|b| half::f16::from_bits(u16::from(*b) << 8)).collect();
+            return Ok(Tensor::from_vec(v, e.shape.clone(), &Device::Cpu)?);
+        }
         Dtype::I8 => {
             let v: Vec<f32> = data.iter().map(|b| *b as i8 as f32).collect();
             return Ok(Tensor::from_vec(v, e.shape.clone(), &Device::Cpu)?);
@@ -175,6 +180,17 @@ impl Source for Safetensors {
 
     fn origin(&self) -> String {
         self.origin.clone()
+    }
+
+    fn quantised(&self, name: &str) -> Result<Option<Stored>> {
+        match self.entries.get(name) {
+            Some(e) if e.dtype == Dtype::F8_E4M3 && e.shape.len() == 2 => {
+                let values = raw(self.data(e), e, name, &self.origin)?;
+                let scale = Tensor::ones(1, DType::F32, &Device::Cpu)?;
+                Ok(Some(Stored { numbers: Numbers::Float8 { values, scale }, side: Vec::new() }))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn int8_rows(&self, name: &str) -> Option<Int8Rows> {
