@@ -54,8 +54,8 @@ impl Linear {
     /// Several matrices over the same input as one, results side by side; none if one of them is quantised, or a
     /// stand-in without memory of its own.
     pub fn stacked(parts: &[&Linear]) -> Result<Option<Self>> {
-        let plain = |l: &&Linear| l.matrix.as_plain().filter(|t| t.is_contiguous());
-        let Some(plain) = parts.iter().map(plain).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let plain = parts.iter().map(|l| l.matrix.as_plain().filter(|t| t.is_contiguous()));
+        let Some(plain) = plain.collect::<Option<Vec<_>>>() else { return Ok(None) };
         let weight = Tensor::cat(&plain, 0)?;
         let zero = |l: &Linear| Tensor::zeros(l.out(), weight.dtype(), weight.device());
         let bias = if parts.iter().any(|l| l.bias.is_some()) {
