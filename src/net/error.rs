@@ -23,6 +23,10 @@ pub enum NetError {
          (profile-level-id 42e01f or similar), the only video codec spoken here"
     )]
     NoH264,
+    #[error("the offer has neither an audio nor a video section to play something in")]
+    NothingToSend,
+    #[error("the offer asks for what is not possible here: {0}")]
+    Unsupported(String),
     #[error(
         "no UDP port is free on {0}; widen `port_min`…`port_max` or close sessions (each connected peer uses one port)"
     )]

@@ -1,9 +1,10 @@
 //! WebRTC: peers, SDP, ICE, tracks, data channel, congestion.
 //!
-//! [`Net::answer_live`] turns a browser's offer into a [`Peer`]: one connection with the microphone coming in and the
+//! [`Net::answer_live`] turns a browser's offer into a [`Link`]: one connection with the microphone coming in and the
 //! presenter's voice (Opus) and face (H.264 constrained baseline, packetization mode 1, RTX) going out in one stream, and
-//! the data channel [`DATA_CHANNEL`] that the page creates. What arrives goes to the session as
-//! [`LinkEvent`](crate::session::LinkEvent)s over a bounded channel; what the session sends goes through
+//! the data channel [`DATA_CHANNEL`] that the page creates. [`Net::answer_whip`] has the first half of it,
+//! [`Net::answer_whep`] the second, and [`Net::offer`] is the second towards somebody else's server. What arrives goes to
+//! the session as [`LinkEvent`](crate::session::LinkEvent)s over a bounded channel; what the session sends goes through
 //! [`LinkOut`](crate::session::LinkOut). Nothing else of the WebRTC library is visible outside.
 //!
 //! The library's own congestion control, pacer, NACK answerer and sender reports are not used; `traffic` stands in their
@@ -21,15 +22,14 @@ mod ports;
 mod sdp;
 mod shared;
 mod speech;
+mod stack;
 mod traffic;
 
 pub use config::{Config, IceServer};
 pub use error::NetError;
-pub use peer::{DATA_CHANNEL, Peer};
+pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 
-use crate::session::{LinkEvent, LinkOut};
 use std::sync::Arc;
-use tokio::sync::mpsc;
 
 /// The way to make peers.
 #[derive(Clone, Debug)]
@@ -51,16 +51,44 @@ impl Net {
         &self.config.ice_servers
     }
 
-    /// Answers an SDP offer for the two-way live session (microphone in, voice and H.264 out). Returns the peer, the
-    /// answer, the peer's events and its sending half. The peer ends when any of the three is dropped.
+    /// Answers an SDP offer for the two-way live session (microphone in, voice and H.264 out). Returns the answer beside
+    /// the link.
     ///
     /// # Errors
     /// What the offer lacks ([`NetError::is_client`]), or what this server lacks.
-    pub async fn answer_live(
-        &self,
-        offer: &str,
-    ) -> Result<(Peer, String, mpsc::Receiver<LinkEvent>, Arc<dyn LinkOut>), NetError> {
-        let offer = sdp::check_offer(offer)?;
-        peer::open(&self.config, self.ports.lease()?, offer).await
+    pub async fn answer_live(&self, offer: &str) -> Result<(Link, String), NetError> {
+        self.answer(offer, sdp::Shape::Live).await
+    }
+
+    /// Answers a WHIP publisher's offer (RFC 9725): its Opus comes in as speech, its picture, if it sends one, is taken and
+    /// not looked at. Nothing can be sent to it.
+    ///
+    /// # Errors
+    /// As [`Net::answer_live`].
+    pub async fn answer_whip(&self, offer: &str) -> Result<(Link, String), NetError> {
+        self.answer(offer, sdp::Shape::Whip).await
+    }
+
+    /// Answers a WHEP player's offer (draft-ietf-wish-whep-03): voice, face or both go out, by what it asks for. Its
+    /// bitrate estimate is not the encoder's business: when its path is too narrow it goes without pictures until a
+    /// keyframe, and asks for those ever more rarely.
+    ///
+    /// # Errors
+    /// As [`Net::answer_live`].
+    pub async fn answer_whep(&self, offer: &str) -> Result<(Link, String), NetError> {
+        self.answer(offer, sdp::Shape::Whep).await
+    }
+
+    async fn answer(&self, offer: &str, shape: sdp::Shape) -> Result<(Link, String), NetError> {
+        let offer = sdp::check_offer(offer, shape)?;
+        peer::answer(&self.config, self.ports.lease()?, offer).await
+    }
+
+    /// Makes an offer of voice and face for somebody else's WHIP server. `servers` are STUN and TURN servers that it named.
+    ///
+    /// # Errors
+    /// What this server lacks.
+    pub async fn offer(&self, servers: &[IceServer]) -> Result<Offering, NetError> {
+        peer::offer(&self.config, servers, self.ports.lease()?).await
     }
 }

@@ -27,8 +27,9 @@ const MESSAGE_QUEUE: usize = 64;
 /// Implements [`LinkOut`] for one peer.
 pub(super) struct Out {
     shared: Arc<Shared>,
-    video: Mutex<Stream>,
-    audio: Mutex<(Stream, bool)>,
+    /// `None`: the peer did not ask for it.
+    video: Option<Mutex<Stream>>,
+    audio: Option<Mutex<(Stream, bool)>>,
     video_tx: mpsc::Sender<Vec<rtp::Packet>>,
     audio_tx: mpsc::Sender<rtp::Packet>,
     message_tx: mpsc::Sender<String>,
@@ -45,14 +46,19 @@ pub(super) struct OutQueues {
 }
 
 impl Out {
-    pub(super) fn new(shared: Arc<Shared>, video: Stream, audio: Stream, stop: CancellationToken) -> (Out, OutQueues) {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        video: Option<Stream>,
+        audio: Option<Stream>,
+        stop: CancellationToken,
+    ) -> (Out, OutQueues) {
         let (video_tx, video_rx) = mpsc::channel(VIDEO_QUEUE);
         let (audio_tx, audio_rx) = mpsc::channel(AUDIO_QUEUE);
         let (message_tx, messages) = mpsc::channel(MESSAGE_QUEUE);
         let out = Out {
             shared,
-            video: Mutex::new(video),
-            audio: Mutex::new((audio, true)),
+            video: video.map(Mutex::new),
+            audio: audio.map(|audio| Mutex::new((audio, true))),
             video_tx,
             audio_tx,
             message_tx,
@@ -66,10 +72,11 @@ impl Out {
 impl LinkOut for Out {
     fn video(&self, video: EncodedVideo, wall: Instant) {
         lock(&self.shared.clock).anchor(video.at, wall, false);
+        let Some(stream) = &self.video else { return };
         if !self.shared.connected.load(Relaxed) || video.data.is_empty() {
             return;
         }
-        let mut stream = lock(&self.video);
+        let mut stream = lock(stream);
         // Look before packetising: a unit that is dropped must not leave a hole in the sequence numbers.
         match self.video_tx.try_reserve() {
             Ok(place) => place.send(stream.video(&video)),
@@ -82,10 +89,11 @@ impl LinkOut for Out {
 
     fn audio(&self, audio: EncodedAudio, wall: Instant) {
         lock(&self.shared.clock).anchor(audio.at, wall, true);
+        let Some(stream) = &self.audio else { return };
         if !self.shared.connected.load(Relaxed) || audio.data.is_empty() {
             return;
         }
-        let mut guard = lock(&self.audio);
+        let mut guard = lock(stream);
         let (stream, first) = &mut *guard;
         match self.audio_tx.try_reserve() {
             Ok(place) => place.send(stream.audio(&audio, std::mem::take(first))),

@@ -1,7 +1,7 @@
 //! One peer: its connection, its handlers, its life.
 
 use super::{
-    Config, NetError,
+    Config, IceServer, NetError,
     clock::{MediaClock, RtpClock},
     congestion::Limits,
     error::short,
@@ -9,27 +9,23 @@ use super::{
     out::{self, Out},
     packetise::Stream,
     ports::Lease,
-    sdp,
-    shared::{Shared, lock},
+    sdp::{self, Checked, Shape},
+    shared::{KeyframeGate, Shared, lock},
     speech::SpeechIn,
-    traffic::Traffic,
+    stack::{self, h264, opus, payload_type, track},
 };
 use crate::session::{LinkEvent, LinkOut};
 use futures::FutureExt;
 use rand::RngExt;
 use rtc::{
-    ice::mdns::MulticastDnsMode,
-    interceptor::{NackGeneratorBuilder, ReceiverReportBuilder, Registry, Slot},
-    media_stream::MediaStreamTrack,
     peer_connection::{
-        configuration::{interceptor_registry::configure_twcc_receiver_only, media_engine::*},
+        configuration::media_engine::{MIME_TYPE_H264, MIME_TYPE_OPUS},
         transport::{RTCDtlsTransportState, RTCIceCandidateInit},
     },
-    rtp_transceiver::rtp_sender::*,
+    rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit, rtp_sender::RtpCodecKind},
 };
 use std::{
     future::Future,
-    net::SocketAddr,
     panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex,
@@ -46,7 +42,7 @@ use webrtc::{
         track_remote::{TrackRemote, TrackRemoteEvent},
     },
     peer_connection::*,
-    rtp_transceiver::RtpSender,
+    rtp_transceiver::{RtpReceiver, RtpSender},
 };
 
 /// Label of the data channel that carries our messages. The page creates it, before its offer: then the offer has the
@@ -56,8 +52,6 @@ pub const DATA_CHANNEL: &str = "loquent";
 const MAX_MESSAGE: usize = 16 * 1024;
 /// Longest wait for STUN and TURN servers before the answer goes out without their candidates.
 const GATHER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Between connectivity checks until connected; the library's default of 200 ms is most of the time to connect.
-const CHECK_INTERVAL: Duration = Duration::from_millis(40);
 
 /// A connected (or connecting) browser. Dropping it ends the connection.
 pub struct Peer {
@@ -71,80 +65,245 @@ pub struct Peer {
     _guard: DropGuard,
 }
 
-/// Opens the connection for a checked offer. Returns the peer, our answer, its events and its sending half.
-pub(super) async fn open(
-    config: &Config,
-    lease: Lease,
-    offer: String,
-) -> Result<(Peer, String, mpsc::Receiver<LinkEvent>, Arc<dyn LinkOut>), NetError> {
+/// A peer, its events and its sending half. The peer ends when any of the three is dropped.
+pub type Link = (Peer, mpsc::Receiver<LinkEvent>, Arc<dyn LinkOut>);
+
+/// Opens the connection for a checked offer; also returns our answer.
+pub(super) async fn answer(config: &Config, lease: Lease, offer: Checked) -> Result<(Link, String), NetError> {
     // Parsed once before any socket is opened.
-    guarded(async { RTCSessionDescription::offer(offer.clone()) }).await?.map_err(malformed)?;
-    let (events, event_rx) = Events::new();
-    let random = || rand::rng().random::<u32>();
-    let shared = Arc::new(Shared {
-        events,
-        clock: Mutex::new(MediaClock::new(Instant::now(), SystemTime::now())),
-        keyframes: Default::default(),
-        stats: Default::default(),
-        connected: AtomicBool::new(false),
-        closed: AtomicBool::new(false),
-        lost_out: Default::default(),
-        lost_in: Default::default(),
-        padding_in: Default::default(),
-        target: config.start_bitrate.into(),
-        audio: (random() | 1, RtpClock { rate: 48_000, offset: random() }),
-        video: (random() & !1, RtpClock { rate: 90_000, offset: random() }),
-        video_rtx: random(),
-        limits: Limits {
-            start: config.start_bitrate.into(),
-            min: config.min_bitrate.into(),
-            max: config.max_bitrate.into(),
-        },
-    });
-    let (gathered_tx, mut gathered) = watch::channel(false);
-    let (end_tx, end_rx) = mpsc::channel(1);
-    let handler = Arc::new(Handler {
-        shared: shared.clone(),
-        gathered: gathered_tx,
-        end: end_tx,
-        microphone: AtomicBool::new(false),
-        messages: Mutex::new(None),
-    });
-    let pc = build(config, &lease, shared.clone(), handler.clone()).await?;
-    let negotiated = guarded(negotiate(&pc, &shared, offer.clone(), &mut gathered)).await;
-    let Negotiated { answer, video_track, audio_track, video_pt, audio_pt, sender } = match negotiated.and_then(|r| r) {
-        Ok(done) => done,
-        Err(error) => {
-            let _ = pc.close().await;
-            return Err(error);
+    guarded(async { RTCSessionDescription::offer(offer.text.clone()) }).await?.map_err(malformed)?;
+    let mut draft = Draft::new(config, &config.ice_servers, lease, offer.shape).await?;
+    let negotiated = guarded(draft.negotiate(&offer)).await.and_then(|result| result);
+    let (agreed, answer) = draft.or_close(negotiated).await?;
+    let mut answer = sdp::publish(&answer, &config.public_ips);
+    if offer.shape == Shape::Whip {
+        answer = sdp::ask_for_small_pictures(&answer);
+    }
+    Ok((draft.begin(agreed, offer.text), answer))
+}
+
+/// A connection that we offered to somebody else's server (WHIP, RFC 9725) and that waits for the answer. Dropping it
+/// closes its sockets.
+pub struct Offering {
+    draft: Draft,
+    tracks: [Arc<dyn RtpSender>; 2],
+    sdp: String,
+}
+
+/// Opens a connection that offers voice and face, nothing back. `servers` are used beside the configured ones.
+pub(super) async fn offer(config: &Config, servers: &[IceServer], lease: Lease) -> Result<Offering, NetError> {
+    let servers = [&config.ice_servers[..], servers].concat();
+    let mut draft = Draft::new(config, &servers, lease, Shape::Whep).await?;
+    let offered = draft.offer().await.map_err(NetError::stack);
+    let (tracks, sdp) = draft.or_close(offered).await?;
+    let sdp = sdp::publish(&sdp, &config.public_ips);
+    Ok(Offering { draft, tracks, sdp })
+}
+
+impl Offering {
+    /// The offer, candidates included.
+    pub fn sdp(&self) -> &str {
+        &self.sdp
+    }
+
+    /// Takes the other side's answer; the connection then comes up by itself.
+    ///
+    /// # Errors
+    /// [`NetError::Malformed`], and [`NetError::NoOpus`] or [`NetError::NoH264`] when the answer does not take both.
+    pub async fn accept(self, answer: &str) -> Result<Link, NetError> {
+        let Offering { draft, tracks: [face, voice], .. } = self;
+        let answer = sdp::check_answer(answer)?;
+        let accepted = guarded(async {
+            let description = RTCSessionDescription::answer(answer.clone()).map_err(malformed)?;
+            draft.pc.set_remote_description(description).await.map_err(malformed)?;
+            Ok(Agreed {
+                video: Some(payload_type(&face, MIME_TYPE_H264).await.ok_or(NetError::NoH264)?),
+                audio: Some(payload_type(&voice, MIME_TYPE_OPUS).await.ok_or(NetError::NoOpus)?),
+                end: End::Sends(voice),
+            })
+        })
+        .await
+        .and_then(|result| result);
+        let agreed = draft.or_close(accepted).await?;
+        Ok(draft.begin(agreed, answer))
+    }
+}
+
+impl std::fmt::Debug for Offering {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Offering").finish_non_exhaustive()
+    }
+}
+
+/// What was agreed on: payload types of what we send, and by what to see the other side leave.
+struct Agreed {
+    video: Option<u8>,
+    audio: Option<u8>,
+    end: End,
+}
+
+/// A connection that is being negotiated.
+struct Draft {
+    pc: Arc<dyn PeerConnection>,
+    shared: Arc<Shared>,
+    handler: Arc<Handler>,
+    events: mpsc::Receiver<LinkEvent>,
+    gathered: watch::Receiver<bool>,
+    end: mpsc::Receiver<String>,
+    face: Arc<TrackLocalStaticRTP>,
+    voice: Arc<TrackLocalStaticRTP>,
+    public_ips: Vec<std::net::IpAddr>,
+    lease: Lease,
+}
+
+impl Draft {
+    async fn new(config: &Config, servers: &[IceServer], lease: Lease, shape: Shape) -> Result<Draft, NetError> {
+        let (events, event_rx) = Events::new();
+        let random = || rand::rng().random::<u32>();
+        // Nobody encodes for one viewer among many: its estimate only decides when it must go without, so it begins with
+        // the benefit of the doubt.
+        let passive = shape == Shape::Whep;
+        let start = if passive { config.max_bitrate.min(2 * config.start_bitrate) } else { config.start_bitrate };
+        let shared = Arc::new(Shared {
+            events,
+            clock: Mutex::new(MediaClock::new(Instant::now(), SystemTime::now())),
+            keyframes: Mutex::new(KeyframeGate::new(passive)),
+            stats: Default::default(),
+            connected: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            lost_out: Default::default(),
+            lost_in: Default::default(),
+            padding_in: Default::default(),
+            target: start.into(),
+            audio: (random() | 1, RtpClock { rate: 48_000, offset: random() }),
+            video: (random() & !1, RtpClock { rate: 90_000, offset: random() }),
+            video_rtx: random(),
+            limits: Limits { start: start.into(), min: config.min_bitrate.into(), max: config.max_bitrate.into() },
+        });
+        let (gathered_tx, gathered) = watch::channel(false);
+        let (end_tx, end) = mpsc::channel(1);
+        let handler = Arc::new(Handler {
+            shared: shared.clone(),
+            gathered: gathered_tx,
+            end: end_tx,
+            microphone: AtomicBool::new(shape == Shape::Whep),
+            messages: Mutex::new(None),
+        });
+        let pc = stack::build(config, servers, &lease, shape, shared.clone(), handler.clone()).await?;
+        Ok(Draft {
+            pc,
+            face: track(RtpCodecKind::Video, h264(), shared.video.0, Some(shared.video_rtx)),
+            voice: track(RtpCodecKind::Audio, opus(), shared.audio.0, None),
+            shared,
+            handler,
+            events: event_rx,
+            gathered,
+            end,
+            public_ips: config.public_ips.clone(),
+            lease,
+        })
+    }
+
+    /// On an error the sockets are closed before anybody is told.
+    async fn or_close<T>(&self, result: Result<T, NetError>) -> Result<T, NetError> {
+        if result.is_err() {
+            let _ = self.pc.close().await;
         }
-    };
-    let stop = CancellationToken::new();
-    let video = Stream::new(shared.video.0, video_pt, shared.video.1, random() as u16);
-    let audio = Stream::new(shared.audio.0, audio_pt, shared.audio.1, random() as u16);
-    let (out, queues) = Out::new(shared.clone(), video, audio, stop.clone());
-    *lock(&handler.messages) = Some(queues.messages);
-    let (ended_tx, ended) = watch::channel(false);
-    tokio::spawn(live(Life {
-        pc: pc.clone(),
-        shared,
-        stop: stop.clone(),
-        end: end_rx,
-        ended: ended_tx,
-        sender,
-        write: out::write(queues.video, queues.audio, video_track, audio_track),
-        _lease: lease,
-    }));
-    let peer = Peer {
-        pc,
-        remote: tokio::sync::Mutex::new(offer),
-        etag: Mutex::new(new_etag()),
-        public_ips: config.public_ips.clone(),
-        _guard: stop.clone().drop_guard(),
-        stop,
-        ended,
-    };
-    Ok((peer, sdp::publish(&answer, &config.public_ips), event_rx, Arc::new(out)))
+        result
+    }
+
+    async fn negotiate(&mut self, offer: &Checked) -> Result<(Agreed, String), NetError> {
+        let pc = &self.pc;
+        let description = RTCSessionDescription::offer(offer.text.clone()).map_err(malformed)?;
+        pc.set_remote_description(description).await.map_err(malformed)?;
+        // After the remote description, so that the tracks attach to the offered sections. What fails up to the answer
+        // fails for what the offer says: the same calls succeed for every sound one.
+        let add = async |wanted: bool, track: &Arc<TrackLocalStaticRTP>| match wanted {
+            true => pc.add_track(track.clone() as Arc<dyn TrackLocal>).await.map(Some).map_err(malformed),
+            false => Ok(None),
+        };
+        let video = add(offer.face, &self.face).await?;
+        let audio = add(offer.voice, &self.voice).await?;
+        let answer = pc.create_answer(None).await.map_err(malformed)?;
+        pc.set_local_description(answer).await.map_err(malformed)?;
+        let answer = self.gathered().await.ok_or(NetError::Closed)?;
+        // The payload types are the browser's, not ours; and what is not in there was not agreed on.
+        let agreed = Agreed {
+            video: match &video {
+                Some(sender) => Some(payload_type(sender, MIME_TYPE_H264).await.ok_or(NetError::NoH264)?),
+                None => None,
+            },
+            audio: match &audio {
+                Some(sender) => Some(payload_type(sender, MIME_TYPE_OPUS).await.ok_or(NetError::NoOpus)?),
+                None => None,
+            },
+            end: match audio.or(video) {
+                Some(sender) => End::Sends(sender),
+                None => End::Receives(self.pc.get_receivers().await.into_iter().next().ok_or(NetError::NoMicrophone)?),
+            },
+        };
+        Ok((agreed, answer))
+    }
+
+    async fn offer(&mut self) -> Result<([Arc<dyn RtpSender>; 2], String), webrtc::error::Error> {
+        let voice = self.send_only(&self.voice).await?;
+        let face = self.send_only(&self.face).await?;
+        let offer = self.pc.create_offer(None).await?;
+        self.pc.set_local_description(offer).await?;
+        let sdp = self.gathered().await.ok_or(webrtc::error::Error::ErrConnectionClosed)?;
+        Ok(([face, voice], sdp))
+    }
+
+    async fn send_only(&self, track: &Arc<TrackLocalStaticRTP>) -> Result<Arc<dyn RtpSender>, webrtc::error::Error> {
+        let init = RTCRtpTransceiverInit {
+            direction: RTCRtpTransceiverDirection::Sendonly,
+            streams: vec![],
+            send_encodings: vec![],
+        };
+        let transceiver = self.pc.add_transceiver_from_track(track.clone() as Arc<dyn TrackLocal>, Some(init)).await?;
+        transceiver.sender().await?.ok_or(webrtc::error::Error::ErrConnectionClosed)
+    }
+
+    /// Our description once candidates are known.
+    async fn gathered(&mut self) -> Option<String> {
+        if tokio::time::timeout(GATHER_TIMEOUT, self.gathered.wait_for(|g| *g)).await.is_err() {
+            tracing::warn!("ICE servers did not answer in {GATHER_TIMEOUT:?}; going on without their candidates");
+        }
+        self.pc.local_description().await.map(|d| d.sdp)
+    }
+
+    /// The negotiation is over: the peer lives.
+    fn begin(self, agreed: Agreed, remote: String) -> Link {
+        let Draft { pc, shared, handler, events, end, face, voice, public_ips, lease, .. } = self;
+        let stop = CancellationToken::new();
+        let stream = |of: &(u32, RtpClock), payload_type: Option<u8>| {
+            payload_type.map(|pt| Stream::new(of.0, pt, of.1, rand::rng().random::<u16>()))
+        };
+        let (video, audio) = (stream(&shared.video, agreed.video), stream(&shared.audio, agreed.audio));
+        let (out, queues) = Out::new(shared.clone(), video, audio, stop.clone());
+        *lock(&handler.messages) = Some(queues.messages);
+        let (ended_tx, ended) = watch::channel(false);
+        tokio::spawn(live(Life {
+            pc: pc.clone(),
+            shared,
+            stop: stop.clone(),
+            end,
+            ended: ended_tx,
+            other: agreed.end,
+            write: out::write(queues.video, queues.audio, face, voice),
+            _lease: lease,
+        }));
+        let peer = Peer {
+            pc,
+            remote: tokio::sync::Mutex::new(remote),
+            etag: Mutex::new(new_etag()),
+            public_ips,
+            _guard: stop.clone().drop_guard(),
+            stop,
+            ended,
+        };
+        (peer, events, Arc::new(out))
+    }
 }
 
 impl Peer {
@@ -251,148 +410,6 @@ async fn guarded<T>(call: impl Future<Output = T>) -> Result<T, NetError> {
     })
 }
 
-async fn build(
-    config: &Config,
-    lease: &Lease,
-    shared: Arc<Shared>,
-    handler: Arc<Handler>,
-) -> Result<Arc<dyn PeerConnection>, NetError> {
-    let mut media = MediaEngine::default();
-    media
-        .register_codec(RTCRtpCodecParameters { rtp_codec: opus(), payload_type: 111 }, RtpCodecKind::Audio)
-        .map_err(NetError::stack)?;
-    media
-        .register_codec(RTCRtpCodecParameters { rtp_codec: h264(), payload_type: 102 }, RtpCodecKind::Video)
-        .map_err(NetError::stack)?;
-    let rtx = RTCRtpCodec {
-        mime_type: MIME_TYPE_RTX.into(),
-        clock_rate: 90_000,
-        channels: 0,
-        sdp_fmtp_line: "apt=102".into(),
-        rtcp_feedback: vec![],
-    };
-    media
-        .register_codec(RTCRtpCodecParameters { rtp_codec: rtx, payload_type: 103 }, RtpCodecKind::Video)
-        .map_err(NetError::stack)?;
-    for (typ, parameter) in [("nack", ""), ("nack", "pli"), ("ccm", "fir")] {
-        media.register_feedback(RTCPFeedback { typ: typ.into(), parameter: parameter.into() }, RtpCodecKind::Video);
-    }
-    let registry = configure_twcc_receiver_only(Registry::new(), &mut media)
-        .map_err(NetError::stack)?
-        .with(Slot::NackGenerator, NackGeneratorBuilder::new().build())
-        .with(Slot::ReceiverReport, ReceiverReportBuilder::new().build())
-        .with(Slot::Pacer, Traffic::new(Instant::now(), shared, rand::rng().random()));
-    let settings = SettingEngineBuilder::new()
-        .with_include_loopback_candidate(config.bind.iter().any(|ip| ip.is_loopback()))
-        .with_multicast_dns_mode(MulticastDnsMode::Disabled)
-        .with_lite(config.ice_lite)
-        .with_ice_connection_attempts(Some(CHECK_INTERVAL), Some(250))
-        .with_ice_timeouts(
-            Some(Duration::from_millis(config.interrupted_after_ms)),
-            Some(Duration::from_millis(config.failed_after_ms)),
-            Some(Duration::from_millis(1000)),
-        )
-        .build();
-    let servers = config.ice_servers.iter().map(|s| RTCIceServer {
-        urls: s.urls.clone(),
-        username: s.username.clone(),
-        credential: s.credential.clone(),
-    });
-    let addresses: Vec<SocketAddr> = config.bind.iter().map(|ip| SocketAddr::new(*ip, lease.port())).collect();
-    let builder = PeerConnectionBuilder::new()
-        .with_configuration(RTCConfigurationBuilder::new().with_ice_servers(servers.collect()).build())
-        .with_media_engine(media)
-        .with_setting_engine(settings)
-        .with_interceptor_registry(registry)
-        .with_handler(handler)
-        .with_data_channel_send_buffer_limit(256 * 1024)
-        .with_tcp_addrs(if config.ice_tcp { addresses.clone() } else { vec![] })
-        .with_udp_addrs(addresses);
-    let pc = builder.build().await.map_err(|error| {
-        // The only input left to fail on here is the sockets.
-        NetError::NoPort(format!("{:?}, port {}: {}", config.bind, lease.port(), short(error)))
-    })?;
-    Ok(Arc::new(pc))
-}
-
-fn opus() -> RTCRtpCodec {
-    RTCRtpCodec {
-        mime_type: MIME_TYPE_OPUS.into(),
-        clock_rate: 48_000,
-        channels: 2,
-        sdp_fmtp_line: "minptime=10;useinbandfec=1".into(),
-        rtcp_feedback: vec![],
-    }
-}
-
-fn h264() -> RTCRtpCodec {
-    RTCRtpCodec {
-        mime_type: MIME_TYPE_H264.into(),
-        clock_rate: 90_000,
-        channels: 0,
-        sdp_fmtp_line: "level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f".into(),
-        rtcp_feedback: vec![],
-    }
-}
-
-fn track(kind: RtpCodecKind, codec: RTCRtpCodec, ssrc: u32, rtx: Option<u32>) -> Arc<TrackLocalStaticRTP> {
-    let name = if kind == RtpCodecKind::Audio { "voice" } else { "face" };
-    let coding = RTCRtpCodingParameters {
-        ssrc: Some(ssrc),
-        rtx: rtx.map(|ssrc| RTCRtpRtxParameters { ssrc }),
-        ..Default::default()
-    };
-    // One stream for both: the browser then plays them in step.
-    Arc::new(TrackLocalStaticRTP::new(MediaStreamTrack::new(
-        "presenter".into(),
-        name.into(),
-        name.into(),
-        kind,
-        vec![RTCRtpEncodingParameters { rtp_coding_parameters: coding, codec, ..Default::default() }],
-    )))
-}
-
-struct Negotiated {
-    answer: String,
-    video_track: Arc<TrackLocalStaticRTP>,
-    audio_track: Arc<TrackLocalStaticRTP>,
-    video_pt: u8,
-    audio_pt: u8,
-    sender: Arc<dyn RtpSender>,
-}
-
-async fn negotiate(
-    pc: &Arc<dyn PeerConnection>,
-    shared: &Shared,
-    offer: String,
-    gathered: &mut watch::Receiver<bool>,
-) -> Result<Negotiated, NetError> {
-    let description = RTCSessionDescription::offer(offer).map_err(malformed)?;
-    pc.set_remote_description(description).await.map_err(malformed)?;
-    // After the remote description, so that the tracks attach to the offered sections.
-    let video = track(RtpCodecKind::Video, h264(), shared.video.0, Some(shared.video_rtx));
-    let audio = track(RtpCodecKind::Audio, opus(), shared.audio.0, None);
-    // What fails up to the answer fails for what the offer says: the same calls succeed for every sound one.
-    let video_sender = pc.add_track(video.clone() as Arc<dyn TrackLocal>).await.map_err(malformed)?;
-    let audio_sender = pc.add_track(audio.clone() as Arc<dyn TrackLocal>).await.map_err(malformed)?;
-    let answer = pc.create_answer(None).await.map_err(malformed)?;
-    pc.set_local_description(answer).await.map_err(malformed)?;
-    if tokio::time::timeout(GATHER_TIMEOUT, gathered.wait_for(|g| *g)).await.is_err() {
-        tracing::warn!("ICE servers did not answer in {GATHER_TIMEOUT:?}; answering without their candidates");
-    }
-    let answer = pc.local_description().await.ok_or(NetError::Closed)?.sdp;
-    // The payload types are the browser's, not ours; and what is not in there was not agreed on.
-    let video_pt = payload_type(&video_sender, MIME_TYPE_H264).await.ok_or(NetError::NoH264)?;
-    let audio_pt = payload_type(&audio_sender, MIME_TYPE_OPUS).await.ok_or(NetError::NoOpus)?;
-    Ok(Negotiated { answer, video_track: video, audio_track: audio, video_pt, audio_pt, sender: audio_sender })
-}
-
-async fn payload_type(sender: &Arc<dyn RtpSender>, mime: &str) -> Option<u8> {
-    let parameters = sender.get_parameters().await.ok()?;
-    let codecs = &parameters.rtp_parameters.codecs;
-    codecs.iter().find(|c| c.rtp_codec.mime_type.eq_ignore_ascii_case(mime)).map(|c| c.payload_type)
-}
-
 /// What a peer's task owns.
 struct Life<W> {
     pc: Arc<dyn PeerConnection>,
@@ -400,7 +417,7 @@ struct Life<W> {
     stop: CancellationToken,
     end: mpsc::Receiver<String>,
     ended: watch::Sender<bool>,
-    sender: Arc<dyn RtpSender>,
+    other: End,
     write: W,
     _lease: Lease,
 }
@@ -413,7 +430,7 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
         () = life.stop.cancelled() => "closed by this server".to_string(),
         () = shared.events.gone() => "the session ended".to_string(),
         reason = life.end.recv() => reason.unwrap_or_else(|| "the WebRTC driver ended".into()),
-        () = left(life.sender) => "the peer left".into(),
+        () = life.other.left() => "the peer left".into(),
         reason = life.write => reason,
     };
     life.stop.cancel();
@@ -426,22 +443,34 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
     let _ = life.ended.send(true);
 }
 
-/// Waits until the peer has said goodbye (DTLS close_notify: a closed tab does, a lost network does not). The library has
-/// no event for it, only a state.
-async fn left(sender: Arc<dyn RtpSender>) {
-    let mut ticks = tokio::time::interval(Duration::from_millis(250));
-    loop {
-        ticks.tick().await;
-        if let Ok(Some(transport)) = sender.transport().await
-            && let Ok(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = transport.state().await
-        {
-            return;
+/// By what the other side's goodbye is seen.
+enum End {
+    Sends(Arc<dyn RtpSender>),
+    Receives(Arc<dyn RtpReceiver>),
+}
+
+impl End {
+    /// Waits until the peer has said goodbye (DTLS close_notify: a closed tab does, a lost network does not). The
+    /// library has no event for it, only a state.
+    async fn left(self) {
+        let mut ticks = tokio::time::interval(Duration::from_millis(250));
+        loop {
+            ticks.tick().await;
+            let transport = match &self {
+                End::Sends(sender) => sender.transport().await,
+                End::Receives(receiver) => receiver.transport().await,
+            };
+            if let Ok(Some(transport)) = transport
+                && let Ok(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = transport.state().await
+            {
+                return;
+            }
         }
     }
 }
 
 /// Called on the driver's own task: nothing in here waits.
-struct Handler {
+pub(super) struct Handler {
     shared: Arc<Shared>,
     gathered: watch::Sender<bool>,
     end: mpsc::Sender<String>,

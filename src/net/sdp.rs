@@ -13,13 +13,54 @@ const MAX_SECTIONS: usize = 16;
 /// Most candidates taken from one description or fragment.
 const MAX_CANDIDATES: usize = 64;
 
-/// Checks that `offer` can become a live session and returns it cleaned: line ends `\r\n`, candidates we cannot use
-/// left out.
+/// What a connection is for: what its offer must have, and what we answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// Two-way: microphone in, voice and face out, messages.
+    Live,
+    /// WHIP (RFC 9725): a publisher's voice in, nothing out. A picture is taken and not looked at.
+    Whip,
+    /// WHEP (draft-ietf-wish-whep-03): voice, face or both out, nothing in.
+    Whep,
+}
+
+/// An offer that was looked at.
+#[derive(Clone, Debug)]
+pub(super) struct Checked {
+    pub(super) shape: Shape,
+    /// The offer, cleaned: line ends `\r\n`, candidates we cannot use left out, directions that would make the answer
+    /// go the wrong way narrowed.
+    pub(super) text: String,
+    /// Whether we send a voice and a face.
+    pub(super) voice: bool,
+    pub(super) face: bool,
+}
+
+/// Checks that `offer` can become what `shape` says.
 ///
 /// # Errors
-/// [`NetError::TooLarge`], `Malformed`, `NoMicrophone`, `NoOpus`, `NoVideo`, `NoH264`.
-pub(super) fn check_offer(offer: &str) -> Result<String, NetError> {
-    let lines = lines(offer)?;
+/// [`NetError::TooLarge`], `Malformed`, `NoMicrophone`, `NoOpus`, `NoVideo`, `NoH264`; for WHIP and WHEP, where single
+/// sections are not to be rejected in the answer (RFC 9725 §4.4.3), also `NothingToSend` and `Unsupported`.
+pub(super) fn check_offer(offer: &str, shape: Shape) -> Result<Checked, NetError> {
+    let lines = well_formed(offer)?;
+    let sections = sections(&lines);
+    let session = &lines[..lines.iter().position(|l| l.starts_with("m=")).unwrap_or(lines.len())];
+    let (voice, face) = match shape {
+        Shape::Live => check_live(&sections, session)?,
+        Shape::Whip => check_whip(&sections, session)?,
+        Shape::Whep => check_whep(&sections, session)?,
+    };
+    let text = clean(&lines, |line| match (shape, line) {
+        (Shape::Whip, "a=sendrecv") => "a=sendonly",
+        (Shape::Whep, "a=sendrecv") => "a=recvonly",
+        (_, line) => line,
+    });
+    Ok(Checked { shape, text, voice, face })
+}
+
+/// The lines of a description that has what every one must have.
+fn well_formed(text: &str) -> Result<Vec<&str>, NetError> {
+    let lines = lines(text)?;
     if lines.first() != Some(&"v=0") {
         return Err(NetError::Malformed("it does not begin with `v=0`".into()));
     }
@@ -29,18 +70,9 @@ pub(super) fn check_offer(offer: &str) -> Result<String, NetError> {
             return Err(NetError::Malformed(format!("line {} is not of the form `x=value`", n + 1)));
         }
     }
-    let sections = sections(&lines);
-    if sections.len() > MAX_SECTIONS {
-        return Err(NetError::Malformed(format!("it has {} media sections", sections.len())));
-    }
-    let session = &lines[..lines.iter().position(|l| l.starts_with("m=")).unwrap_or(lines.len())];
-    let audio = sections.iter().find(|s| s.kind == "audio" && s.sends(session)).ok_or(NetError::NoMicrophone)?;
-    if audio.rtpmaps("opus/48000").is_empty() {
-        return Err(NetError::NoOpus);
-    }
-    let video = sections.iter().find(|s| s.kind == "video" && s.receives(session)).ok_or(NetError::NoVideo)?;
-    if !video.offers_our_h264() {
-        return Err(NetError::NoH264);
+    let sections = lines.iter().filter(|l| l.starts_with("m=")).count();
+    if sections > MAX_SECTIONS {
+        return Err(NetError::Malformed(format!("it has {sections} media sections")));
     }
     let has = |name: &str| lines.iter().any(|l| l.starts_with(name));
     if !has("a=ice-ufrag:") || !has("a=ice-pwd:") {
@@ -49,9 +81,14 @@ pub(super) fn check_offer(offer: &str) -> Result<String, NetError> {
     if !has("a=fingerprint:") {
         return Err(NetError::Malformed("it has no a=fingerprint, and media without encryption is refused".into()));
     }
+    Ok(lines)
+}
+
+/// The lines as text, each passed through `change`, without the candidates we cannot use.
+fn clean<'a>(lines: &[&'a str], change: impl Fn(&'a str) -> &'a str) -> String {
     let mut taken = 0;
-    let mut clean = String::with_capacity(offer.len() + lines.len());
-    for line in &lines {
+    let mut text = String::new();
+    for line in lines {
         if let Some(candidate) = line.strip_prefix("a=")
             && candidate.starts_with("candidate:")
         {
@@ -60,10 +97,104 @@ pub(super) fn check_offer(offer: &str) -> Result<String, NetError> {
                 continue;
             }
         }
-        clean.push_str(line);
-        clean.push_str("\r\n");
+        text.push_str(change(line));
+        text.push_str("\r\n");
     }
-    Ok(clean)
+    text
+}
+
+/// Checks somebody else's answer to our offer and returns it cleaned.
+///
+/// # Errors
+/// [`NetError::TooLarge`], `Malformed`.
+pub(super) fn check_answer(answer: &str) -> Result<String, NetError> {
+    let lines = well_formed(answer)?;
+    Ok(clean(&lines, |line| line))
+}
+
+fn check_live<'a>(sections: &[Section<'a>], session: &[&'a str]) -> Result<(bool, bool), NetError> {
+    let audio = sections.iter().find(|s| s.kind == "audio" && s.sends(session)).ok_or(NetError::NoMicrophone)?;
+    if audio.rtpmaps("opus/48000").is_empty() {
+        return Err(NetError::NoOpus);
+    }
+    let video = sections.iter().find(|s| s.kind == "video" && s.receives(session)).ok_or(NetError::NoVideo)?;
+    if !video.offers_our_h264() {
+        return Err(NetError::NoH264);
+    }
+    Ok((true, true))
+}
+
+fn check_whip<'a>(sections: &[Section<'a>], session: &[&'a str]) -> Result<(bool, bool), NetError> {
+    let (audio, video) = one_stream(sections, session)?;
+    let audio = audio.filter(|s| s.sends(session)).ok_or(NetError::NoMicrophone)?;
+    if audio.rtpmaps("opus/48000").is_empty() {
+        return Err(NetError::NoOpus);
+    }
+    if let Some(video) = video {
+        if !video.sends(session) {
+            return Err(NetError::Unsupported("the video section of a publisher must be sendonly or sendrecv".into()));
+        }
+        if !VIDEO_CODECS.iter().any(|codec| !video.rtpmaps(codec).is_empty()) {
+            return Err(NetError::Unsupported(
+                "the video section lists none of H264, VP8, VP9, AV1; the picture is not looked at, so leave it out".into(),
+            ));
+        }
+    }
+    Ok((false, false))
+}
+
+fn check_whep<'a>(sections: &[Section<'a>], session: &[&'a str]) -> Result<(bool, bool), NetError> {
+    let (audio, video) = one_stream(sections, session)?;
+    if [audio, video].into_iter().flatten().any(|s| !s.receives(session)) {
+        return Err(NetError::Unsupported("every section of a player must be recvonly or sendrecv".into()));
+    }
+    if audio.is_none() && video.is_none() {
+        return Err(NetError::NothingToSend);
+    }
+    if audio.is_some_and(|s| s.rtpmaps("opus/48000").is_empty()) {
+        return Err(NetError::NoOpus);
+    }
+    if video.is_some_and(|s| !s.offers_our_h264()) {
+        return Err(NetError::NoH264);
+    }
+    Ok((audio.is_some(), video.is_some()))
+}
+
+/// What an ignored picture may be coded in; the WebRTC library's default list.
+const VIDEO_CODECS: [&str; 4] = ["h264/90000", "vp8/90000", "vp9/90000", "av1/90000"];
+
+/// The one audio and the one video section of a WHIP or WHEP offer, all in one stream, all bundled with RTCP on the same
+/// port (RFC 9725 §4.4.1, §4.4.2).
+type OneEach<'s, 'a> = (Option<&'s Section<'a>>, Option<&'s Section<'a>>);
+fn one_stream<'s, 'a>(sections: &'s [Section<'a>], session: &[&'a str]) -> Result<OneEach<'s, 'a>, NetError> {
+    let unsupported = |what: &str| Err(NetError::Unsupported(what.into()));
+    let media: Vec<_> = sections.iter().filter(|s| ["audio", "video"].contains(&s.kind)).collect();
+    let only = |kind: &str| media.iter().copied().filter(|s| s.kind == kind).collect::<Vec<_>>();
+    let (audio, video) = (only("audio"), only("video"));
+    if audio.len() > 1 || video.len() > 1 {
+        return unsupported("it has more than one audio or more than one video section; one of each is possible");
+    }
+    if sections.iter().any(|s| !["audio", "video", "application"].contains(&s.kind)) {
+        return unsupported("it has a section that is neither audio nor video");
+    }
+    if media.iter().any(|s| s.rejected()) {
+        return unsupported("it has a section with port 0; leave out what is not wanted");
+    }
+    let mut streams: Vec<&str> = media.iter().filter_map(|s| s.stream()).collect();
+    streams.sort_unstable();
+    streams.dedup();
+    if streams.len() > 1 {
+        return unsupported("its sections belong to different streams (a=msid); one MediaStream is possible");
+    }
+    if media.iter().any(|s| !s.lines.contains(&"a=rtcp-mux")) {
+        return unsupported("a section lacks a=rtcp-mux; RTCP on a port of its own is not possible");
+    }
+    let bundled = session.iter().find_map(|l| l.strip_prefix("a=group:BUNDLE")).unwrap_or_default();
+    let in_bundle = |s: &&Section| s.mid().is_some_and(|mid| bundled.split(' ').any(|word| word == mid));
+    if sections.len() > 1 && !sections.iter().all(|s| in_bundle(&s)) {
+        return unsupported("its sections are not all in one a=group:BUNDLE; use the bundle policy max-bundle");
+    }
+    Ok((audio.first().copied(), video.first().copied()))
 }
 
 /// A media section of a description.
@@ -86,6 +217,16 @@ impl<'a> Section<'a> {
     /// A zero port rejects a section, unless it is bundled with another (RFC 8843 §6).
     fn rejected(&self) -> bool {
         self.port == "0" && !self.lines.contains(&"a=bundle-only")
+    }
+    fn attribute(&self, name: &str) -> Option<&'a str> {
+        self.lines.iter().find_map(|l| l.strip_prefix("a=")?.strip_prefix(name)?.strip_prefix(':'))
+    }
+    fn mid(&self) -> Option<&'a str> {
+        self.attribute("mid")
+    }
+    /// The MediaStream a section belongs to; `-` stands for none (RFC 8830).
+    fn stream(&self) -> Option<&'a str> {
+        self.attribute("msid").and_then(|v| v.split(' ').next()).filter(|id| *id != "-")
     }
     fn sends(&self, session: &[&'a str]) -> bool {
         !self.rejected() && self.direction(session).starts_with("send")
@@ -353,6 +494,26 @@ pub(super) fn publish(answer: &str, public: &[IpAddr]) -> String {
         }
         out.push_str(line);
         out.push_str("\r\n");
+        if line == "a=rtcp-mux" && !answer.contains("a=rtcp-mux-only") {
+            out.push_str("a=rtcp-mux-only\r\n");
+        }
+    }
+    out
+}
+
+/// Asks whoever sends pictures in this answer for the smallest ones (RFC 8866 §5.8): nobody looks at them.
+pub(super) fn ask_for_small_pictures(answer: &str) -> String {
+    let mut out = String::with_capacity(answer.len() + 16);
+    let mut wanted = false;
+    for line in answer.lines() {
+        // After `c=`, before the attributes, is where bandwidth stands.
+        if wanted && line.starts_with("a=") {
+            out.push_str("b=AS:50\r\n");
+            wanted = false;
+        }
+        wanted |= line.starts_with("m=video ");
+        out.push_str(line);
+        out.push_str("\r\n");
     }
     out
 }
@@ -369,16 +530,20 @@ mod tests {
         a=recvonly\r\na=rtpmap:108 H264/90000\r\n\
         a=fmtp:108 level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f\r\n";
 
+    fn live(offer: &str) -> Result<String, NetError> {
+        check_offer(offer, Shape::Live).map(|c| c.text)
+    }
+
     #[test]
     fn an_offer_is_cleaned_of_what_cannot_be_used() {
-        let clean = check_offer(&OFFER.replace("\r\n", "\n")).unwrap();
+        let clean = live(&OFFER.replace("\r\n", "\n")).unwrap();
         assert!(!clean.contains(".local") && clean.contains("10.0.0.2") && clean.contains("\r\n"));
         // The direction may also stand in the session part.
-        assert!(check_offer(&OFFER.replace("a=sendrecv\r\n", "")).is_ok());
+        assert!(live(&OFFER.replace("a=sendrecv\r\n", "")).is_ok());
         let session_level = OFFER.replace("a=sendrecv\r\n", "").replace("t=0 0\r\n", "t=0 0\r\na=recvonly\r\n");
-        assert!(matches!(check_offer(&session_level), Err(NetError::NoMicrophone)));
-        assert!(matches!(check_offer(&OFFER.replace("m=video 9", "m=video 0")), Err(NetError::NoVideo)));
-        assert!(matches!(check_offer(&OFFER.replace("42e01f", "640c1f")), Err(NetError::NoH264)));
+        assert!(matches!(live(&session_level), Err(NetError::NoMicrophone)));
+        assert!(matches!(live(&OFFER.replace("m=video 9", "m=video 0")), Err(NetError::NoVideo)));
+        assert!(matches!(live(&OFFER.replace("42e01f", "640c1f")), Err(NetError::NoH264)));
     }
 
     #[test]
@@ -407,7 +572,7 @@ mod tests {
         assert_eq!(offer.matches("a=candidate:").count(), 1);
         assert!(offer.find("192.0.2.9").unwrap() < offer.find("m=video").unwrap());
         assert_eq!(credentials(&offer).unwrap().1, "9876543210987654321098");
-        assert!(check_offer(&offer).is_ok());
+        assert!(live(&offer).is_ok());
         let fragment = fragment_of(&offer);
         assert!(fragment.contains("m=audio") && !fragment.contains("m=video") && fragment.contains("192.0.2.9"));
         let read = parse_fragment(&fragment).unwrap();

@@ -73,11 +73,22 @@ pub(super) struct KeyframeGate {
     wanted: bool,
     last: Option<Instant>,
     gap: Duration,
+    /// One of many viewers, whose keyframes everybody pays for: asking again and again is answered ever more slowly.
+    passive: bool,
+    repeats: u32,
 }
 
 impl KeyframeGate {
     /// Shortest time between two requests passed on.
     const GAP: Duration = Duration::from_millis(250);
+    /// The longest for a passive viewer: a keyframe every 4 s costs the others a twentieth of their bits.
+    const LONGEST: Duration = Duration::from_secs(4);
+    /// Without a request for so long a passive viewer counts as well.
+    const WELL: Duration = Duration::from_secs(10);
+
+    pub(super) fn new(passive: bool) -> Self {
+        KeyframeGate { passive, ..KeyframeGate::default() }
+    }
 
     fn ask(&mut self) {
         self.wanted = true;
@@ -85,11 +96,15 @@ impl KeyframeGate {
 
     /// Whether to pass a request on now.
     fn pass(&mut self, now: Instant, round_trip: Duration) -> bool {
-        self.gap = Self::GAP.max(round_trip + Duration::from_millis(50)).min(Duration::from_secs(1));
-        let due = self.wanted && self.last.is_none_or(|last| now.saturating_duration_since(last) >= self.gap);
+        let base = Self::GAP.max(round_trip + Duration::from_millis(50)).min(Duration::from_secs(1));
+        self.gap = (base * 2u32.pow(self.repeats)).min(Self::LONGEST);
+        let since = self.last.map(|last| now.saturating_duration_since(last));
+        let due = self.wanted && since.is_none_or(|since| since >= self.gap);
         if due {
             self.wanted = false;
             self.last = Some(now);
+            let again = self.passive && since.is_some_and(|since| since < Self::WELL);
+            self.repeats = if again { (self.repeats + 1).min(4) } else { 0 };
         }
         due
     }
@@ -120,5 +135,25 @@ mod tests {
         assert!(gate.pass(at(250), rtt));
         assert!(!gate.pass(at(900), rtt));
         assert_eq!(gate.due(), None);
+    }
+
+    #[test]
+    fn a_viewer_that_asks_for_ever_gets_ever_fewer_keyframes_and_a_well_one_is_served_at_once() {
+        let t0 = Instant::now();
+        let rtt = Duration::from_millis(40);
+        let mut gate = KeyframeGate::new(true);
+        let mut passed = vec![];
+        for ms in (0..30_000).step_by(10) {
+            gate.ask();
+            if gate.pass(t0 + Duration::from_millis(ms), rtt) {
+                passed.push(ms);
+            }
+        }
+        assert!(passed.len() < 13, "{passed:?}");
+        assert!(passed.windows(2).all(|w| w[1] - w[0] <= 4000), "{passed:?}");
+        gate.ask();
+        assert!(gate.pass(t0 + Duration::from_secs(60), rtt));
+        gate.ask();
+        assert!(gate.pass(t0 + Duration::from_millis(60_260), rtt));
     }
 }

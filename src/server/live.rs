@@ -101,7 +101,7 @@ pub(super) async fn offer(
 
     let slot = service.rooms.engine.admit().map_err(refused)?;
     let (presenter, portrait) = portrait(&service, asked.presenter.as_deref()).await?;
-    let (peer, answer, events, out) = service.rooms.net.answer_live(&offer).await.map_err(net_error)?;
+    let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(net_error)?;
 
     let id = SessionId::random();
     let peer = Arc::new(peer);
@@ -245,6 +245,8 @@ fn net_error(error: NetError) -> ApiError {
         NetError::NoVideo => ApiError::unusable("no_video", message),
         NetError::NoOpus => ApiError::unusable("no_opus", message),
         NetError::NoH264 => ApiError::unusable("no_h264", message),
+        NetError::NothingToSend => ApiError::unusable("nothing_to_send", message),
+        NetError::Unsupported(_) => ApiError::unusable("unsupported_offer", message),
         NetError::NotARestart => ApiError::unusable("not_a_restart", message),
         NetError::Closed => ApiError::not_found("no_such_session", message),
         NetError::NoPort(_) => {

@@ -28,7 +28,7 @@ async fn connect(net: &Net) -> Live {
     let mut client = Client::new().await;
     let offer = client.offer().await;
     let began = Instant::now();
-    let (peer, answer, mut events, out) = net.answer_live(&offer).await.expect("answered");
+    let ((peer, mut events, out), answer) = net.answer_live(&offer).await.expect("answered");
     client.accept(&answer).await;
     assert!(client.connected(Duration::from_secs(5)).await, "the client connects");
     until(&mut events, |e| matches!(e, LinkEvent::Connected)).await.expect("we are connected");
@@ -159,6 +159,83 @@ async fn media_and_messages_flow_both_ways_with_right_times() {
     assert!(matches!(live.peer.trickle("a=ice-ufrag:abcd\r\n").await, Err(NetError::Closed)));
 }
 
+/// Sends a second of pictures and voice to `client` and checks what comes.
+async fn plays(client: &Client, out: &dyn LinkOut) {
+    let start = Instant::now() + Duration::from_millis(20);
+    for n in 0..50 {
+        let wall = start + Duration::from_millis(20 * n as u64);
+        tokio::time::sleep_until(wall.into()).await;
+        out.audio(voice(n), wall);
+        if n % 2 == 0 {
+            out.video(unit(n / 2, n == 0, if n == 0 { 20_000 } else { 2_000 }), wall);
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let units = client.units();
+    assert_eq!(units.len(), 25, "every access unit arrives");
+    for (n, got) in units.iter().enumerate() {
+        let sent = unit(n as i64, n == 0, if n == 0 { 20_000 } else { 2_000 });
+        assert!(got.complete && got.data == sent.data[..], "unit {n} differs");
+    }
+    assert_eq!(client.received.lock().unwrap().audio.len(), 50);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publisher_is_heard_a_player_sees_and_a_server_is_offered() {
+    let net = Net::new(config()).unwrap();
+    // WHIP: speech in, and the answer goes one way only.
+    let mut client = Client::new().await;
+    let offer = client.publisher().await;
+    let ((peer, mut events, _out), answer) = net.answer_whip(&offer).await.expect("WHIP is answered");
+    assert!(answer.contains("a=recvonly") && !answer.contains("a=sendrecv") && answer.contains("a=rtcp-mux-only"));
+    client.accept(&answer).await;
+    assert!(client.connected(Duration::from_secs(5)).await, "the publisher connects");
+    for n in 0..20 {
+        client.speak(n, &[0xf8, 1, 2, 3]).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    until(&mut events, |e| matches!(e, LinkEvent::Speech(_))).await.expect("speech comes");
+    client.close().await;
+    until(&mut events, |e| matches!(e, LinkEvent::Closed(_))).await.expect("its leaving is seen");
+    peer.close().await;
+
+    // WHEP, also when the player would send.
+    for sendrecv in [false, true] {
+        let mut client = Client::new().await;
+        let mut offer = client.player().await;
+        if sendrecv {
+            offer = offer.replace("a=recvonly", "a=sendrecv");
+        }
+        let ((peer, mut events, out), answer) = net.answer_whep(&offer).await.expect("WHEP is answered");
+        assert_eq!(answer.matches("a=sendonly").count(), 2, "{answer}");
+        let streams: std::collections::HashSet<_> =
+            answer.lines().filter_map(|l| l.strip_prefix("a=msid:")?.split(' ').next()).collect();
+        assert_eq!(streams.len(), 1, "{answer}");
+        client.accept(&answer).await;
+        assert!(client.connected(Duration::from_secs(5)).await, "the player connects");
+        until(&mut events, |e| matches!(e, LinkEvent::Connected)).await.expect("connected");
+        plays(&client, &*out).await;
+        client.picture_loss().await;
+        until(&mut events, |e| matches!(e, LinkEvent::KeyframeRequested)).await.expect("a keyframe request");
+        peer.close().await;
+    }
+
+    // WHIP towards another server, which is played by a client that answers.
+    let offering = net.offer(&[]).await.expect("an offer");
+    let offer = offering.sdp().to_string();
+    assert_eq!(offer.matches("a=sendonly").count(), 2, "{offer}");
+    assert!(offer.contains("a=setup:actpass") && offer.contains("a=group:BUNDLE") && offer.contains("a=candidate"));
+    let mut server = Client::new().await;
+    let answer = server.answer(&offer).await;
+    let (peer, mut events, out) = offering.accept(&answer).await.expect("accepted");
+    assert!(server.connected(Duration::from_secs(5)).await, "the server connects");
+    until(&mut events, |e| matches!(e, LinkEvent::Connected)).await.expect("connected");
+    plays(&server, &*out).await;
+    peer.close().await;
+    let refused = net.offer(&[]).await.unwrap().accept("v=0\r\nnonsense").await.map(|_| ());
+    assert!(matches!(refused, Err(NetError::Malformed(_))), "{refused:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ice_restart_keeps_the_connection_and_a_bad_one_too() {
     let net = Net::new(config()).unwrap();
@@ -274,7 +351,7 @@ async fn ice_lite_a_port_range_and_tcp_work() {
 
     // With its UDP candidates taken away, a client that speaks TCP still gets through.
     let mut client = Client::new_with(true).await;
-    let (peer, answer, mut events, _out) = one.answer_live(&client.offer().await).await.unwrap();
+    let ((peer, mut events, _out), answer) = one.answer_live(&client.offer().await).await.unwrap();
     let (tcp, rest): (Vec<&str>, Vec<&str>) = answer.lines().partition(|l| l.starts_with("a=candidate"));
     client.accept(&(rest.join("\r\n") + "\r\n")).await;
     for candidate in tcp.into_iter().filter(|l| l.contains("tcptype passive")) {
@@ -385,7 +462,7 @@ async fn mutated_offers_never_panic_or_hang() {
         match answered {
             Ok((peer, ..)) => {
                 accepted += 1;
-                peer.close().await;
+                peer.0.close().await;
             }
             Err(error) => {
                 refused += 1;

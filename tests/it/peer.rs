@@ -125,6 +125,44 @@ impl Client {
             send_encodings: vec![],
         };
         self.pc.add_transceiver_from_kind(RtpCodecKind::Video, Some(init)).await.unwrap();
+        self.open_channel().await;
+        self.complete_offer().await
+    }
+
+    /// A WHEP player's offer: receive-only voice and face.
+    pub(crate) async fn player(&mut self) -> String {
+        for kind in [RtpCodecKind::Audio, RtpCodecKind::Video] {
+            let init = RTCRtpTransceiverInit {
+                direction: RTCRtpTransceiverDirection::Recvonly,
+                streams: vec![],
+                send_encodings: vec![],
+            };
+            self.pc.add_transceiver_from_kind(kind, Some(init)).await.unwrap();
+        }
+        self.complete_offer().await
+    }
+
+    /// A WHIP publisher's offer: the microphone, nothing back.
+    pub(crate) async fn publisher(&mut self) -> String {
+        let init = RTCRtpTransceiverInit {
+            direction: RTCRtpTransceiverDirection::Sendonly,
+            streams: vec![],
+            send_encodings: vec![],
+        };
+        self.pc.add_transceiver_from_track(self.microphone.clone() as Arc<dyn TrackLocal>, Some(init)).await.unwrap();
+        self.complete_offer().await
+    }
+
+    /// Answers the other side's offer.
+    pub(crate) async fn answer(&mut self, offer: &str) -> String {
+        self.pc.set_remote_description(RTCSessionDescription::offer(offer.to_string()).unwrap()).await.unwrap();
+        let answer = self.pc.create_answer(None).await.unwrap();
+        self.pc.set_local_description(answer).await.unwrap();
+        self.gathered.wait_for(|g| *g).await.unwrap();
+        self.pc.local_description().await.unwrap().sdp
+    }
+
+    async fn open_channel(&mut self) {
         let channel = self.pc.create_data_channel(loquent::net::DATA_CHANNEL, None).await.unwrap();
         self.channel = Some(channel.clone());
         let received = self.received.clone();
@@ -135,6 +173,9 @@ impl Client {
                 }
             }
         });
+    }
+
+    async fn complete_offer(&mut self) -> String {
         let offer = self.pc.create_offer(None).await.unwrap();
         self.pc.set_local_description(offer).await.unwrap();
         self.gathered.wait_for(|g| *g).await.unwrap();
