@@ -42,7 +42,7 @@ use webrtc::{
         track_remote::{TrackRemote, TrackRemoteEvent},
     },
     peer_connection::*,
-    rtp_transceiver::{RtpReceiver, RtpSender},
+    rtp_transceiver::RtpSender,
 };
 
 /// Label of the data channel that carries our messages. The page creates it, before its offer: then the offer has the
@@ -239,7 +239,7 @@ impl Draft {
             },
             end: match audio.or(video) {
                 Some(sender) => End::Sends(sender),
-                None => End::Receives(self.pc.get_receivers().await.into_iter().next().ok_or(NetError::NoMicrophone)?),
+                None => End::Receives(self.pc.clone()),
             },
         };
         Ok((agreed, answer))
@@ -338,6 +338,13 @@ impl Peer {
         Ok(())
     }
 
+    /// Whether a fragment brings other credentials than the current ones, which makes it a restart (RFC 9725 §4.3.3).
+    pub async fn is_restart(&self, fragment: &str) -> bool {
+        let new = sdp::parse_fragment(fragment).ok().and_then(|f| f.ufrag.zip(f.pwd));
+        let current = sdp::credentials(&*self.remote.lock().await);
+        new.zip(current).is_some_and(|(new, current)| new.0 != current.0)
+    }
+
     /// Restarts ICE with the credentials and candidates of a fragment; returns our fragment. On an error the old session
     /// goes on.
     ///
@@ -379,6 +386,11 @@ impl Peer {
     /// Ends the connection and waits until its sockets are closed. Idempotent.
     pub async fn close(&self) {
         self.stop.cancel();
+        self.ended().await;
+    }
+
+    /// Waits until the connection is over and its sockets are closed.
+    pub async fn ended(&self) {
         let mut ended = self.ended.clone();
         // An error means the task is gone, and with it the connection.
         let _ = ended.wait_for(|e| *e).await;
@@ -446,7 +458,8 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
 /// By what the other side's goodbye is seen.
 enum End {
     Sends(Arc<dyn RtpSender>),
-    Receives(Arc<dyn RtpReceiver>),
+    /// The receiver exists once the first packet has come.
+    Receives(Arc<dyn PeerConnection>),
 }
 
 impl End {
@@ -458,7 +471,10 @@ impl End {
             ticks.tick().await;
             let transport = match &self {
                 End::Sends(sender) => sender.transport().await,
-                End::Receives(receiver) => receiver.transport().await,
+                End::Receives(pc) => match pc.get_receivers().await.first() {
+                    Some(receiver) => receiver.transport().await,
+                    None => continue,
+                },
             };
             if let Ok(Some(transport)) = transport
                 && let Ok(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = transport.state().await

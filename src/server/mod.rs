@@ -22,6 +22,7 @@ mod live;
 mod pages;
 mod portraits;
 mod presenters;
+mod rtc;
 
 pub use config::{Config, EngineFailure};
 pub use presenters::Presenter;
@@ -70,7 +71,7 @@ pub struct Rooms {
 pub struct Service {
     config: Config,
     rooms: Rooms,
-    peers: live::Peers,
+    peers: rtc::Peers,
     portraits: portraits::Portraits,
     decoders: Semaphore,
     draining: AtomicBool,
@@ -84,7 +85,7 @@ impl Service {
             portraits: portraits::Portraits::new(config.portraits_kept, ttl),
             decoders: Semaphore::new(DECODERS),
             draining: AtomicBool::new(false),
-            peers: live::Peers::default(),
+            peers: rtc::Peers::default(),
             rooms,
             config,
         })
@@ -105,12 +106,13 @@ impl Service {
     }
 
     fn router(self: &Arc<Self>) -> Router {
+        let one = patch(rtc::patch).delete(rtc::delete).options(rtc::options_of_one).get(rtc::nothing);
         Router::new()
             .route("/", get(pages::index))
             .route("/{file}", get(pages::file))
             .route("/v1/info", get(info::info))
-            .route("/v1/live", post(live::offer).options(live::options).get(live::nothing))
-            .route("/v1/live/{id}", patch(live::patch).delete(live::delete))
+            .route("/v1/live", post(live::offer).options(rtc::options).get(rtc::nothing))
+            .route("/v1/live/{id}", one.clone())
             .route("/v1/presenters", get(presenters::list))
             .route("/v1/presenters/{file}", get(presenters::picture))
             .route("/v1/portraits", post(presenters::upload))
