@@ -136,7 +136,8 @@ fn check_whip<'a>(sections: &[Section<'a>], session: &[&'a str]) -> Result<(bool
         }
         if !VIDEO_CODECS.iter().any(|codec| !video.rtpmaps(codec).is_empty()) {
             return Err(NetError::Unsupported(
-                "the video section lists none of H264, VP8, VP9, AV1; the picture is not looked at, so leave it out".into(),
+                "the video section lists none of H264, VP8, VP9, AV1; the picture is not looked at, so leave it out"
+                    .into(),
             ));
         }
     }

@@ -1,7 +1,8 @@
 //! A connection of the WebRTC library as we want it: codecs, packet chain, sockets; and its tracks.
 
 use super::{
-    Config, IceServer, NetError, error::short, peer::Handler, ports::Lease, sdp::Shape, shared::Shared, traffic::Traffic,
+    Config, IceServer, NetError, error::short, peer::Handler, ports::Lease, sdp::Shape, shared::Shared,
+    traffic::Traffic,
 };
 use rand::RngExt;
 use rtc::{
@@ -11,11 +12,13 @@ use rtc::{
     peer_connection::configuration::{interceptor_registry::configure_twcc_receiver_only, media_engine::*},
     rtp_transceiver::rtp_sender::*,
 };
-use std::{net::SocketAddr, sync::Arc, time::{Duration, Instant}};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use webrtc::{
-    media_stream::track_local::static_rtp::TrackLocalStaticRTP,
-    peer_connection::*,
-    rtp_transceiver::RtpSender,
+    media_stream::track_local::static_rtp::TrackLocalStaticRTP, peer_connection::*, rtp_transceiver::RtpSender,
 };
 
 /// Between connectivity checks until connected; the library's default of 200 ms is most of the time to connect.
@@ -135,4 +138,3 @@ pub(super) async fn payload_type(sender: &Arc<dyn RtpSender>, mime: &str) -> Opt
     let codecs = &parameters.rtp_parameters.codecs;
     codecs.iter().find(|c| c.rtp_codec.mime_type.eq_ignore_ascii_case(mime)).map(|c| c.payload_type)
 }
-
