@@ -2,8 +2,9 @@
 //! that changes in one conversation; ending it is dropping it.
 
 use super::{
-    Config, EncodedAudio, Ingest, Input, Job, Ladder, LinkEvent, LinkStats, Machine, Metrics, Output, Picture, Playout,
-    Reason, State, encoder::EncoderReport, playout::Due,
+    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Metrics, Output, Picture,
+    Playout, Reason, SessionEvent, SpeechQueue, State, encoder::EncoderReport, fan::CONGESTED, ledger::Ledger,
+    playout::Due,
 };
 use crate::{
     codec::{CodecError, VoiceEncoder, rgb_to_i420, scale_i420},
@@ -12,6 +13,7 @@ use crate::{
 use bytes::Bytes;
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -26,6 +28,8 @@ pub enum Effect {
     Show(Job),
     /// Tell the page.
     Message(String),
+    /// Tell whoever listens.
+    Tell(SessionEvent),
     Entered(State),
     /// The end.
     Close(Reason),
@@ -43,8 +47,6 @@ const IN_HAND_BLOCKS: i64 = 2;
 /// When blocks come later than this share of the longest delay, both of the above shrink to one block, so that what is
 /// made is of the present and can still be shown.
 const HOPELESS: f64 = 0.7;
-/// Pictures are skipped before encoding while the pacer needs longer than this to send what it has.
-const CONGESTED: Duration = Duration::from_millis(300);
 /// Messages of the page longer than this are not read.
 const LONGEST_MESSAGE: usize = 4096;
 /// Time constant of averages, in blocks.
@@ -86,6 +88,12 @@ pub struct Conversation {
     ladder: Ladder,
     voice: VoiceEncoder,
     stage: Option<Stage>,
+    speech: Arc<SpeechQueue>,
+    hosted: bool,
+    /// Interruptions of `speech` that were carried out.
+    interrupts: u64,
+    ledger: Ledger,
+    line: Line,
     begun: Instant,
     portrait: Option<I420>,
     last_picture: Option<Frame>,
@@ -99,17 +107,28 @@ pub struct Conversation {
     /// Held, skipped by playout before anyone listened.
     before: (u64, u64),
     congested: u64,
-    pacer_queue: Duration,
     measured: Instant,
 }
 
 impl Conversation {
-    pub fn new(config: &Config, geometry: &Geometry, portrait: &Portrait, now: Instant) -> Result<Self, CodecError> {
+    /// A conversation of one peer, over when the peer is. `speech` is where others put what it is to say.
+    pub fn new(
+        config: &Config,
+        geometry: &Geometry,
+        portrait: &Portrait,
+        speech: Arc<SpeechQueue>,
+        now: Instant,
+    ) -> Result<Self, CodecError> {
         let ladder = Ladder::new(geometry, config);
         Ok(Conversation {
             machine: Machine::new(config, now),
             voice: VoiceEncoder::new(config.voice_bitrate, config.voice_loss_percent)?,
             stage: None,
+            hosted: false,
+            interrupts: speech.interrupts(),
+            speech,
+            ledger: Ledger::default(),
+            line: Line::default(),
             begun: now,
             // Only a courtesy until the presenter moves: what cannot be shown here the engine will judge.
             portrait: first_picture(portrait, geometry.width, geometry.height).ok(),
@@ -123,12 +142,18 @@ impl Conversation {
             metrics: Metrics { nominal_fps: ladder.fps(), ..Metrics::default() },
             before: (0, 0),
             congested: 0,
-            pacer_queue: Duration::ZERO,
             measured: now,
             config: config.clone(),
             geometry: geometry.clone(),
             ladder,
         })
+    }
+
+    /// Without a peer of its own: it begins at once, and peers come and go.
+    pub fn hosted(mut self, now: Instant) -> Self {
+        self.machine = Machine::hosted(&self.config, now);
+        self.hosted = true;
+        self
     }
 
     pub fn state(&self) -> State {
@@ -190,9 +215,11 @@ impl Conversation {
             LinkEvent::KeyframeRequested => self.want_keyframe = true,
             LinkEvent::TargetBitrate(bits) => {
                 self.metrics.target_bitrate = bits;
-                self.ladder.target(bits);
+                if !self.line.shared {
+                    self.ladder.target(bits);
+                }
             }
-            LinkEvent::Message(text) => self.message(&text, now),
+            LinkEvent::Message(text) => self.message(&text),
         }
     }
 
@@ -201,13 +228,13 @@ impl Conversation {
         self.machine.handle(input, now);
     }
 
-    fn message(&mut self, text: &str, now: Instant) {
+    fn message(&mut self, text: &str) {
         if text.len() > LONGEST_MESSAGE {
             return;
         }
         let Ok(message) = serde_json::from_str::<serde_json::Value>(text) else { return };
         match message.get("type").and_then(|t| t.as_str()) {
-            Some("interrupt") => self.machine.handle(Input::Interrupt, now),
+            Some("interrupt") => self.speech.interrupt(),
             Some("ping") => {
                 let t = message.get("t").filter(|t| t.is_number()).cloned().unwrap_or_default();
                 self.effects.push_back(Effect::Message(serde_json::json!({"type": "pong", "t": t}).to_string()));
@@ -274,10 +301,20 @@ impl Conversation {
         }
     }
 
-    /// Brings everything to `now`; take the effects afterwards. `pacer_queue` is what the link's pacer holds.
-    pub fn advance(&mut self, pacer_queue: Duration, now: Instant) -> Result<(), CodecError> {
-        self.pacer_queue = pacer_queue;
+    /// Brings everything to `now`; take the effects afterwards. `line` is what the sinks' lines allow.
+    pub fn advance(&mut self, line: Line, now: Instant) -> Result<(), CodecError> {
+        let before = self.flowing();
+        self.line = line;
+        if !before && self.flowing() {
+            self.begin_showing(now);
+        }
+        match line.target {
+            _ if line.shared => self.ladder.unbound(),
+            Some(bits) => self.ladder.target(bits),
+            None => {}
+        }
         self.ladder.settle(now);
+        self.cut(now);
         self.hear(now)?;
         self.decide(now);
         self.play(now)?;
@@ -301,9 +338,50 @@ impl Conversation {
         MediaTime::from_duration(now.saturating_duration_since(self.begun))
     }
 
+    /// Somebody is there to be sent something.
+    fn flowing(&self) -> bool {
+        if self.hosted { self.line.sinks > 0 } else { self.machine.flowing() || self.line.watched > 0 }
+    }
+
+    /// From now on somebody watches: what was held or skipped before does not count.
+    fn begin_showing(&mut self, now: Instant) {
+        if let Some(stage) = &mut self.stage {
+            stage.playout.listen(now);
+            let so_far = stage.playout.stats();
+            self.before = (so_far.held, so_far.skipped);
+        }
+    }
+
+    /// A picture for somebody who may have none: at once, as a keyframe.
+    pub fn want_keyframe(&mut self) {
+        self.want_keyframe = true;
+    }
+
+    /// Carries out an interruption before anything newer is heard.
+    fn cut(&mut self, now: Instant) {
+        let interrupts = self.speech.interrupts();
+        if interrupts != self.interrupts {
+            self.interrupts = interrupts;
+            self.cut_off();
+            self.machine.handle(Input::Interrupt, now);
+            self.decide(now);
+        }
+    }
+
+    /// Tells how far every segment came that will not be played further.
+    fn cut_off(&mut self) {
+        let until = self.stage.as_ref().map_or(MediaTime::ZERO, |s| s.playout.voice_at());
+        let (dropped, complete) = self.speech.over();
+        complete.iter().for_each(|segment| self.ledger.complete(*segment));
+        let events = self.ledger.interrupt(until, &dropped);
+        self.effects.extend(events.into_iter().map(Effect::Tell));
+    }
+
     fn hear(&mut self, now: Instant) -> Result<(), CodecError> {
         let Some(stage) = &mut self.stage else { return Ok(()) };
-        let heard = stage.ingest.advance(now)?;
+        let heard = stage.ingest.advance(&self.speech, now)?;
+        heard.said.iter().for_each(|(segment, from, to)| self.ledger.said(*segment, *from, *to));
+        self.speech.over().1.iter().for_each(|segment| self.ledger.complete(*segment));
         stage.playout.voice(&heard.voice);
         stage.feed.extend(&heard.speech.samples);
         let block = (self.geometry.block_span(1).units(SPEECH_RATE)).max(1) as usize;
@@ -319,7 +397,7 @@ impl Conversation {
             }
             self.metrics.blocks_skipped += skip as u64;
         }
-        let speaking = stage.ingest.speaking();
+        let speaking = stage.ingest.speaking() || self.ledger.busy();
         if speaking != (self.machine.state() == State::Speaking) {
             self.machine.handle(Input::Voice(speaking), now);
         }
@@ -342,14 +420,11 @@ impl Conversation {
                 Output::Entered(state) => {
                     let text = serde_json::json!({"type": "state", "state": state.label()}).to_string();
                     self.effects.push_back(Effect::Message(text));
+                    self.effects.push_back(Effect::Tell(SessionEvent::State(state)));
                     self.effects.push_back(Effect::Entered(state));
                 }
                 Output::Show => {
-                    if let Some(stage) = &mut self.stage {
-                        stage.playout.listen(now);
-                        let so_far = stage.playout.stats();
-                        self.before = (so_far.held, so_far.skipped);
-                    }
+                    self.begin_showing(now);
                     self.want_keyframe = true;
                     self.keyframe_allowed = now;
                     if !self.stage.as_ref().is_some_and(|s| s.shown) {
@@ -368,16 +443,20 @@ impl Conversation {
                     }
                 }
                 Output::BeginDraining => {
+                    self.speech.close();
                     let head = self.stage.as_ref().map(|s| s.ingest.head());
                     self.draining_until = Some(head.unwrap_or_default());
                 }
                 Output::Close(reason) => {
+                    self.speech.close();
+                    self.cut_off();
                     let text = serde_json::json!({
                         "type": "closed",
                         "reason": reason.label(),
                         "message": reason.message(),
                     });
                     self.effects.push_back(Effect::Message(text.to_string()));
+                    self.effects.push_back(Effect::Tell(SessionEvent::Closed(reason.clone())));
                     self.effects.push_back(Effect::Close(reason));
                 }
             }
@@ -385,10 +464,12 @@ impl Conversation {
     }
 
     fn play(&mut self, now: Instant) -> Result<(), CodecError> {
-        let flowing = self.machine.flowing();
+        let flowing = self.flowing();
         while let Some(due) = self.stage.as_mut().and_then(|s| s.playout.poll(now)) {
             match due {
                 Due::Voice { at, wall, samples } => {
+                    let played = self.ledger.played(at + MediaTime::from_millis(20));
+                    self.effects.extend(played.into_iter().map(Effect::Tell));
                     if flowing {
                         let data = Bytes::from(self.voice.encode(&samples)?);
                         let duration = MediaTime::from_millis(20);
@@ -404,7 +485,7 @@ impl Conversation {
                     if !flowing || (thinned && !self.want_keyframe) {
                         continue;
                     }
-                    if self.pacer_queue > CONGESTED && !self.want_keyframe {
+                    if self.line.queue > CONGESTED && !self.want_keyframe {
                         self.congested += 1;
                         continue;
                     }
@@ -461,6 +542,12 @@ impl Conversation {
         }));
     }
 
+    /// Who watches, as of the next [`Conversation::measure`].
+    pub fn audience(&mut self, sinks: usize, (dropped, slowed): (u64, u64)) {
+        let m = &mut self.metrics;
+        (m.sinks, m.sink_pictures_dropped, m.sinks_slowed) = (sinks as u64, dropped, slowed);
+    }
+
     /// About once a second: folds in what the encoder and the link measured, tells the page.
     pub fn measure(&mut self, report: &EncoderReport, replaced: u64, link: &LinkStats, now: Instant) {
         let seconds = now.saturating_duration_since(self.measured).as_secs_f64().max(1e-3);
@@ -493,9 +580,12 @@ impl Conversation {
             (m.lost_in, m.repaired_in, m.concealed_in_ms) = (i.lost, i.repaired, i.concealed_ms);
             (m.late_in, m.padding_in, m.drift_ppm) = (i.late + i.dropped, i.padding, i.drift_ppm);
         }
+        m.interruptions = self.interrupts;
+        m.speech_buffered_ms = self.speech.buffered().as_secs_f64() * 1e3;
         if self.machine.flowing() {
             self.effects.push_back(Effect::Message(line(&self.metrics)));
         }
+        self.effects.push_back(Effect::Tell(SessionEvent::Metrics(Arc::new(self.metrics.clone()))));
     }
 }
 

@@ -1,4 +1,4 @@
-//! Packets of the microphone → one unbroken voice on the session's timeline.
+//! Packets of the microphone, or speech that waits in a queue → one unbroken voice on the session's timeline.
 //!
 //! The timeline runs at the pace of our clock. A packet that comes in order is decoded at once; what is missing is
 //! waited for 40–60 ms (adaptive), then repaired from the next packet, else concealed for at most 100 ms, fading to
@@ -6,7 +6,7 @@
 //! is followed by resampling by parts per million. The delay against jitter is not kept here: playout measures how
 //! late blocks are and delays the voice by that, once for everything.
 
-use super::{Config, SpeechPacket};
+use super::{Config, SpeechPacket, SpeechQueue};
 use crate::{
     codec::{CodecError, DriftResampler, OPUS_RATE, Resampler, SpeechDecoder},
     media::{AudioBlock, MediaTime, Pcm, SPEECH_RATE},
@@ -75,6 +75,8 @@ pub struct Heard {
     pub voice: Pcm,
     /// The same at 16 kHz, for the presenter. Trails the voice by 5 ms of filter.
     pub speech: AudioBlock,
+    /// Which stretches hold queued speech, and of which segment.
+    pub said: Vec<(u64, MediaTime, MediaTime)>,
 }
 
 struct Sync {
@@ -116,6 +118,7 @@ pub struct Ingest {
     /// Start of each packet on the timeline (samples), its length, and when it arrived; the last few seconds.
     arrivals: VecDeque<(u64, u32, Instant)>,
     activity: Activity,
+    said: Vec<(u64, MediaTime, MediaTime)>,
     stats: IngestStats,
 }
 
@@ -150,6 +153,7 @@ impl Ingest {
             integral: 0.0,
             arrivals: VecDeque::new(),
             activity: Activity::default(),
+            said: Vec::new(),
             stats: IngestStats::default(),
         })
     }
@@ -217,9 +221,9 @@ impl Ingest {
         }
     }
 
-    /// Brings the timeline to `now` and gives what came of it.
-    pub fn advance(&mut self, now: Instant) -> Result<Heard, CodecError> {
-        while self.step(now)? {}
+    /// Brings the timeline to `now` and gives what came of it. What waits in `queue` is the voice, else the microphone.
+    pub fn advance(&mut self, queue: &SpeechQueue, now: Instant) -> Result<Heard, CodecError> {
+        while self.speak(queue, now)? || self.step(now)? {}
         self.follow(now)?;
         while self.arrivals.front().is_some_and(|(.., at)| now.saturating_duration_since(*at).as_secs() >= 8) {
             self.arrivals.pop_front();
@@ -228,13 +232,33 @@ impl Ingest {
         self.voice_at = voice.end();
         let speech = AudioBlock { at: self.speech_at, samples: std::mem::take(&mut self.speech) };
         self.speech_at = speech.end();
-        Ok(Heard { voice, speech })
+        Ok(Heard { voice, speech, said: std::mem::take(&mut self.said) })
     }
 
     /// Milliseconds by which the head of the timeline is ahead of now.
     fn level(&self, now: Instant) -> f64 {
         let elapsed = now.saturating_duration_since(self.begun) + self.lead;
         self.made as f64 / 48.0 - elapsed.as_secs_f64() * 1e3
+    }
+
+    /// One step of queued speech, if it is its turn and its time. The microphone's packets are not heard meanwhile.
+    fn speak(&mut self, queue: &SpeechQueue, now: Instant) -> Result<bool, CodecError> {
+        if !queue.ready() {
+            return Ok(false);
+        }
+        self.waiting.clear();
+        (self.sync, self.quiet) = (None, true);
+        if self.level(now) >= 0.0 {
+            return Ok(false);
+        }
+        let Some(mut taken) = queue.take(STEP) else { return Ok(false) };
+        let from = self.head();
+        let length = MediaTime::from_units(taken.samples.len() as i64, OPUS_RATE);
+        // The rest of a step, after the last word, is silence.
+        taken.samples.resize(STEP, 0.0);
+        self.append(&taken.samples)?;
+        self.said.push((taken.segment, from, self.head().min(from + length)));
+        Ok(true)
     }
 
     /// One thing; false when there is nothing to do before more comes or time passes.

@@ -102,6 +102,11 @@ impl Ladder {
         self.fps / f64::from(self.rung().every)
     }
 
+    /// Several lines and nobody's estimate: the most that is configured.
+    pub fn unbound(&mut self) {
+        self.bitrate = self.most;
+    }
+
     /// A new estimate for everything that is sent, bits per second.
     pub fn target(&mut self, total: u32) {
         let rest = f64::from(total.saturating_sub(self.voice)) * VIDEO_SHARE;

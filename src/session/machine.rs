@@ -198,6 +198,8 @@ pub struct Machine {
     limits: Limits,
     begun: Instant,
     entered: Instant,
+    /// Lives without a peer of its own; peers come and go.
+    hosted: bool,
     connected: bool,
     prepared: bool,
     voice: bool,
@@ -235,6 +237,7 @@ impl Machine {
             },
             begun: now,
             entered: now,
+            hosted: false,
             connected: false,
             prepared: false,
             voice: false,
@@ -244,6 +247,13 @@ impl Machine {
             epoch: Epoch::default(),
             outputs: VecDeque::new(),
         }
+    }
+
+    /// A conversation that needs no peer: it prepares at once, and no peer's coming or going ends it.
+    pub fn hosted(config: &Config, now: Instant) -> Self {
+        let mut machine = Machine { hosted: true, connected: true, ..Machine::new(config, now) };
+        machine.enter(State::Preparing, now);
+        machine
     }
 
     pub fn state(&self) -> State {
@@ -264,6 +274,9 @@ impl Machine {
             return;
         }
         match input {
+            // A peer that comes (back) needs a picture; its absence is no concern.
+            Input::LinkConnected if self.hosted => self.outputs.push_back(Output::Show),
+            Input::LinkInterrupted | Input::LinkClosed(_) if self.hosted => {}
             Input::LinkConnected => {
                 let again = self.interrupted_since.take().is_some();
                 if !self.connected || again {

@@ -4,28 +4,38 @@
 //! one timeline), [`playout`] (media time → wall time; hold or skip), [`ladder`] (bitrate → size and rate), and
 //! [`conversation`], which ties them together. [`run`] turns their outputs into effects; one named thread per
 //! presenter encodes pictures.
+//!
+//! A session is a hub: one presenter, one encoding of voice and picture, handed by a [`Fan`] to any number of sinks
+//! ([`LinkOut`]), and speech from one microphone ([`LinkEvent`]s) or from [`SpeechPort`]s. [`run`] is a session that its
+//! one peer begins and ends, [`host`] one that lives by itself. From outside it is a [`Handle`].
 
 mod conversation;
 mod encoder;
+mod fan;
 mod ingest;
 mod ladder;
+mod ledger;
 mod link;
 mod machine;
 mod playout;
 mod registry;
 mod run;
+mod speech;
 
 pub use conversation::{Conversation, Effect};
 pub use encoder::{Encoder, EncoderReport, Job, Picture};
+pub use fan::{Attachment, Fan, Line, SinkRole};
 pub use ingest::{Ingest, IngestStats};
 pub use ladder::{Ladder, Rung};
 pub use link::{EncodedAudio, EncodedVideo, LinkEvent, LinkOut, LinkStats, SpeechPacket};
 pub use machine::{Input, Machine, Output, Reason, State};
 pub use playout::{Due, Playout, PlayoutStats};
 pub use registry::{Counts, Handle, Registry, SessionControl, SessionId, Snapshot};
-pub use run::{SessionSpec, run};
+pub use run::{SessionSpec, host, run};
+pub use speech::{SpeechClosed, SpeechPort, SpeechQueue};
 
 use serde::{Deserialize, Serialize};
+use std::{sync::Arc, time::Duration};
 
 /// Settings of a conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,6 +69,8 @@ pub struct Config {
     pub playout_max_ms: u32,
     /// Keyframes asked for within this time of the last one wait, milliseconds.
     pub keyframe_spacing_ms: u32,
+    /// Seconds of speech that may wait to be spoken; whoever brings more waits.
+    pub speech_buffer_s: u64,
 }
 
 impl Default for Config {
@@ -79,8 +91,29 @@ impl Default for Config {
             playout_margin_ms: 10,
             playout_max_ms: 2000,
             keyframe_spacing_ms: 300,
+            speech_buffer_s: 60,
         }
     }
+}
+
+/// What happens in a session, for whoever drives it ([`Handle::events`]).
+#[derive(Clone, Debug, PartialEq)]
+pub enum SessionEvent {
+    State(State),
+    /// The first sound of a segment ([`SpeechPort::push`] gave its number) was played.
+    SpeakStarted {
+        segment: u64,
+    },
+    /// A segment is over: everything was played, or an interruption cut it off. `position` is how much was truly played.
+    SpeakEnded {
+        segment: u64,
+        position: Duration,
+        interrupted: bool,
+    },
+    /// Once a second.
+    Metrics(Arc<Metrics>),
+    /// The session is over; the last event.
+    Closed(Reason),
 }
 
 /// What a conversation measures, as the panel, the registry and `/metrics` show it. Counters run since its start,
@@ -129,4 +162,12 @@ pub struct Metrics {
     pub worst_lag_ms: f64,
     pub drift_ppm: f64,
     pub round_trip_ms: Option<f64>,
+    /// Sinks now; pictures that slow or joining ones did not get; how often one became slow.
+    pub sinks: u64,
+    pub sink_pictures_dropped: u64,
+    pub sinks_slowed: u64,
+    /// Speech that waits to be spoken.
+    pub speech_buffered_ms: f64,
+    /// Interruptions so far.
+    pub interruptions: u64,
 }

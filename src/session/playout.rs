@@ -145,6 +145,11 @@ impl Playout {
         self.adapted = now;
     }
 
+    /// The time of the voice that leaves next.
+    pub fn voice_at(&self) -> MediaTime {
+        self.voice_at
+    }
+
     /// Appends voice; contiguous with what came before.
     pub fn voice(&mut self, pcm: &Pcm) {
         let passed = self.owed.min(pcm.samples.len());

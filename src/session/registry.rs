@@ -1,14 +1,19 @@
 //! Who is talking now, and how those who left ended. Shared by the server (listing, closing, draining, metrics) and
 //! the sessions (which enter, report and leave by being dropped).
 
-use super::{Metrics, Reason, State};
+use super::{
+    Attachment, Fan, LinkEvent, LinkOut, Metrics, Reason, SessionEvent, SinkRole, SpeechPort, SpeechQueue, State,
+};
 use std::{
     collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, broadcast, mpsc, watch};
+
+/// Events that a slow listener may be behind before it misses the oldest.
+const EVENTS: usize = 256;
 
 /// Names a session in URLs: 128 random bits as hex, not to be guessed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,12 +61,18 @@ pub(super) enum Order {
     Drain(Reason),
 }
 
-#[derive(Debug)]
 struct Shared {
     id: SessionId,
     presenter: String,
     since: Instant,
     order: watch::Sender<Option<Order>>,
+    /// Rouses the session's task.
+    wake: Arc<Notify>,
+    fan: Arc<Fan>,
+    speech: Arc<SpeechQueue>,
+    events: broadcast::Sender<SessionEvent>,
+    /// A microphone that is to be heard from now on.
+    microphone: Mutex<Option<mpsc::Receiver<LinkEvent>>>,
     now: Mutex<(State, Metrics, Option<Reason>)>,
 }
 
@@ -124,11 +135,17 @@ impl Registry {
 
     /// Enters a session; what comes back goes into [`super::run`]. Dropping it takes the session off the list.
     pub fn enter(&self, id: SessionId, presenter: &str, now: Instant) -> SessionControl {
+        let wake = Arc::new(Notify::new());
         let shared = Arc::new(Shared {
             id: id.clone(),
             presenter: presenter.to_string(),
             since: now,
             order: watch::Sender::new(None),
+            fan: Fan::new(wake.clone()),
+            speech: SpeechQueue::new(wake.clone()),
+            events: broadcast::Sender::new(EVENTS),
+            microphone: Mutex::default(),
+            wake,
             now: Mutex::new((State::Connecting, Metrics::default(), None)),
         });
         let order = shared.order.subscribe();
@@ -199,7 +216,7 @@ impl Counts {
     }
 }
 
-/// A live session, from outside.
+/// A live session, from outside: who watches, who speaks, what happens, the end.
 #[derive(Clone)]
 pub struct Handle(Arc<Shared>);
 
@@ -216,6 +233,39 @@ impl Handle {
             since: self.0.since,
             metrics: now.1.clone(),
         }
+    }
+    /// Lets a sink watch and hear until the attachment is dropped; the first picture it gets is a keyframe. Attach when
+    /// the sink's connection stands.
+    #[must_use = "dropping the attachment detaches the sink"]
+    pub fn attach(&self, sink: Arc<dyn LinkOut>, role: SinkRole) -> Attachment {
+        self.0.fan.attach(sink, role)
+    }
+    /// A sink needs a keyframe. Requests within `keyframe_spacing_ms` become one.
+    pub fn keyframe(&self) {
+        self.0.fan.want_keyframe();
+    }
+    /// A way to make it speak; each has segments of its own.
+    pub fn speech(&self) -> SpeechPort {
+        self.0.speech.port()
+    }
+    /// Hears a peer's microphone from now on; the one heard before, if any, is let go (its receiver is dropped). In a
+    /// session that has its own peer this replaces the peer: when the events end, so does the session.
+    pub fn listen(&self, events: mpsc::Receiver<LinkEvent>) {
+        *self.0.microphone.lock().unwrap_or_else(|e| e.into_inner()) = Some(events);
+        self.0.wake.notify_one();
+    }
+    /// Silence now: queued speech is dropped and told as interrupted, and no picture of it is shown any more. What is
+    /// pushed after this returns is heard.
+    pub fn interrupt(&self) {
+        self.0.speech.interrupt();
+    }
+    /// What happens from now on. A listener that is more than 256 events behind misses the oldest.
+    pub fn events(&self) -> broadcast::Receiver<SessionEvent> {
+        self.0.events.subscribe()
+    }
+    /// Sinks now.
+    pub fn sinks(&self) -> usize {
+        self.0.fan.len()
     }
     /// Ends it at once. The first order counts, except that closing overrules draining.
     pub fn close(&self, reason: Reason) {
@@ -266,6 +316,23 @@ impl SessionControl {
         }
         std::future::pending().await
     }
+    /// Rouses the session when something was asked for through a [`Handle`].
+    pub(super) fn wish(&self) -> Arc<Notify> {
+        self.shared.wake.clone()
+    }
+    pub(super) fn fan(&self) -> &Arc<Fan> {
+        &self.shared.fan
+    }
+    pub(super) fn speech(&self) -> &Arc<SpeechQueue> {
+        &self.shared.speech
+    }
+    pub(super) fn microphone(&self) -> Option<mpsc::Receiver<LinkEvent>> {
+        self.shared.microphone.lock().unwrap_or_else(|e| e.into_inner()).take()
+    }
+    pub(super) fn tell(&self, event: SessionEvent) {
+        // Nobody need listen.
+        let _ = self.shared.events.send(event);
+    }
     pub(super) fn report(&self, state: State, metrics: &Metrics) {
         let mut now = self.shared.lock();
         now.0 = state;
@@ -278,6 +345,8 @@ impl SessionControl {
 
 impl Drop for SessionControl {
     fn drop(&mut self) {
+        self.shared.speech.close();
+        self.shared.fan.close();
         let (metrics, reason) = {
             let now = self.shared.lock();
             (now.1.clone(), now.2.clone().unwrap_or(Reason::Abandoned))

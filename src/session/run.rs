@@ -2,7 +2,7 @@
 
 use super::{
     Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Metrics, Reason, SessionControl,
-    SessionId, State, registry::Order,
+    SessionId, SinkRole, State, registry::Order,
 };
 use crate::{
     avatar::{AvatarError, OpenOptions},
@@ -53,24 +53,45 @@ pub async fn run(
     config: Config,
 ) -> Reason {
     let span = tracing::info_span!("session", session = spec.id.short());
-    converse(spec, slot, events, out, control, config).instrument(span).await
+    converse(spec, slot, Some(events), Some(out), control, config).instrument(span).await
+}
+
+/// Runs a session that has no peer of its own: it is driven through its [`Handle`](super::Handle) and ends by order, by
+/// idling or by its longest time.
+pub async fn host(spec: SessionSpec, slot: Slot, control: SessionControl, config: Config) -> Reason {
+    let span = tracing::info_span!("session", session = spec.id.short());
+    converse(spec, slot, None, None, control, config).instrument(span).await
+}
+
+/// What the microphone's peer tells; nothing while there is none.
+async fn heard(events: &mut Option<mpsc::Receiver<LinkEvent>>) -> Option<LinkEvent> {
+    match events {
+        Some(events) => events.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn converse(
     spec: SessionSpec,
     slot: Slot,
-    mut events: mpsc::Receiver<LinkEvent>,
-    out: Arc<dyn LinkOut>,
+    mut events: Option<mpsc::Receiver<LinkEvent>>,
+    out: Option<Arc<dyn LinkOut>>,
     mut control: SessionControl,
     config: Config,
 ) -> Reason {
     let begun = clock();
-    let closer = CloseOnDrop(out.clone());
-    let mut conversation = match Conversation::new(&config, &spec.geometry, &spec.portrait, begun) {
+    let hosted = out.is_none();
+    let (fan, wish) = (control.fan().clone(), control.wish());
+    let _peer = out.map(|out| fan.attach(out, SinkRole::Peer));
+    let closer = CloseOnDrop(fan.clone());
+    let speech = control.speech().clone();
+    speech.bound(config.speech_buffer_s);
+    let mut conversation = match Conversation::new(&config, &spec.geometry, &spec.portrait, speech, begun) {
+        Ok(conversation) if hosted => conversation.hosted(begun),
         Ok(conversation) => conversation,
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
-    let encoder = match Encoder::start(spec.id.short(), out.clone()) {
+    let encoder = match Encoder::start(spec.id.short(), fan.clone()) {
         Ok(encoder) => encoder,
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
@@ -79,17 +100,24 @@ async fn converse(
     let mut told = Told(Metrics::default());
     let reason = loop {
         let now = clock();
+        if let Some(newer) = control.microphone() {
+            events = Some(newer);
+        }
+        if fan.take_keyframe_wish() {
+            conversation.want_keyframe();
+        }
         if now.saturating_duration_since(measured) >= MEASURE {
             measured = now;
             let report = encoder.report();
             if let Some(why) = &report.failed {
                 conversation.order(Input::Close(Reason::CodecFailed(why.clone())), now);
             }
-            conversation.measure(&report, encoder.replaced(), &out.stats(), now);
+            conversation.audience(fan.len(), fan.dropped());
+            conversation.measure(&report, encoder.replaced(), &fan.stats(), now);
             told.tell(conversation.metrics(), &report, spec.geometry.block_frames);
             control.report(conversation.state(), conversation.metrics());
         }
-        if let Err(error) = conversation.advance(out.stats().pacer_queue, now) {
+        if let Err(error) = conversation.advance(fan.line(), now) {
             conversation.order(Input::Close(Reason::CodecFailed(error.to_string())), now);
         }
         if let Face::Open(lane) = &face {
@@ -105,7 +133,7 @@ async fn converse(
                 }
             }
         }
-        if let Some(reason) = perform(&mut conversation, &encoder, &*out, &control) {
+        if let Some(reason) = perform(&mut conversation, &encoder, &*fan, &control) {
             break reason;
         }
         let wake = conversation.deadline(now).min(measured + MEASURE);
@@ -118,27 +146,33 @@ async fn converse(
                 };
                 conversation.order(input, clock());
             }
-            event = events.recv() => {
-                let mut event = event.unwrap_or_else(|| LinkEvent::Closed("the transport ended".into()));
+            event = heard(&mut events) => {
+                let mut event = event.unwrap_or_else(|| {
+                    if hosted {
+                        events = None;
+                    }
+                    LinkEvent::Closed("the transport ended".into())
+                });
                 // And what else came meanwhile; the queue is bounded.
                 loop {
                     if matches!(&event, LinkEvent::Speech(packet) if !packet.payload.is_empty()) {
                         telemetry::metrics().speech("received", 1);
                     }
                     conversation.link(event, clock());
-                    match events.try_recv() {
-                        Ok(next) => event = next,
-                        Err(_) => break,
+                    match events.as_mut().map(|e| e.try_recv()) {
+                        Some(Ok(next)) => event = next,
+                        _ => break,
                     }
                 }
             }
+            () = wish.notified() => {}
             step = face.step() => step.apply(&mut face, &mut conversation),
             () = tokio::time::sleep_until(wake.into()) => {}
         }
     };
     // The last words: what was counted until now.
     let report = encoder.report();
-    conversation.measure(&report, encoder.replaced(), &out.stats(), clock());
+    conversation.measure(&report, encoder.replaced(), &fan.stats(), clock());
     told.tell(conversation.metrics(), &report, spec.geometry.block_frames);
     control.report(State::Closed, conversation.metrics());
     drop(face);
@@ -164,6 +198,7 @@ fn perform(
             Effect::Keyframe => encoder.want_keyframe(),
             Effect::Show(job) => encoder.put(job),
             Effect::Message(text) => out.message(text),
+            Effect::Tell(event) => control.tell(event),
             Effect::Entered(state) => {
                 tracing::debug!(state = state.label(), "entered");
                 control.report(state, conversation.metrics());

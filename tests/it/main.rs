@@ -6,6 +6,7 @@ mod config;
 mod engine;
 mod files;
 mod hostile;
+mod hub;
 mod net;
 mod peer;
 mod pocket;

@@ -4,9 +4,12 @@ use bytes::Bytes;
 use loquent::{
     codec::VoiceEncoder,
     media::{Frame, MediaTime},
-    session::{Config, Due, Ingest, Playout, SpeechPacket},
+    session::{Config, Due, Ingest, Playout, SpeechPacket, SpeechQueue},
 };
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 pub(crate) fn ms(v: u64) -> Duration {
     Duration::from_millis(v)
@@ -87,7 +90,7 @@ impl Out {
         Out { voice: vec![], speech: vec![], voice_end: MediaTime::ZERO, speech_end: MediaTime::ZERO }
     }
     fn take(&mut self, ingest: &mut Ingest, now: Instant) {
-        let heard = ingest.advance(now).unwrap();
+        let heard = ingest.advance(&SpeechQueue::new(Arc::default()), now).unwrap();
         assert_eq!(heard.voice.at, self.voice_end, "voice is contiguous");
         assert_eq!(heard.speech.at, self.speech_end, "speech is contiguous");
         self.voice_end = heard.voice.end();

@@ -7,8 +7,8 @@ use loquent::{
     engine::{self, Engine},
     media::{FrameBlock, MediaTime, Portrait},
     session::{
-        Config, Conversation, Effect, EncodedAudio, EncodedVideo, EncoderReport, Input, Job, LinkEvent, LinkOut,
-        LinkStats, Picture, Reason, Registry, SessionId, SessionSpec, State, run,
+        Config, Conversation, Effect, EncodedAudio, EncodedVideo, EncoderReport, Input, Job, Line, LinkEvent, LinkOut,
+        LinkStats, Picture, Reason, Registry, SessionEvent, SessionId, SessionSpec, SpeechQueue, State, run,
     },
 };
 use std::{
@@ -40,6 +40,8 @@ struct World {
     jobs: Vec<(MediaTime, Instant, bool, Option<Instant>)>,
     keyframes: usize,
     messages: Vec<String>,
+    events: Vec<(SessionEvent, Instant)>,
+    speech: Arc<SpeechQueue>,
     states: Vec<State>,
     closed: Option<Reason>,
 }
@@ -49,7 +51,8 @@ impl World {
         let mut generator = avatar::test_card();
         let geometry = generator.geometry();
         let now = Instant::now();
-        let talk = Conversation::new(&config, &geometry, &portrait(), now).unwrap();
+        let speech = SpeechQueue::new(Arc::default());
+        let talk = Conversation::new(&config, &geometry, &portrait(), speech.clone(), now).unwrap();
         let stream = generator.open(&portrait(), &OpenOptions::default()).unwrap();
         World {
             now,
@@ -67,6 +70,8 @@ impl World {
             jobs: vec![],
             keyframes: 0,
             messages: vec![],
+            events: vec![],
+            speech,
             states: vec![],
             closed: None,
         }
@@ -77,7 +82,7 @@ impl World {
     }
 
     fn advance(&mut self) {
-        self.talk.advance(Duration::ZERO, self.now).unwrap();
+        self.talk.advance(Line::default(), self.now).unwrap();
         // The engine: takes whatever it is given, makes one block at a time.
         while let Some(speech) = self.talk.next_speech() {
             self.stream.push(&speech).unwrap();
@@ -99,6 +104,7 @@ impl World {
                 }
                 Effect::Keyframe => self.keyframes += 1,
                 Effect::Message(text) => self.messages.push(text),
+                Effect::Tell(event) => self.events.push((event, self.now)),
                 Effect::Entered(state) => self.states.push(state),
                 Effect::Close(reason) => self.closed = Some(reason),
             }
@@ -257,11 +263,13 @@ fn an_engine_too_slow_for_good_skips_speech_and_never_lags_beyond_the_bound() {
 }
 
 #[derive(Default)]
-struct Recorder {
-    videos: Mutex<Vec<(EncodedVideo, Instant, Instant)>>,
-    audios: Mutex<Vec<(EncodedAudio, Instant, Instant)>>,
+pub(crate) struct Recorder {
+    pub(crate) videos: Mutex<Vec<(EncodedVideo, Instant, Instant)>>,
+    pub(crate) audios: Mutex<Vec<(EncodedAudio, Instant, Instant)>>,
     messages: Mutex<Vec<String>>,
-    closed: Mutex<u32>,
+    pub(crate) closed: Mutex<u32>,
+    /// What its pacer claims to hold.
+    pub(crate) queue: Mutex<Duration>,
 }
 
 impl LinkOut for Recorder {
@@ -275,18 +283,19 @@ impl LinkOut for Recorder {
         self.messages.lock().unwrap().push(text);
     }
     fn stats(&self) -> LinkStats {
-        LinkStats { round_trip: Some(ms(10)), ..LinkStats::default() }
+        let pacer_queue = *self.queue.lock().unwrap();
+        LinkStats { round_trip: Some(ms(10)), pacer_queue, ..LinkStats::default() }
     }
     fn close(&self) {
         *self.closed.lock().unwrap() += 1;
     }
 }
 
-fn engine() -> Engine {
+pub(crate) fn engine() -> Engine {
     Engine::start("test", &engine::Config::default(), || Ok(avatar::test_card())).unwrap()
 }
 
-fn spec(engine: &Engine) -> SessionSpec {
+pub(crate) fn spec(engine: &Engine) -> SessionSpec {
     SessionSpec {
         id: SessionId::random(),
         portrait: portrait(),

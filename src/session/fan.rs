@@ -1,0 +1,228 @@
+//! Who watches: one encoded stream handed to many sinks, each behind its own gate.
+//!
+//! A sink begins at a keyframe. One whose line holds more than [`CONGESTED`] gets no pictures until that has drained
+//! and the next keyframe comes; what it misses is counted, and nobody else notices. The voice goes to everyone always.
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | pictures → one of several sinks | 300 ms of its pacer | pictures dropped until the next keyframe, counted |
+//! | voice → one sink | the sink's own queue | the sink drops and counts |
+//!
+//! While one sink alone is on the network its estimate steers the bitrate, and pictures are skipped before they are
+//! encoded. With several, the configured bitrate is made, for what helps one would hurt the others.
+
+use super::{EncodedAudio, EncodedVideo, LinkOut, LinkStats};
+use crate::edge::Counter;
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::Notify;
+
+/// What a sink is, for the rules that differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SinkRole {
+    /// The two-way page: is told states and numbers by [`LinkOut::message`].
+    Peer,
+    /// Watches over a network: a player, a room, another server.
+    Viewer,
+    /// Has no line that could be slow or would have an estimate.
+    Recorder,
+}
+
+/// Pictures are held back while a sink's line needs longer than this to send what it has…
+pub(super) const CONGESTED: Duration = Duration::from_millis(300);
+/// …until it needs less than this.
+const DRAINED: Duration = Duration::from_millis(100);
+/// A slow sink's own wish for a keyframe is passed on this often at most: keyframes cost everybody.
+const SLOW_SPACING: Duration = Duration::from_secs(2);
+
+/// What the lines of all sinks mean for the one encoder.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Line {
+    /// All sinks, and those besides two-way pages.
+    pub sinks: usize,
+    pub watched: usize,
+    /// Several sinks on the network: nobody's line steers the encoder.
+    pub shared: bool,
+    /// Of the one sink on the network: what its pacer holds, and its estimate for everything sent to it.
+    pub queue: Duration,
+    pub target: Option<u32>,
+}
+
+struct Entry {
+    id: u64,
+    role: SinkRole,
+    sink: Arc<dyn LinkOut>,
+    /// Gets nothing before the next keyframe.
+    waiting: AtomicBool,
+    /// Waits because its line was slow.
+    slow: AtomicBool,
+    asked: Mutex<Option<Instant>>,
+}
+
+/// All sinks of one session.
+#[derive(Default)]
+pub struct Fan {
+    sinks: Mutex<Vec<Arc<Entry>>>,
+    next: AtomicU64,
+    keyframe: AtomicBool,
+    closed: AtomicBool,
+    wake: Arc<Notify>,
+    dropped: Counter,
+    slowed: Counter,
+}
+
+/// A sink's place in a session; dropping it is leaving.
+pub struct Attachment {
+    fan: Arc<Fan>,
+    id: u64,
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.fan.lock().retain(|e| e.id != self.id);
+        self.fan.wake.notify_one();
+    }
+}
+
+impl Fan {
+    pub(super) fn new(wake: Arc<Notify>) -> Arc<Fan> {
+        Arc::new(Fan { wake, ..Fan::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
+        // Held to copy or change the list, never while a sink is called.
+        self.sinks.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Takes a sink on; it begins with the next keyframe, which is asked for. A session that is over closes it at once.
+    pub fn attach(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole) -> Attachment {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (waiting, slow) = (AtomicBool::new(true), AtomicBool::new(false));
+        self.lock().push(Arc::new(Entry { id, role, sink: sink.clone(), waiting, slow, asked: Mutex::default() }));
+        if self.closed.load(Ordering::Acquire) {
+            sink.close();
+        }
+        self.want_keyframe();
+        Attachment { fan: self.clone(), id }
+    }
+
+    /// Somebody cannot decode. Requests that come together become one keyframe.
+    pub fn want_keyframe(&self) {
+        self.keyframe.store(true, Ordering::Release);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn take_keyframe_wish(&self) -> bool {
+        self.keyframe.swap(false, Ordering::AcqRel)
+    }
+
+    /// Sinks now.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Pictures that slow or joining sinks did not get, and how often a sink became slow; since the session began.
+    pub fn dropped(&self) -> (u64, u64) {
+        (self.dropped.get(), self.slowed.get())
+    }
+
+    pub(super) fn line(&self) -> Line {
+        let sinks = self.lock();
+        let watched = sinks.iter().filter(|e| e.role != SinkRole::Peer).count();
+        let mut network = sinks.iter().filter(|e| e.role != SinkRole::Recorder);
+        let count = sinks.len();
+        let (first, shared) = (network.next().cloned(), network.next().is_some());
+        drop(sinks);
+        match first {
+            Some(entry) if !shared => {
+                let stats = entry.sink.stats();
+                let target = Some(stats.target_bitrate).filter(|t| *t > 0);
+                Line { sinks: count, watched, shared, queue: stats.pacer_queue, target }
+            }
+            _ => Line { sinks: count, watched, shared, ..Line::default() },
+        }
+    }
+
+    fn sinks(&self) -> Vec<Arc<Entry>> {
+        self.lock().clone()
+    }
+}
+
+impl Entry {
+    /// Whether this sink gets the picture.
+    fn admits(&self, keyframe: bool, alone: bool, now: Instant, fan: &Fan) -> bool {
+        let queue = if alone || self.role == SinkRole::Recorder { Duration::ZERO } else { self.sink.stats().pacer_queue };
+        if queue > CONGESTED {
+            if !self.waiting.swap(true, Ordering::AcqRel) {
+                self.slow.store(true, Ordering::Release);
+                fan.slowed.add(1);
+            }
+            return false;
+        }
+        if !self.waiting.load(Ordering::Acquire) {
+            return true;
+        }
+        if keyframe {
+            self.waiting.store(false, Ordering::Release);
+            self.slow.store(false, Ordering::Release);
+            return true;
+        }
+        if self.slow.load(Ordering::Acquire) && queue < DRAINED {
+            let mut asked = self.asked.lock().unwrap_or_else(|e| e.into_inner());
+            if asked.is_none_or(|at| now.saturating_duration_since(at) >= SLOW_SPACING) {
+                *asked = Some(now);
+                fan.want_keyframe();
+            }
+        }
+        false
+    }
+}
+
+/// The encoder and the session speak to all sinks as if they were one.
+impl LinkOut for Fan {
+    fn video(&self, video: EncodedVideo, wall: Instant) {
+        let sinks = self.sinks();
+        let alone = sinks.iter().filter(|e| e.role != SinkRole::Recorder).count() <= 1;
+        for entry in sinks {
+            if entry.admits(video.keyframe, alone, wall, self) {
+                entry.sink.video(video.clone(), wall);
+            } else {
+                self.dropped.add(1);
+            }
+        }
+    }
+
+    fn audio(&self, audio: EncodedAudio, wall: Instant) {
+        self.sinks().iter().for_each(|e| e.sink.audio(audio.clone(), wall));
+    }
+
+    /// For two-way pages only.
+    fn message(&self, text: String) {
+        let sinks = self.sinks();
+        sinks.iter().filter(|e| e.role == SinkRole::Peer).for_each(|e| e.sink.message(text.clone()));
+    }
+
+    /// Of the two-way page, else of whoever watches for longest.
+    fn stats(&self) -> LinkStats {
+        let sinks = self.sinks();
+        let network = |e: &&Arc<Entry>| e.role != SinkRole::Recorder;
+        let lead = sinks.iter().find(|e| e.role == SinkRole::Peer).or_else(|| sinks.iter().find(network));
+        lead.map(|e| e.sink.stats()).unwrap_or_default()
+    }
+
+    fn close(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.sinks().iter().for_each(|e| e.sink.close());
+    }
+}
