@@ -160,7 +160,8 @@ impl Fan {
 impl Entry {
     /// Whether this sink gets the picture.
     fn admits(&self, keyframe: bool, alone: bool, now: Instant, fan: &Fan) -> bool {
-        let queue = if alone || self.role == SinkRole::Recorder { Duration::ZERO } else { self.sink.stats().pacer_queue };
+        let queue =
+            if alone || self.role == SinkRole::Recorder { Duration::ZERO } else { self.sink.stats().pacer_queue };
         if queue > CONGESTED {
             if !self.waiting.swap(true, Ordering::AcqRel) {
                 self.slow.store(true, Ordering::Release);
