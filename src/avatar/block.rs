@@ -19,7 +19,7 @@ use crate::model::{
 /// Copies of the picture that are encoded to get its settled latent.
 const COPIES: usize = 5;
 /// Frames that the very first block loses.
-const WARM_UP: usize = 3;
+pub(super) const WARM_UP: usize = 3;
 /// Motion latents that prime the continuous decoder.
 const PRIMER: usize = 7;
 
@@ -256,18 +256,35 @@ impl Continuous {
         distance: &[usize],
         probe: Probe,
     ) -> Result<Shown> {
+        let latents = self.imagine(studio, features, noise, distance, probe)?;
+        let frames = self.show(studio, &latents)?;
+        Ok(Shown { latents, frames })
+    }
+
+    /// The transformer's half of [`Continuous::next`]: latents `[16, frames_per_block, h, w]`.
+    pub fn imagine(
+        &mut self,
+        studio: &Studio,
+        features: &Tensor,
+        noise: &Tensor,
+        distance: &[usize],
+        probe: Probe,
+    ) -> Result<Tensor> {
         if self.blocks.done == self.blocks_per_clip
             && let Some(own) = &self.own
         {
             studio.dit.recondition(&mut self.blocks.state, own, Some(&self.motion))?;
         }
-        let first = self.blocks.done == 0;
         let latents = self.blocks.next(studio, features, noise, distance, probe)?;
-        let mut frames = studio.vae.decode_next(&mut self.decoding, &latents)?;
-        if first {
+        if self.own.is_none() {
             self.own = Some(latents.narrow(1, 0, 1)?.force_contiguous()?);
-            frames = without_first(&frames, WARM_UP)?;
         }
-        Ok(Shown { latents, frames })
+        Ok(latents)
+    }
+
+    /// The decoder's half: pixels of the latents that were imagined last, three frames fewer for the first block.
+    pub fn show(&mut self, studio: &Studio, latents: &Tensor) -> Result<Tensor> {
+        let frames = studio.vae.decode_next(&mut self.decoding, latents)?;
+        if self.blocks.done > 1 { Ok(frames) } else { without_first(&frames, WARM_UP) }
     }
 }

@@ -16,7 +16,7 @@ use crate::model::{
 /// Frames of the reference picture at the end of the first motion window when a clip begins with the picture itself.
 const FIRST_FRAMES: usize = 6;
 /// Frames that a clip without motion context loses at its beginning.
-const WARM_UP: usize = 3;
+pub(super) const WARM_UP: usize = 3;
 
 /// How clips are made. The defaults are the official ones (wan/configs/wan_s2v_14B.py).
 #[derive(Clone, Debug)]
@@ -126,6 +126,19 @@ impl ClipStream {
         pose: Option<&Tensor>,
         probe: Probe,
     ) -> Result<Tensor> {
+        let latents = self.imagine(studio, features, noise, pose, probe)?;
+        self.show(studio, &latents)
+    }
+
+    /// The transformer's half of [`ClipStream::next`]: latents `[16, T, h, w]`.
+    pub fn imagine(
+        &self,
+        studio: &Studio,
+        features: &Tensor,
+        noise: &Tensor,
+        pose: Option<&Tensor>,
+        probe: Probe,
+    ) -> Result<Tensor> {
         let unmoved = self.unmoved();
         let guided = self.settings.guidance > 1.0;
         let audio = studio.dit.audio(features)?;
@@ -157,8 +170,14 @@ impl ClipStream {
             }
             x = sampler.step(step, &x, &v)?;
         }
+        Ok(x)
+    }
+
+    /// The decoder's half: the clip's pixels; they become the next clip's motion context.
+    pub fn show(&mut self, studio: &Studio, latents: &Tensor) -> Result<Tensor> {
+        let unmoved = self.unmoved();
         let before = if unmoved { &self.reference } else { &self.motion };
-        let decoded = studio.vae.decode(&Tensor::cat(&[before, &x], 1)?)?;
+        let decoded = studio.vae.decode(&Tensor::cat(&[before, latents], 1)?)?;
         let mut frames = last(&decoded, self.settings.clip_frames)?;
         if unmoved {
             frames = without_first(&frames, WARM_UP)?;

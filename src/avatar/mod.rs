@@ -8,7 +8,9 @@ pub mod clip;
 mod embedded;
 mod intake;
 mod liveliness;
+mod noise;
 pub mod pocket;
+pub mod s2v;
 pub mod studio;
 mod test_card;
 
@@ -56,17 +58,25 @@ pub struct OpenOptions {
     pub seed: u64,
     /// Denoising steps; `None` takes the model's default.
     pub steps: Option<usize>,
+    /// What the picture shows, for models that read; `None` takes the configured one.
+    pub prompt: Option<String>,
+    /// What it should not look like, for models with guidance; `None` takes the configured one.
+    pub negative_prompt: Option<String>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { seed: 1, steps: None }
+        OpenOptions { seed: 1, steps: None, prompt: None, negative_prompt: None }
     }
 }
 
 /// A loaded model that can give faces. Lives on its device's thread.
 pub trait Generator: Send {
     fn geometry(&self) -> Geometry;
+    /// Geometry of the face this picture would give: another one where the model follows a picture's proportions.
+    fn geometry_for(&self, _portrait: &Portrait) -> Geometry {
+        self.geometry()
+    }
     /// Prepares a face (encodes the portrait, fills the conditioning caches).
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>>;
     /// A picture this generator surely accepts: for warm-up and for measuring. Mid-grey unless a model knows better.

@@ -1,6 +1,8 @@
 //! The networks around one speech-to-video transformer, and what clip mode and block mode do the same way: listening to
 //! a whole voice, looking at a picture, handing the last frames on.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::model::{
@@ -57,6 +59,15 @@ impl Studio {
     pub fn device(&self) -> &Device {
         self.vae.device()
     }
+}
+
+/// A video `[3, n, height, width]` in −1..1 as packed 8-bit RGB, one per frame.
+pub(super) fn pictures(video: &Tensor) -> Result<Vec<Arc<[u8]>>> {
+    let (_, frames, h, w) = video.dims4()?;
+    // half added before the cut to whole numbers: rounding
+    let bytes = video.affine(127.5, 128.0)?.clamp(0.0, 255.0)?.to_dtype(DType::U8)?;
+    let bytes: Vec<u8> = bytes.permute((1, 2, 3, 0))?.contiguous()?.flatten_all()?.to_vec1()?;
+    Ok(bytes.chunks_exact((3 * h * w).max(1)).take(frames).map(Arc::from).collect())
 }
 
 /// `frames` copies of a picture `[3, 1, height, width]`.

@@ -89,7 +89,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let mut generator = engines::load(args.engine, args.threads)?;
     let geometry = generator.geometry();
     let portrait = engines::portrait(args.image.as_deref(), args.presenter.as_deref(), generator.as_ref())?;
-    let options = OpenOptions { seed: args.seed, steps: args.steps.map(|n| n as usize) };
+    let options = OpenOptions { seed: args.seed, steps: args.steps.map(|n| n as usize), ..OpenOptions::default() };
     let stream = generator.open(&portrait, &options)?;
 
     let mut job = Job::new(&args, stream, geometry, &summary)?;

@@ -50,7 +50,7 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
     let Geometry { width, height, fps, .. } = geometry;
     let portrait = generator.sample_portrait();
     let began = Instant::now();
-    let mut stream = generator.open(&portrait, &OpenOptions { seed: 1, steps })?;
+    let mut stream = generator.open(&portrait, &OpenOptions { steps, ..OpenOptions::default() })?;
     let open = began.elapsed();
     let bitrate = 900_000;
     let mut video = VideoEncoder::new(H264Config { width, height, fps: fps as f32, bitrate, max_bitrate: bitrate })?;

@@ -85,13 +85,15 @@ impl Euler {
     }
 }
 
-/// The solvers of the clip form, both of second order over predicted x₀.
+/// The solvers of the clip form; the first two of second order over predicted x₀.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Solver {
     /// UniPC, "bh2", with corrector (S2V's default).
     UniPc,
     /// DPM-Solver++ 2M, midpoint.
     Dpm,
+    /// Plain Euler from σ = 1, fractional timesteps: what distillation adapters are made for.
+    Euler,
 }
 
 impl Solver {
@@ -101,10 +103,11 @@ impl Solver {
         let first = match self {
             // The training range of this scheduler ends at the f32 value of 0.999.
             Solver::UniPc => f64::from(0.999f32),
-            Solver::Dpm => 1.0,
+            Solver::Dpm | Solver::Euler => 1.0,
         };
         let exact: Vec<f64> = linspace(first, 0.0, steps + 1).take(steps).map(|s| shifted(s, shift)).collect();
-        let timesteps = exact.iter().map(|s| (s * 1000.0).trunc() as f32).collect();
+        let whole = |t: f64| if self == Solver::Euler { t } else { t.trunc() };
+        let timesteps = exact.iter().map(|s| whole(s * 1000.0) as f32).collect();
         let mut sigmas: Vec<f32> = exact.iter().map(|s| *s as f32).collect();
         sigmas.push(0.0);
         let lambdas = sigmas.iter().map(|s| (1.0 - s).ln() - s.ln()).collect();
@@ -132,7 +135,7 @@ impl Sampler {
         &self.sigmas
     }
 
-    /// What the model is told at each step: σ · 1000 truncated to an integer.
+    /// What the model is told at each step: σ · 1000, truncated to an integer but for Euler.
     pub fn timesteps(&self) -> &[f32] {
         &self.timesteps
     }
@@ -159,6 +162,7 @@ impl Sampler {
         let next = match self.solver {
             Solver::UniPc => self.unipc(i, x, &sample)?,
             Solver::Dpm => self.dpm(i, x, &sample)?,
+            Solver::Euler => (x + (velocity * f64::from(self.sigmas[i + 1] - self.sigmas[i]))?)?,
         };
         self.samples.push(sample);
         Ok(next)

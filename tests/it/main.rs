@@ -11,6 +11,7 @@ mod net;
 mod peer;
 mod pocket;
 mod prompts;
+mod s2v;
 mod server;
 mod session;
 mod session_loop;

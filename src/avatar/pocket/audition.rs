@@ -5,9 +5,9 @@
 //! movement of 9.8; photographs, landscapes, faces at another place or size, noise and flat fields all fail one of the
 //! two bounds, most by far.
 
-use super::{Shared, noise::normal};
+use super::Shared;
 use crate::{
-    avatar::{AvatarError, Result},
+    avatar::{AvatarError, Result, noise::normal},
     model::{
         audio::{AHEAD, FEATURES, MelState},
         dit::StreamState,

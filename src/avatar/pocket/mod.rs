@@ -8,7 +8,6 @@
 //! One block is one latent is 4 frames is 160 ms. The mouth needs 126 ms of speech beyond a block's end.
 
 mod audition;
-mod noise;
 mod portrait;
 mod stream;
 

@@ -1,8 +1,8 @@
 //! One face of the pocket engine.
 
-use super::{Shared, noise::normal};
+use super::Shared;
 use crate::{
-    avatar::{AvatarError, Controls, Intake, Liveliness, Result, Stream},
+    avatar::{AvatarError, Controls, Intake, Liveliness, Result, Stream, noise::normal},
     media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, SPEECH_RATE, StageTimes},
     model::{
         self,

@@ -6,9 +6,14 @@ mod tokenizer;
 
 pub use tokenizer::Tokenizer;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
-use crate::model::{Error, Result, nn::Linear, vae::Probe, weights::Weights};
+use crate::model::{
+    Error, Result,
+    nn::Linear,
+    vae::{Probe, quiet},
+    weights::Weights,
+};
 
 /// Sizes; the defaults are umt5-xxl's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +106,89 @@ struct Block {
     fc2: Linear,
 }
 
+impl Block {
+    fn load(w: &Weights, config: &Config, i: usize) -> Result<Self> {
+        let p = |n: &str| format!("blocks.{i}.{n}");
+        let norm = |n: &str| w.get(config.dim, &p(n)).map(Norm);
+        let linear = |n: &str, input: usize, out: usize| w.linear(&p(n), input, out, false);
+        let (d, a, f) = (config.dim, config.dim_attn, config.dim_ffn);
+        Ok(Block {
+            norm1: norm("norm1.weight")?,
+            q: linear("attn.q", d, a)?,
+            k: linear("attn.k", d, a)?,
+            v: linear("attn.v", d, a)?,
+            o: linear("attn.o", a, d)?,
+            positions: w.get((config.num_buckets, config.num_heads), &p("pos_embedding.embedding.weight"))?,
+            norm2: norm("norm2.weight")?,
+            gate: linear("ffn.gate.0", d, f)?,
+            fc1: linear("ffn.fc1", d, f)?,
+            fc2: linear("ffn.fc2", f, d)?,
+        })
+    }
+
+    /// `x` `[n, dim]` through block `i`.
+    fn forward(&self, x: &Tensor, places: &Places, i: usize, heads: usize, probe: Probe) -> Result<Tensor> {
+        let n = x.dim(0)?;
+        let bias = self.positions.to_dtype(DType::F32)?.index_select(&places.buckets, 0)?.reshape((n, n, heads))?;
+        let bias = bias.permute((2, 0, 1))?.contiguous()?;
+        probe(&format!("blocks.{i}.pos_embedding"), &bias.unsqueeze(0)?);
+        // masked keys get the lowest finite value instead of the bias, not on top of it
+        let bias = bias.broadcast_mul(&places.open)?.broadcast_add(&places.closed)?;
+        let y = self.norm1.forward(x)?;
+        let split = |t: Tensor| t.reshape((n, heads, ()))?.transpose(0, 1)?.contiguous();
+        let (q, k, v) = (split(self.q.forward(&y)?)?, split(self.k.forward(&y)?)?, split(self.v.forward(&y)?)?);
+        let scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? + bias)?;
+        let a = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?.matmul(&v)?;
+        let a = self.o.forward(&a.transpose(0, 1)?.contiguous()?.reshape((n, ()))?)?;
+        probe(&format!("blocks.{i}.attn"), &a);
+        let x = (x + a)?;
+        let y = self.norm2.forward(&x)?;
+        let f = self.fc2.forward(&(self.fc1.forward(&y)? * self.gate.forward(&y)?.gelu()?)?)?;
+        probe(&format!("blocks.{i}.ffn"), &f);
+        let x = (x + f)?;
+        probe(&format!("blocks.{i}"), &x);
+        Ok(x)
+    }
+}
+
+/// Who may look where, for one prompt.
+struct Places {
+    /// Position bucket of every (query, key).
+    buckets: Tensor,
+    /// `[1, 1, n]`: 1 for real keys, 0 for padding.
+    open: Tensor,
+    /// 0 for real keys, the lowest finite value for padding.
+    closed: Tensor,
+}
+
+impl Places {
+    /// Checks ids and mask of a prompt.
+    fn of(ids: &[u32], mask: &[bool], config: &Config, device: &Device) -> Result<Self> {
+        let n = ids.len();
+        if n == 0 || mask.len() != n {
+            return Err(Error::Input(format!(
+                "a prompt of {n} tokens with a mask of {} cannot be encoded",
+                mask.len()
+            )));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            return Err(Error::Input(format!(
+                "token {id} is outside the vocabulary of {} rows: tokenizer and text encoder do not belong together",
+                config.vocab_size
+            )));
+        }
+        let buckets: Vec<u32> = (0..n as i64)
+            .flat_map(|q| (0..n as i64).map(move |k| k - q))
+            .map(|r| relative_bucket(r, config.num_buckets) as u32)
+            .collect();
+        let row = |real: f32, padding: f32| {
+            let values: Vec<f32> = mask.iter().map(|&m| if m { real } else { padding }).collect();
+            Tensor::from_vec(values, (1, 1, n), device)
+        };
+        Ok(Places { buckets: Tensor::new(buckets, device)?, open: row(1.0, 0.0)?, closed: row(0.0, f32::MIN)? })
+    }
+}
+
 /// The encoder. Immutable.
 pub struct Umt5 {
     embedding: Tensor,
@@ -109,40 +197,27 @@ pub struct Umt5 {
     config: Config,
 }
 
+fn check(config: &Config) -> Result<()> {
+    if config.num_heads == 0 || config.dim_attn % config.num_heads != 0 || config.num_buckets < 4 {
+        return Err(Error::Config(format!(
+            "UMT5: {} attention channels cannot be split over {} heads with {} position buckets",
+            config.dim_attn, config.num_heads, config.num_buckets
+        )));
+    }
+    Ok(())
+}
+
+fn embedding(w: &Weights, config: &Config) -> Result<Tensor> {
+    w.get((config.vocab_size, config.dim), "token_embedding.weight")
+}
+
 impl Umt5 {
     /// Reads the official keys.
     pub fn load(w: &Weights, config: &Config) -> Result<Self> {
-        if config.num_heads == 0 || config.dim_attn % config.num_heads != 0 || config.num_buckets < 4 {
-            return Err(Error::Config(format!(
-                "UMT5: {} attention channels cannot be split over {} heads with {} position buckets",
-                config.dim_attn, config.num_heads, config.num_buckets
-            )));
-        }
-        let norm = |name: &str| w.get(config.dim, name).map(Norm);
-        let mut blocks = Vec::new();
-        for i in 0..config.layers {
-            let p = |n: &str| format!("blocks.{i}.{n}");
-            let linear = |n: &str, input: usize, out: usize| w.linear(&p(n), input, out, false);
-            let (d, a, f) = (config.dim, config.dim_attn, config.dim_ffn);
-            blocks.push(Block {
-                norm1: norm(&p("norm1.weight"))?,
-                q: linear("attn.q", d, a)?,
-                k: linear("attn.k", d, a)?,
-                v: linear("attn.v", d, a)?,
-                o: linear("attn.o", a, d)?,
-                positions: w.get((config.num_buckets, config.num_heads), &p("pos_embedding.embedding.weight"))?,
-                norm2: norm(&p("norm2.weight"))?,
-                gate: linear("ffn.gate.0", d, f)?,
-                fc1: linear("ffn.fc1", d, f)?,
-                fc2: linear("ffn.fc2", f, d)?,
-            });
-        }
-        Ok(Umt5 {
-            embedding: w.get((config.vocab_size, config.dim), "token_embedding.weight")?,
-            blocks,
-            norm: norm("norm.weight")?,
-            config: config.clone(),
-        })
+        check(config)?;
+        let blocks: Result<_> = (0..config.layers).map(|i| Block::load(w, config, i)).collect();
+        let norm = Norm(w.get(config.dim, "norm.weight")?);
+        Ok(Umt5 { embedding: embedding(w, config)?, blocks: blocks?, norm, config: config.clone() })
     }
 
     pub fn config(&self) -> &Config {
@@ -152,50 +227,36 @@ impl Umt5 {
     /// Embeddings `[L, dim]` of `L` ids; `mask` (1 = real, same length) keeps padding from being attended to. Official
     /// callers keep only the first Σ mask rows; handing in just the real ids gives the same rows.
     pub fn encode(&self, ids: &[u32], mask: &[bool], probe: Probe) -> Result<Tensor> {
-        let n = ids.len();
-        if n == 0 || mask.len() != n {
-            return Err(Error::Input(format!(
-                "a prompt of {n} tokens with a mask of {} cannot be encoded",
-                mask.len()
-            )));
-        }
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
-            return Err(Error::Input(format!(
-                "token {id} is outside the vocabulary of {} rows: tokenizer and text encoder do not belong together",
-                self.config.vocab_size
-            )));
-        }
         let device = self.embedding.device();
+        let places = Places::of(ids, mask, &self.config, device)?;
         let mut x = self.embedding.index_select(&Tensor::new(ids, device)?, 0)?;
-        let buckets: Vec<u32> = (0..n as i64)
-            .flat_map(|q| (0..n as i64).map(move |k| k - q))
-            .map(|r| relative_bucket(r, self.config.num_buckets) as u32)
-            .collect();
-        let buckets = Tensor::new(buckets, device)?;
-        let closed: Vec<f32> = mask.iter().map(|&m| if m { 0.0 } else { f32::MIN }).collect();
-        let closed = Tensor::from_vec(closed, (1, 1, n), device)?;
-        let heads = self.config.num_heads;
         for (i, b) in self.blocks.iter().enumerate() {
-            let bias = b.positions.to_dtype(DType::F32)?.index_select(&buckets, 0)?.reshape((n, n, heads))?;
-            let bias = bias.permute((2, 0, 1))?.contiguous()?;
-            probe(&format!("blocks.{i}.pos_embedding"), &bias.unsqueeze(0)?);
-            // masked keys get the lowest finite value instead of the bias, not on top of it
-            let open: Vec<f32> = mask.iter().map(|&m| if m { 1.0 } else { 0.0 }).collect();
-            let bias = bias.broadcast_mul(&Tensor::from_vec(open, (1, 1, n), device)?)?.broadcast_add(&closed)?;
-            let y = b.norm1.forward(&x)?;
-            let split = |t: Tensor| t.reshape((n, heads, ()))?.transpose(0, 1)?.contiguous();
-            let (q, k, v) = (split(b.q.forward(&y)?)?, split(b.k.forward(&y)?)?, split(b.v.forward(&y)?)?);
-            let scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? + bias)?;
-            let a = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?.matmul(&v)?;
-            let a = b.o.forward(&a.transpose(0, 1)?.contiguous()?.reshape((n, self.config.dim_attn))?)?;
-            probe(&format!("blocks.{i}.attn"), &a);
-            x = (x + a)?;
-            let y = b.norm2.forward(&x)?;
-            let f = b.fc2.forward(&(b.fc1.forward(&y)? * b.gate.forward(&y)?.gelu()?)?)?;
-            probe(&format!("blocks.{i}.ffn"), &f);
-            x = (x + f)?;
-            probe(&format!("blocks.{i}"), &x);
+            x = b.forward(&x, &places, i, self.config.num_heads, probe)?;
         }
         Ok(self.norm.forward(&x)?)
     }
+}
+
+/// Embeddings `[L, dim]` of prompts of `L` ids each, by an encoder that is never in memory as a whole: one block after
+/// another is loaded, used for all prompts and dropped. For prompts that are encoded once.
+pub fn encode_passing(w: &Weights, config: &Config, prompts: &[Vec<u32>]) -> Result<Vec<Tensor>> {
+    check(config)?;
+    let device = w.device();
+    let mut places = Vec::new();
+    for ids in prompts {
+        places.push(Places::of(ids, &vec![true; ids.len()], config, device)?);
+    }
+    let rows = embedding(w, config)?;
+    let start = |ids: &Vec<u32>| Ok(rows.index_select(&Tensor::new(ids.as_slice(), device)?, 0)?);
+    let mut states = prompts.iter().map(start).collect::<Result<Vec<Tensor>>>()?;
+    drop(rows);
+    for i in 0..config.layers {
+        let block = Block::load(w, config, i)?;
+        for (x, places) in states.iter_mut().zip(&places) {
+            *x = block.forward(x, places, i, config.num_heads, &mut quiet)?;
+        }
+    }
+    let norm = Norm(w.get(config.dim, "norm.weight")?);
+    w.finish()?;
+    states.iter().map(|x| Ok(norm.forward(x)?)).collect()
 }

@@ -7,6 +7,7 @@
 
 mod adapter;
 mod archive;
+mod folder;
 mod gguf;
 pub mod layout;
 mod open;
@@ -18,6 +19,7 @@ mod tensors;
 mod torch;
 
 pub use adapter::Adapted;
+pub use folder::Survey;
 pub use gguf::Gguf;
 pub use open::{Checkpoint, Format, format_of, open};
 pub use safetensors::Safetensors;
@@ -102,12 +104,28 @@ pub struct Weights {
     prefix: String,
     device: Device,
     dtype: DType,
+    watch: Option<Watch>,
 }
+
+/// Told the number of parameters of every tensor that was loaded.
+pub type Watch = Arc<dyn Fn(usize) + Send + Sync>;
 
 impl Weights {
     /// Starts at the root of `source`; tensors go to `device` as `dtype`.
     pub fn new(source: Arc<dyn Source>, device: &Device, dtype: DType) -> Self {
-        Self { source, ledger: Arc::default(), prefix: String::new(), device: device.clone(), dtype }
+        Self { source, ledger: Arc::default(), prefix: String::new(), device: device.clone(), dtype, watch: None }
+    }
+
+    /// The same place with somebody who is told what was loaded.
+    pub fn watched(self, watch: Watch) -> Self {
+        Self { watch: Some(watch), ..self }
+    }
+
+    /// Tells whoever watches that `parameters` more are loaded.
+    pub fn saw(&self, parameters: usize) {
+        if let Some(watch) = &self.watch {
+            watch(parameters);
+        }
     }
 
     /// Goes down one name (dots allowed).
@@ -176,7 +194,9 @@ impl Weights {
         let t = self.source.load(&full)?;
         // Convert on the CPU only when that makes the transfer smaller.
         let t = if t.dtype().size_in_bytes() > self.dtype.size_in_bytes() { t.to_dtype(self.dtype)? } else { t };
-        Ok(t.to_device(&self.device)?.to_dtype(self.dtype)?)
+        let t = t.to_device(&self.device)?.to_dtype(self.dtype)?;
+        self.saw(t.elem_count());
+        Ok(t)
     }
 
     /// `name.weight` `[out, in]` and, if `bias`, `name.bias` `[out]`. What is stored quantised stays so.

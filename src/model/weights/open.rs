@@ -68,7 +68,11 @@ fn wrong(path: &Path, why: impl std::fmt::Display) -> Error {
 
 /// Opens a file or folder.
 pub fn open(path: &Path) -> Result<Checkpoint> {
-    let files = if path.is_dir() { files_of(path)? } else { vec![path.to_path_buf()] };
+    open_files(if path.is_dir() { files_of(path)? } else { vec![path.to_path_buf()] })
+}
+
+/// Opens one file, or all shards of one network.
+pub(super) fn open_files(files: Vec<PathBuf>) -> Result<Checkpoint> {
     let mut bytes = 0;
     for file in &files {
         bytes += fs::metadata(file).map_err(|e| wrong(file, format!("cannot be read: {e}")))?.len();
@@ -155,7 +159,7 @@ fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
 /// An index lists which shard holds which tensor; it is small.
 const INDEX_LIMIT: u64 = 64 << 20;
 
-fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     let size = fs::metadata(index).map_err(|e| wrong(index, e))?.len();
     if size > INDEX_LIMIT {
         return Err(wrong(index, format!("has {size} bytes; no index is that large")));

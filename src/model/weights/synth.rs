@@ -9,10 +9,10 @@ use std::{
     sync::Arc,
 };
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
-use super::{Tensors, Weights};
+use super::{Source, Tensors, Weights};
 use crate::model::{
     Error, Result,
     dit::{Config, Dit},
@@ -197,6 +197,192 @@ pub fn write(preset: &Preset, path: &Path, seed: u64, progress: &mut dyn FnMut(u
     outcome.map_err(wrong)
 }
 
+/// A whole model of random numbers: the parts of an official folder.
+pub struct Whole {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub transformer: &'static str,
+    pub vae: &'static str,
+    pub text: &'static str,
+    pub hearing: &'static str,
+}
+
+/// What [`write_folder`] can make, and `random:NAME` names.
+pub const WHOLES: &[Whole] = &[
+    Whole {
+        name: "tiny",
+        about: "a whole model at width 96, 8 MB: every part, and a tokenizer",
+        transformer: "s2v-tiny",
+        vae: "wan21-vae-tiny",
+        text: "umt5-tiny",
+        hearing: "wav2vec2-tiny",
+    },
+    Whole {
+        name: "14b",
+        about: "a whole model of the true sizes, 45 GB: every part, and a tokenizer of single letters",
+        transformer: "s2v-14b",
+        vae: "wan21-vae",
+        text: "umt5-xxl",
+        hearing: "wav2vec2-large",
+    },
+];
+
+impl Whole {
+    /// By its name.
+    pub fn named(name: &str) -> Result<&'static Whole> {
+        WHOLES.iter().find(|w| w.name == name).ok_or_else(|| {
+            let names: Vec<_> = WHOLES.iter().map(|w| w.name).collect();
+            Error::Config(format!("there is no random model `{name}`; there are {}", names.join(" and ")))
+        })
+    }
+
+    /// What stands in `config.json` beside the transformer.
+    pub fn transformer_config(&self) -> Config {
+        if self.transformer == "s2v-tiny" { tiny_transformer() } else { Config::default() }
+    }
+
+    /// And beside the audio encoder.
+    pub fn hearing_config(&self) -> wav2vec2::Config {
+        if self.hearing == "wav2vec2-tiny" { tiny_hearing() } else { wav2vec2::Config::default() }
+    }
+}
+
+/// A preset by its name.
+pub fn preset(name: &str) -> Result<&'static Preset> {
+    PRESETS.iter().find(|p| p.name == name).ok_or_else(|| {
+        let names: Vec<_> = PRESETS.iter().map(|p| p.name).collect();
+        Error::Config(format!("there is no preset `{name}`; choose one of {}", names.join(", ")))
+    })
+}
+
+/// Writes a whole model in the official layout: transformer with index and `config.json`, autoencoder, text encoder,
+/// `google/umt5-xxl/tokenizer.json`, and the audio encoder's folder.
+pub fn write_folder(whole: &Whole, folder: &Path, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    let wrong = |e: std::io::Error| Error::Weights(format!("{} cannot be written: {e}", folder.display()));
+    let text = |path: std::path::PathBuf, value: serde_json::Value| -> Result<()> {
+        fs::write(path, value.to_string()).map_err(wrong)
+    };
+    let (words, hearing) = (folder.join("google/umt5-xxl"), folder.join("wav2vec2-large-xlsr-53-english"));
+    for part in [folder, &words, &hearing] {
+        fs::create_dir_all(part).map_err(wrong)?;
+    }
+    let shard = "diffusion_pytorch_model-00001-of-00001.safetensors";
+    for (name, path) in [
+        (whole.transformer, folder.join(shard)),
+        (whole.vae, folder.join("Wan2.1_VAE.safetensors")),
+        (whole.text, folder.join("models_t5_umt5-xxl-enc-bf16.safetensors")),
+        (whole.hearing, hearing.join("model.safetensors")),
+    ] {
+        write(preset(name)?, &path, seed, progress)?;
+    }
+    let listed = shapes(preset(whole.transformer)?)?;
+    let map: serde_json::Map<_, _> = listed.into_keys().map(|name| (name, shard.into())).collect();
+    let index = serde_json::json!({"metadata": {}, "weight_map": map});
+    text(folder.join("diffusion_pytorch_model.safetensors.index.json"), index)?;
+    let c = whole.transformer_config();
+    text(
+        folder.join("config.json"),
+        serde_json::json!({
+            "model_type": c.model_type, "dim": c.dim, "ffn_dim": c.ffn_dim, "freq_dim": c.freq_dim,
+            "num_heads": c.num_heads, "num_layers": c.num_layers, "in_dim": c.in_dim, "out_dim": c.out_dim,
+            "text_len": c.text_len, "eps": c.eps, "audio_dim": c.audio_dim, "num_audio_token": c.num_audio_token,
+            "audio_inject_layers": c.audio_inject_layers,
+        }),
+    )?;
+    let h = whole.hearing_config();
+    text(
+        hearing.join("config.json"),
+        serde_json::json!({
+            "hidden_size": h.hidden_size, "num_hidden_layers": h.num_hidden_layers,
+            "num_attention_heads": h.num_attention_heads, "intermediate_size": h.intermediate_size,
+            "conv_dim": h.conv_dim, "conv_kernel": h.conv_kernel, "conv_stride": h.conv_stride,
+            "num_conv_pos_embeddings": h.num_conv_pos_embeddings,
+            "num_conv_pos_embedding_groups": h.num_conv_pos_embedding_groups, "layer_norm_eps": h.layer_norm_eps,
+        }),
+    )?;
+    text(words.join("tokenizer.json"), tokenizer())
+}
+
+/// A unigram tokenizer of single letters with the special tokens of UMT5's (`<pad>` 0, `</s>` 1, `<unk>` 2).
+pub fn tokenizer() -> serde_json::Value {
+    let mut vocabulary = vec![("<pad>".to_string(), 0.0), ("</s>".into(), 0.0), ("<unk>".into(), 0.0)];
+    vocabulary.push(("\u{2581}".into(), -2.0));
+    vocabulary.extend(('!'..='~').map(|c| (c.to_string(), -4.0)));
+    let special = |id: usize, content: &str| {
+        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    let space = serde_json::json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always",
+        "split": true});
+    let sequence = |id: &str| serde_json::json!({"Sequence": {"id": id, "type_id": 0}});
+    let end = serde_json::json!({"SpecialToken": {"id": "</s>", "type_id": 0}});
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<pad>"), special(1, "</s>"), special(2, "<unk>")],
+        "normalizer": null, "pre_tokenizer": space, "decoder": space,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [sequence("A"), end],
+            "pair": [sequence("A"), end, sequence("B"), end],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": false},
+    })
+}
+
+/// A preset's numbers made when they are asked for: nothing is read from anywhere, and the same seed gives the same.
+struct Imagined {
+    shapes: BTreeMap<String, Vec<usize>>,
+    name: &'static str,
+    seed: u64,
+}
+
+/// A random checkpoint without a file, for benchmarks on machines that cannot hold one.
+pub fn imagined(preset: &Preset, seed: u64) -> Result<Arc<dyn Source>> {
+    Ok(Arc::new(Imagined { shapes: shapes(preset)?, name: preset.name, seed }))
+}
+
+/// Numbers that one worker makes at a time, with a seed of their own.
+const PART: usize = 1 << 20;
+
+impl Source for Imagined {
+    fn names(&self) -> Vec<String> {
+        self.shapes.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.shapes.get(name).cloned()
+    }
+
+    fn load(&self, name: &str) -> Result<Tensor> {
+        let shape = self.shapes.get(name).ok_or_else(|| Error::Weights(format!("no tensor {name}")))?;
+        let (mean, deviation) = kind(name, shape);
+        // FNV-1a: every tensor has numbers of its own, in whatever order they are asked for.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let count: usize = shape.iter().product();
+        let mut values = vec![bf16::ZERO; count.next_multiple_of(4)];
+        let fill = |i: usize, part: &mut [bf16]| {
+            let mut random = Random(self.seed ^ hash ^ (i as u64) << 40);
+            for four in part.chunks_exact_mut(4) {
+                four.copy_from_slice(&random.four(deviation).map(|v| bf16::from_f32(v.to_f32() + mean)));
+            }
+        };
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let each = values.len().div_ceil(PART).div_ceil(workers).max(1);
+        std::thread::scope(|scope| {
+            for (w, some) in values.chunks_mut(each * PART).enumerate() {
+                scope.spawn(move || some.chunks_mut(PART).enumerate().for_each(|(i, part)| fill(w * each + i, part)));
+            }
+        });
+        values.truncate(count);
+        Ok(Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?)
+    }
+
+    fn origin(&self) -> String {
+        format!("random {} (seed {})", self.name, self.seed)
+    }
+}
+
 /// What a checkpoint is worth.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -239,7 +425,7 @@ pub fn verdict(c: &super::Checkpoint) -> Verdict {
 
 /// A transformer's sizes as its shapes tell them. The width of a head cannot be seen in shapes: 128, as published,
 /// where that divides the width, else 32.
-fn transformer(w: &Weights) -> Result<Config> {
+pub fn transformer(w: &Weights) -> Result<Config> {
     let mut c = Config::default();
     let axis = |name: &str, i: usize| w.shape(name).and_then(|s| s.get(i).copied());
     if let Some(dim) = axis("blocks.0.self_attn.q.weight", 0) {

@@ -1,4 +1,4 @@
-//! The noise that blocks are made from: a function of seed and block number alone.
+//! The randomness of faces: a function of seed and block number alone, never of how speech was cut.
 
 use rand_chacha::{
     ChaCha8Rng,
@@ -20,6 +20,15 @@ pub(super) fn normal(seed: u64, index: u64, count: usize) -> Vec<f32> {
     out
 }
 
+/// `count` whole numbers of `range` (both ends included) for block `index`; independent of its noise.
+pub(super) fn whole(seed: u64, index: u64, count: usize, range: (usize, usize)) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // Blocks count from zero: the upper half of the streams is free.
+    rng.set_stream(index | 1 << 63);
+    let span = (range.1 - range.0 + 1) as u64;
+    (0..count).map(|_| range.0 + (rng.next_u64() % span) as usize).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,5 +44,12 @@ mod tests {
         let var = a.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / n;
         let tails = a.iter().filter(|v| v.abs() > 1.96).count() as f32 / n;
         assert!(mean.abs() < 0.03 && (var - 1.0).abs() < 0.04 && (tails - 0.05).abs() < 0.01, "{mean} {var} {tails}");
+    }
+
+    #[test]
+    fn whole_numbers_stay_in_their_range_and_reach_its_ends() {
+        let many: Vec<usize> = (0..200).flat_map(|b| whole(7, b, 4, (4, 30))).collect();
+        assert_eq!((many.iter().min(), many.iter().max()), (Some(&4), Some(&30)));
+        assert_eq!(whole(7, 3, 4, (4, 30)), whole(7, 3, 4, (4, 30)));
     }
 }

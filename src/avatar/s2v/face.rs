@@ -1,0 +1,133 @@
+//! One face of the 14B model.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use candle_core::{Device, Tensor};
+
+use super::ears::Ears;
+use crate::{
+    avatar::{
+        AvatarError, Intake, Result, Stream,
+        block::Continuous,
+        clip::ClipStream,
+        noise::{normal, whole},
+        studio::{Studio, pictures},
+    },
+    media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, StageTimes},
+    model::{self, vae::quiet},
+};
+
+/// How far ahead of a block the reference may stay; drawn anew for every step (causal_model_s2v.py of
+/// Alibaba-Quark/LiveAvatar at 9c2c38d draws from an unseeded generator, here it comes from the face's seed).
+const DISTANCE: (usize, usize) = (4, 30);
+
+/// The two ways to frames.
+pub(super) enum Way {
+    Block {
+        face: Box<Continuous>,
+        steps: usize,
+    },
+    Clip {
+        face: Box<ClipStream>,
+        /// Pose latents of clip 0, 1, …; absent clips have no pose.
+        pose: Vec<Tensor>,
+    },
+}
+
+/// Everything one face remembers.
+pub(super) struct Face {
+    pub(super) studio: Arc<Studio>,
+    pub(super) geometry: Geometry,
+    pub(super) way: Way,
+    pub(super) ears: Ears,
+    pub(super) intake: Intake,
+    pub(super) seed: u64,
+    /// Shape of a block's noise: channels, latent frames, rows, columns.
+    pub(super) noise: [usize; 4],
+    /// The next block.
+    pub(super) index: u64,
+}
+
+impl Face {
+    fn block(&mut self) -> model::Result<(Vec<Arc<[u8]>>, StageTimes)> {
+        let studio = self.studio.clone();
+        let device = studio.device().clone();
+        let began = Instant::now();
+        // Audio is counted in whole blocks; the first block's missing frames are the silence before the speech.
+        let frames = self.geometry.block_frames as usize;
+        let features = self.ears.listen(&studio.hearing, &device, self.index * frames as u64, frames)?;
+        let heard = settled(&device, began)?;
+        let noise = normal(self.seed, self.index, self.noise.iter().product());
+        let noise = Tensor::from_vec(noise, &self.noise, &Device::Cpu)?.to_device(&device)?;
+        let latents = match &mut self.way {
+            Way::Block { face, steps } => {
+                let distance = whole(self.seed, self.index, *steps, DISTANCE);
+                face.imagine(&studio, &features, &noise, &distance, &mut quiet)?
+            }
+            Way::Clip { face, pose } => {
+                face.imagine(&studio, &features, &noise, pose.get(self.index as usize), &mut quiet)?
+            }
+        };
+        let imagined = settled(&device, began)?;
+        let video = match &mut self.way {
+            Way::Block { face, .. } => face.show(&studio, &latents)?,
+            Way::Clip { face, .. } => face.show(&studio, &latents)?,
+        };
+        let shown = pictures(&video)?;
+        let stages =
+            StageTimes { features: heard, generation: imagined - heard, decode: settled(&device, began)? - imagined };
+        Ok((shown, stages))
+    }
+}
+
+/// Time since `began` when the device has done what it was told. Once a stage: a few microseconds.
+fn settled(device: &Device, began: Instant) -> model::Result<Duration> {
+    device.synchronize()?;
+    Ok(began.elapsed())
+}
+
+impl Stream for Face {
+    fn push(&mut self, audio: &AudioBlock) -> Result<()> {
+        let mut clean = Vec::new();
+        self.intake.take(audio, &mut clean)?;
+        self.ears.push(&clean);
+        Ok(())
+    }
+
+    fn pull(&mut self) -> Result<Option<FrameBlock>> {
+        if !self.intake.allows(&self.geometry, self.index) {
+            return Ok(None);
+        }
+        let index = self.index;
+        let (shown, stages) =
+            self.block().map_err(|e| AvatarError::Device { block: index, stage: "generation", source: e.into() })?;
+        let g = &self.geometry;
+        let first = g.first_frame(index);
+        let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
+            at: self.intake.origin() + MediaTime::from_units(first as i64 + i as i64, g.fps),
+            width: g.width,
+            height: g.height,
+            rgb,
+        };
+        let frames = shown.into_iter().enumerate().map(frame).collect();
+        self.index += 1;
+        Ok(Some(FrameBlock { epoch: Epoch::default(), index, frames, stages, controls: Vec::new() }))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.intake.finish();
+        Ok(())
+    }
+}
+
+impl Drop for Face {
+    fn drop(&mut self) {
+        let repaired = self.intake.repaired();
+        if repaired > 0 {
+            tracing::warn!(repaired, "samples of speech were not numbers and became silence");
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The 14B engine: Wan2.2-S2V and LiveAvatar from a checkpoint on disk.
+//!
+//! | mode | frames | a block is | official defaults |
+//! | --- | --- | --- | --- |
+//! | block (LiveAvatar) | 25 a second | 12 frames, the first 9 | 4 Euler steps, shift 3, area 704·384, ring of 48 frames |
+//! | clip (S2V) | 16 a second | a clip, the first 3 frames shorter | 40 UniPC steps, shift 3, guidance 4.5, 80 frames, area 1024·704 |
+//!
+//! The defaults are those of liveavatar/configs/s2v_causal_sft.yaml and minimal_inference/ (Alibaba-Quark/LiveAvatar at
+//! 9c2c38d) and of wan/configs/wan_s2v_14B.py and generate.py (Wan-Video/Wan2.2 at 42bf4cf).
+//!
+//! Frame k shows the speech of [k/fps, (k+1)/fps): the official programs lose three frames at the beginning and leave the
+//! voice where it is, which makes the picture lead by 120 ms (188 ms in clip mode). Here three frames of silence go
+//! before the speech instead, and they are what is lost. A clip that begins with the picture itself loses nothing.
+
+mod config;
+mod ears;
+mod face;
+mod parts;
+mod words;
+
+pub use config::{Config, Mode, Offload, Place, Precision, Size, SolverName, adapter};
+pub use ears::{Ears, LEAST_AHEAD, Reach, whole};
+pub use parts::{Loading, WANTED, Watcher};
+
+use std::{collections::HashMap, sync::Arc};
+
+use candle_core::{DType, Device};
+
+use super::{
+    AvatarError, Generator, Intake, OpenOptions, Result, Stream,
+    block::{self, BlockSettings, Continuous},
+    clip::{self, ClipSettings, ClipStream, Words},
+    studio::Studio,
+};
+use crate::{
+    media::{Geometry, MediaTime, Portrait, SPEECH_RATE},
+    model::{
+        self,
+        dit::{self, Schedule},
+        sampler::Euler,
+        vae::WanVae,
+        wav2vec2::Wav2Vec2,
+        weights::layout::Part,
+    },
+};
+use face::{Face, Way};
+use parts::{Parts, fits};
+use words::Reader;
+
+/// LiveAvatar's rate, steps, shift and area.
+const BLOCK_FPS: u32 = 25;
+const BLOCK_STEPS: usize = 4;
+const BLOCK_AREA: usize = 704 * 384;
+/// S2V's rate and area.
+const CLIP_FPS: u32 = 16;
+const CLIP_AREA: usize = 1024 * 704;
+
+struct S2v {
+    config: Config,
+    size: Size,
+    studio: Arc<Studio>,
+    reader: Reader,
+    how: How,
+    schedules: HashMap<usize, Arc<Schedule>>,
+}
+
+/// The settled mode.
+enum How {
+    Block { settings: BlockSettings, shift: f64 },
+    Clip(ClipSettings),
+}
+
+/// Loads a model. `prompts` beside the configured ones are encoded in the same pass of the text encoder. `watcher` is told
+/// how far it is.
+///
+/// # Errors
+/// [`AvatarError::Weights`] lists everything that is absent or does not fit and where it is published;
+/// [`AvatarError::Options`] names a setting that this model or machine does not have.
+pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box<dyn Generator>> {
+    config.validate().map_err(AvatarError::Options)?;
+    let size = Size::parse(&config.size).map_err(AvatarError::Options)?;
+    let device = parts::device(config)?;
+    let dtype = parts::precision(config, &device)?;
+    let parts = Parts::find(config)?;
+    let how = how(config, parts.live)?;
+    let mut transformer = parts.transformer_config.clone();
+    if let How::Block { settings, .. } = &how {
+        transformer.kv_frames = settings.clip_frames / 4;
+    }
+    let mut reader = Reader::new(&parts, &device, dtype, &watcher).map_err(fits)?;
+    let mut known: Vec<&str> = vec![&config.prompt];
+    known.extend(how.guided().then_some(config.negative_prompt.as_str()));
+    known.extend(prompts.iter().map(String::as_str));
+    reader.learn(&known).map_err(fits)?;
+    let studio = assemble(&parts, config, &how, transformer, &device, dtype, &watcher).map_err(fits)?;
+    Ok(Box::new(S2v {
+        config: config.clone(),
+        size,
+        studio: Arc::new(studio),
+        reader,
+        how,
+        schedules: HashMap::new(),
+    }))
+}
+
+/// LiveAvatar's autoencoder runs in the transformer's type, S2V's in f32 (MODEL.md §12 of the specification).
+fn assemble(
+    parts: &Parts,
+    config: &Config,
+    how: &How,
+    transformer: dit::Config,
+    device: &Device,
+    dtype: DType,
+    watcher: &Watcher,
+) -> model::Result<Studio> {
+    let dit = parts::transformer(parts, transformer, config.offload, device, dtype, watcher)?;
+    let vae_dtype = if matches!(how, How::Block { .. }) { dtype } else { DType::F32 };
+    let weights = parts::watched(&parts.vae, Part::Vae21.name(), device, vae_dtype, watcher);
+    let vae = WanVae::load(&weights)?;
+    weights.finish()?;
+    let weights = parts::watched(&parts.hearing, Part::Hearing.name(), device, DType::F32, watcher);
+    let hearing = Wav2Vec2::load(&weights, &parts.hearing_config)?;
+    weights.finish()?;
+    Ok(Studio { dit, vae, hearing })
+}
+
+/// Only the audio encoder of a checkpoint, and where it lives: for measuring what windows hear.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_hearing(config: &Config) -> Result<(Wav2Vec2, Device)> {
+    let device = parts::device(config)?;
+    let parts = Parts::find(config)?;
+    let weights = parts::watched(&parts.hearing, Part::Hearing.name(), &device, DType::F32, &(Arc::new(|_| {}) as _));
+    let hearing = Wav2Vec2::load(&weights, &parts.hearing_config).map_err(fits)?;
+    weights.finish().map_err(fits)?;
+    Ok((hearing, device))
+}
+
+/// Settles the mode and refuses settings that it does not have.
+fn how(config: &Config, live: bool) -> Result<How> {
+    let refuse = |text: &str| Err(AvatarError::Options(text.into()));
+    let block = match config.mode {
+        Mode::Auto => live,
+        Mode::Block => true,
+        Mode::Clip => false,
+    };
+    if !block {
+        let official = ClipSettings::default();
+        return Ok(How::Clip(ClipSettings {
+            clip_frames: config.clip_frames.unwrap_or(official.clip_frames),
+            solver: config.solver.map_or(official.solver, Into::into),
+            shift: config.shift.unwrap_or(official.shift),
+            guidance: config.guidance.unwrap_or(official.guidance),
+            first_frame: config.first_frame,
+            ..official
+        }));
+    }
+    if config.guidance.is_some_and(|g| g > 1.0) {
+        return refuse("block mode has no guidance (LiveAvatar is distilled without): leave --guidance out");
+    }
+    if config.solver.is_some_and(|s| s != SolverName::Euler) {
+        return refuse("block mode has no solver but euler: leave --solver out");
+    }
+    if config.first_frame {
+        return refuse("block mode has no --first-frame: it always begins with the picture as its motion");
+    }
+    let official = BlockSettings::default();
+    let clip_frames = config.clip_frames.unwrap_or(official.clip_frames);
+    if clip_frames % 12 != 0 {
+        return refuse("in block mode --clip-frames is a multiple of 12, the frames of a block");
+    }
+    if !live {
+        tracing::warn!(
+            "block mode without a LiveAvatar adapter: the plain S2V model is not made for four steps; give \
+             liveavatar.safetensors with --lora"
+        );
+    }
+    Ok(How::Block { settings: BlockSettings { clip_frames, ..official }, shift: config.shift.unwrap_or(3.0) })
+}
+
+impl How {
+    fn guided(&self) -> bool {
+        matches!(self, How::Clip(s) if s.guidance > 1.0)
+    }
+
+    fn fps(&self) -> u32 {
+        if matches!(self, How::Block { .. }) { BLOCK_FPS } else { CLIP_FPS }
+    }
+
+    fn area(&self) -> usize {
+        if matches!(self, How::Block { .. }) { BLOCK_AREA } else { CLIP_AREA }
+    }
+}
+
+impl S2v {
+    /// Frames per block and how many of the first block's are lost.
+    fn frames(&self) -> (usize, usize) {
+        match &self.how {
+            How::Block { .. } => (4 * self.studio.dit.config().frames_per_block, block::WARM_UP),
+            How::Clip(s) => (s.clip_frames, if s.first_frame { 0 } else { clip::WARM_UP }),
+        }
+    }
+
+    /// Height and width of the output for a picture.
+    fn output(&self, portrait: &Portrait) -> Result<(usize, usize)> {
+        let (w, h) = (portrait.width as usize, portrait.height as usize);
+        if w == 0 || h == 0 || portrait.rgb.len() != 3 * w * h {
+            return Err(AvatarError::Portrait("The picture has no pixels; choose another one.".into()));
+        }
+        self.size.of((w, h), self.how.area()).map_err(|e| AvatarError::Portrait(e.to_string()))
+    }
+
+    fn geometry_of(&self, (height, width): (usize, usize)) -> Geometry {
+        let (frames, lost) = self.frames();
+        Geometry {
+            width: width as u32,
+            height: height as u32,
+            fps: self.how.fps(),
+            first_block_frames: (frames - lost) as u32,
+            block_frames: frames as u32,
+            look_ahead: MediaTime::from_units(self.config.reach().ahead as i64, SPEECH_RATE),
+        }
+    }
+
+    /// The noise levels for so many steps, prepared once.
+    fn schedule(&mut self, steps: usize, shift: f64) -> Result<Arc<Schedule>> {
+        if let Some(schedule) = self.schedules.get(&steps) {
+            return Ok(schedule.clone());
+        }
+        let made = Euler::live_avatar(steps, shift).and_then(|e| self.studio.dit.schedule(e));
+        let made = made.map_err(|e| AvatarError::Options(e.to_string()))?;
+        Ok(self.schedules.entry(steps).or_insert(Arc::new(made)).clone())
+    }
+}
+
+impl Generator for S2v {
+    fn geometry(&self) -> Geometry {
+        self.geometry_for(&self.sample_portrait())
+    }
+
+    fn geometry_for(&self, portrait: &Portrait) -> Geometry {
+        // A picture without a size is refused when it is opened.
+        self.geometry_of(self.output(portrait).unwrap_or((64, 64)))
+    }
+
+    fn sample_portrait(&self) -> Portrait {
+        super::embedded::portrait().unwrap_or(Portrait { width: 256, height: 256, rgb: vec![128; 3 << 16].into() })
+    }
+
+    fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>> {
+        let size = self.output(portrait)?;
+        let geometry = self.geometry_of(size);
+        let failed = |e: model::Error| AvatarError::Device { block: 0, stage: "portrait", source: e.into() };
+        let studio = self.studio.clone();
+        let picture = studio.look(&portrait.rgb, (portrait.width as usize, portrait.height as usize), size);
+        let picture = picture.map_err(|e| AvatarError::Portrait(e.to_string()))?;
+        let prompt = options.prompt.as_deref().unwrap_or(&self.config.prompt);
+        let prompt = self.reader.read(&studio.dit, prompt).map_err(failed)?;
+        let (frames, lost) = self.frames();
+        let way = match &self.how {
+            How::Block { settings, shift } => {
+                let (settings, shift) = (settings.clone(), *shift);
+                let steps = options.steps.unwrap_or(BLOCK_STEPS);
+                let schedule = self.schedule(steps, shift)?;
+                let face = Continuous::open(&studio, &picture, Some(prompt), schedule, &settings).map_err(failed)?;
+                Way::Block { face: Box::new(face), steps }
+            }
+            How::Clip(settings) => {
+                let mut settings = settings.clone();
+                settings.steps = options.steps.unwrap_or(settings.steps);
+                let negative = options.negative_prompt.as_deref().unwrap_or(&self.config.negative_prompt);
+                let negative = match self.how.guided() {
+                    true => Some(self.reader.read(&studio.dit, negative).map_err(failed)?),
+                    false => None,
+                };
+                let face = ClipStream::open(&studio, &picture, Words { prompt, negative }, settings).map_err(failed)?;
+                Way::Clip { face: Box::new(face), pose: Vec::new() }
+            }
+        };
+        let lead = lost * SPEECH_RATE as usize / geometry.fps as usize;
+        let scale = studio.vae.scale();
+        let noise = [studio.dit.config().in_dim, frames / 4, size.0 / scale, size.1 / scale];
+        Ok(Box::new(Face {
+            ears: Ears::new(self.config.reach(), geometry.fps, lead),
+            studio,
+            geometry,
+            way,
+            intake: Intake::default(),
+            seed: options.seed,
+            noise,
+            index: 0,
+        }))
+    }
+}

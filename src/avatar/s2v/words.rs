@@ -1,0 +1,85 @@
+//! Prompts to what the transformer reads. The text encoder passes through the device block by block once for all prompts
+//! that are not known yet, and is gone before frames are made.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::parts::{Parts, Watcher, watched};
+use crate::model::{
+    Result,
+    dit::{Dit, TextContext},
+    umt5::{self, Tokenizer},
+    weights::{Source, layout::Part},
+};
+
+/// Encoded prompts remembered; each is a few megabytes.
+const REMEMBERED: usize = 64;
+/// Prompts whose keys and values are kept for all blocks: several hundred megabytes each in the large model.
+const AT_HAND: usize = 2;
+
+/// The reader of one model.
+pub(super) struct Reader {
+    source: Arc<dyn Source>,
+    config: umt5::Config,
+    tokenizer: Tokenizer,
+    device: Device,
+    dtype: DType,
+    watcher: Watcher,
+    states: VecDeque<(String, Tensor)>,
+    contexts: VecDeque<(String, Arc<TextContext>)>,
+}
+
+impl Reader {
+    pub(super) fn new(parts: &Parts, device: &Device, dtype: DType, watcher: &Watcher) -> Result<Reader> {
+        let tokenizer = Tokenizer::from_json(&parts.tokenizer, parts.transformer_config.text_len)?;
+        Ok(Reader {
+            source: parts.text.clone(),
+            config: parts.text_config.clone(),
+            tokenizer,
+            device: device.clone(),
+            dtype,
+            watcher: watcher.clone(),
+            states: VecDeque::new(),
+            contexts: VecDeque::new(),
+        })
+    }
+
+    /// Encodes those of the prompts that are not known yet, in one pass.
+    pub(super) fn learn(&mut self, prompts: &[&str]) -> Result<()> {
+        let mut new: Vec<&str> = Vec::new();
+        for prompt in prompts {
+            if !new.contains(prompt) && !self.states.iter().any(|(p, _)| p == prompt) {
+                new.push(prompt);
+            }
+        }
+        if new.is_empty() {
+            return Ok(());
+        }
+        let ids = new.iter().map(|p| self.tokenizer.encode(p)).collect::<Result<Vec<_>>>()?;
+        let weights = watched(&self.source, Part::Text.name(), &self.device, self.dtype, &self.watcher);
+        let states = umt5::encode_passing(&weights, &self.config, &ids)?;
+        self.states.extend(new.iter().map(|p| p.to_string()).zip(states));
+        let surplus = self.states.len().saturating_sub(REMEMBERED.max(new.len()));
+        self.states.drain(..surplus);
+        Ok(())
+    }
+
+    /// The prompt as every block of the transformer reads it.
+    pub(super) fn read(&mut self, dit: &Dit, prompt: &str) -> Result<Arc<TextContext>> {
+        if let Some((_, context)) = self.contexts.iter().find(|(p, _)| p == prompt) {
+            return Ok(context.clone());
+        }
+        self.learn(&[prompt])?;
+        let states = self.states.iter().find(|(p, _)| p == prompt).map(|(_, s)| s);
+        let context = match states {
+            Some(states) => Arc::new(dit.text(states)?),
+            None => return Err(crate::model::Error::Input("the prompt could not be encoded".into())),
+        };
+        self.contexts.push_back((prompt.into(), context.clone()));
+        if self.contexts.len() > AT_HAND {
+            self.contexts.pop_front();
+        }
+        Ok(context)
+    }
+}

@@ -1,0 +1,192 @@
+//! The 14B engine in its tiny form: both modes through the `Stream` contract, whole folders, and what is said when
+//! something is wrong.
+
+use loquent::{
+    avatar::{
+        AvatarError, Generator, OpenOptions, Stream, presenters,
+        s2v::{self, Config, Mode, SolverName},
+    },
+    codec::picture::{PictureLimits, decode_portrait},
+    media::{AudioBlock, FrameBlock, MediaTime, Portrait, SPEECH_RATE},
+    model::weights::synth::{self, Whole},
+};
+use std::{path::PathBuf, sync::Arc};
+
+fn tiny(mode: Mode) -> Config {
+    Config {
+        checkpoint: vec!["random:tiny".into()],
+        mode,
+        size: "64x64".into(),
+        device: "cpu".into(),
+        audio_context_ms: 500,
+        clip_frames: (mode == Mode::Clip).then_some(16),
+        guidance: (mode == Mode::Clip).then_some(2.0),
+        ..Config::default()
+    }
+}
+
+fn load(config: &Config) -> Box<dyn Generator> {
+    s2v::load(config, &[], Arc::new(|_| {})).unwrap()
+}
+
+fn face() -> Portrait {
+    decode_portrait(presenters()[0].png, &PictureLimits::default()).unwrap()
+}
+
+fn speech(seconds: f32) -> Vec<f32> {
+    let voice = |i: usize| {
+        let t = i as f32 / SPEECH_RATE as f32;
+        0.3 * (t * 130.0 * std::f32::consts::TAU).sin() * (t * 3.0).sin().abs()
+    };
+    (0..(seconds * SPEECH_RATE as f32) as usize).map(voice).collect()
+}
+
+fn options(mode: Mode) -> OpenOptions {
+    OpenOptions { seed: 5, steps: Some(if mode == Mode::Clip { 2 } else { 4 }), ..OpenOptions::default() }
+}
+
+const ORIGIN: MediaTime = MediaTime::from_millis(1240);
+
+fn speak(generator: &mut dyn Generator, speech: &[f32], cut: usize, options: &OpenOptions) -> Vec<FrameBlock> {
+    let mut stream = generator.open(&face(), options).unwrap();
+    let (mut out, mut at) = (Vec::new(), ORIGIN);
+    let drain = |stream: &mut dyn Stream, out: &mut Vec<FrameBlock>| {
+        while let Some(block) = stream.pull().unwrap() {
+            out.push(block);
+        }
+    };
+    for part in speech.chunks(cut) {
+        let audio = AudioBlock { at, samples: part.to_vec() };
+        at = audio.end();
+        stream.push(&audio).unwrap();
+        drain(stream.as_mut(), &mut out);
+    }
+    stream.finish().unwrap();
+    drain(stream.as_mut(), &mut out);
+    out
+}
+
+fn rgb(blocks: &[FrameBlock]) -> Vec<Arc<[u8]>> {
+    blocks.iter().flat_map(|b| b.frames.iter().map(|f| f.rgb.clone())).collect()
+}
+
+#[test]
+fn both_modes_keep_the_contract_of_a_stream() {
+    for (mode, fps, first, each) in [(Mode::Block, 25, 9, 12), (Mode::Clip, 16, 13, 16)] {
+        let mut generator = load(&tiny(mode));
+        let geometry = generator.geometry();
+        assert_eq!((geometry.fps, geometry.first_block_frames, geometry.block_frames), (fps, first, each));
+        assert_eq!((geometry.width, geometry.height), (64, 64));
+        let speech = speech(if mode == Mode::Block { 1.5 } else { 2.3 });
+        let options = options(mode);
+        let whole = speak(generator.as_mut(), &speech, usize::MAX >> 1, &options);
+        let frames = (speech.len() as u64 * u64::from(fps)).div_ceil(u64::from(SPEECH_RATE));
+        let blocks = (0..).find(|&b| geometry.first_frame(b) >= frames).unwrap();
+        assert_eq!(whole.len() as u64, blocks, "silence fills the last block and no more");
+        for (b, block) in whole.iter().enumerate() {
+            assert_eq!((block.index, block.frames.len() as u32), (b as u64, geometry.block(b as u64)));
+            for (i, frame) in block.frames.iter().enumerate() {
+                let number = geometry.first_frame(b as u64) as i64 + i as i64;
+                assert_eq!(frame.at, ORIGIN + MediaTime::from_units(number, fps));
+                assert_eq!(frame.rgb.len(), 3 * 64 * 64);
+            }
+        }
+        let shown = rgb(&whole);
+        assert!(shown.windows(2).any(|p| p[0] != p[1]), "something moves");
+        for cut in [160, 20_000] {
+            assert!(rgb(&speak(generator.as_mut(), &speech, cut, &options)) == shown, "{mode:?} cut by {cut}");
+        }
+        let other = OpenOptions { seed: 6, ..options };
+        assert!(rgb(&speak(generator.as_mut(), &speech, 9999, &other)) != shown, "the seed matters");
+    }
+}
+
+#[test]
+fn frames_hear_their_own_speech() {
+    // Half a second of voice at 1.2 s: pictures before it (and its look-ahead and windows) are those of silence.
+    let mut generator = load(&Config { audio_ahead_ms: 100, ..tiny(Mode::Block) });
+    let silence = vec![0.0; 2 * SPEECH_RATE as usize];
+    let mut voiced = silence.clone();
+    let at = SPEECH_RATE as usize * 6 / 5;
+    voiced[at..at + 8000].copy_from_slice(&speech(0.5));
+    let options = options(Mode::Block);
+    let (quiet, loud) = (rgb(&speak(generator.as_mut(), &silence, 4000, &options)), rgb(&speak(generator.as_mut(), &voiced, 4000, &options)));
+    let first = quiet.iter().zip(&loud).position(|(a, b)| a != b).unwrap();
+    // Block 2 shows frames 21 to 32; it hears up to frame 33 and 100 ms.
+    assert_eq!(first, 21, "the first block that hears the voice at frame 30 is the first that differs");
+}
+
+#[test]
+fn a_prompt_changes_the_picture_and_is_read_when_it_comes() {
+    let mut generator = load(&tiny(Mode::Clip));
+    let speech = speech(0.5);
+    let plain = options(Mode::Clip);
+    let said = |p: &str| OpenOptions { prompt: Some(p.into()), ..options(Mode::Clip) };
+    let first = rgb(&speak(generator.as_mut(), &speech, 8000, &plain));
+    let other = rgb(&speak(generator.as_mut(), &speech, 8000, &said("an old man in a red coat")));
+    assert!(first != other);
+    let default = Config::default().prompt;
+    assert!(first == rgb(&speak(generator.as_mut(), &speech, 8000, &said(&default))));
+}
+
+#[test]
+fn what_a_mode_does_not_have_is_said() {
+    let refused = |config: Config, part: &str| match s2v::load(&config, &[], Arc::new(|_| {})) {
+        Err(AvatarError::Options(text)) => assert!(text.contains(part), "{text}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("was taken: {config:?}"),
+    };
+    refused(Config { guidance: Some(4.0), ..tiny(Mode::Block) }, "guidance");
+    refused(Config { solver: Some(SolverName::Unipc), ..tiny(Mode::Block) }, "solver");
+    refused(Config { first_frame: true, ..tiny(Mode::Block) }, "first-frame");
+    refused(Config { clip_frames: Some(16), ..tiny(Mode::Block) }, "multiple of 12");
+    refused(Config { clip_frames: Some(15), ..tiny(Mode::Clip) }, "multiple of 4");
+    refused(Config { device: "tpu".into(), ..tiny(Mode::Clip) }, "cuda");
+    refused(Config { size: "63x64".into(), ..tiny(Mode::Clip) }, "multiples of 16");
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("loquent-s2v-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+#[test]
+fn a_folder_is_complete_or_one_message_says_what_is_not() {
+    let folder = scratch("folder");
+    synth::write_folder(Whole::named("tiny").unwrap(), &folder, 3, &mut |_, _| {}).unwrap();
+    let config = Config { checkpoint: vec![folder.display().to_string()], ..tiny(Mode::Block) };
+    let mut generator = load(&config);
+    assert_eq!(speak(generator.as_mut(), &speech(0.3), 8000, &options(Mode::Block)).len(), 1);
+
+    let says = |parts: &[&str]| match s2v::load(&config, &[], Arc::new(|_| {})) {
+        Err(AvatarError::Weights(text)) => {
+            for part in parts {
+                assert!(text.contains(part), "`{part}` is missing in: {text}");
+            }
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("was taken"),
+    };
+    // Parts that are absent are told together, each with its place of publication.
+    let away = scratch("away");
+    let hide = |name: &str| std::fs::rename(folder.join(name), away.join(name.replace('/', "_"))).unwrap();
+    hide("Wan2.1_VAE.safetensors");
+    hide("google/umt5-xxl/tokenizer.json");
+    says(&["no Wan 2.1 video autoencoder", "Wan2.1_VAE.pth", "no tokenizer", "google/umt5-xxl", "found: speech-to-video"]);
+    // A part of another model is told apart from an absent one.
+    synth::write(synth::preset("wan21-vae-tiny").unwrap(), &folder.join("vae.safetensors"), 1, &mut |_, _| {}).unwrap();
+    std::fs::write(folder.join("google/umt5-xxl/tokenizer.json"), synth::tokenizer().to_string()).unwrap();
+    let text = folder.join("models_t5_umt5-xxl-enc-bf16.safetensors");
+    let bytes = std::fs::read(&text).unwrap();
+    std::fs::write(&text, &bytes[..bytes.len() / 2]).unwrap();
+    says(&["no UMT5 text encoder", "not readable", "models_t5"]);
+    // A shard that the index names and that is not there.
+    std::fs::write(&text, &bytes).unwrap();
+    hide("diffusion_pytorch_model-00001-of-00001.safetensors");
+    says(&["no speech-to-video transformer", "00001-of-00001", "download"]);
+    for folder in [folder, away] {
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}
