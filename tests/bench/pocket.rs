@@ -38,7 +38,8 @@ fn main() {
         let loaded = began.elapsed();
         let began = Instant::now();
         let portrait = engine.sample_portrait();
-        let mut stream = engine.open(&portrait, &OpenOptions { steps, ..OpenOptions::default() }).expect("a built-in face");
+        let mut stream =
+            engine.open(&portrait, &OpenOptions { steps, ..OpenOptions::default() }).expect("a built-in face");
         println!("{threads} threads: loaded in {loaded:.2?}, opened in {:.2?}", began.elapsed());
         let (mut stages, mut at) = ([const { Vec::new() }; 3], MediaTime::ZERO);
         let (wall, processor) = (Instant::now(), cpu());

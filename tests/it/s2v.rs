@@ -110,7 +110,10 @@ fn frames_hear_their_own_speech() {
     let at = SPEECH_RATE as usize * 6 / 5;
     voiced[at..at + 8000].copy_from_slice(&speech(0.5));
     let options = options(Mode::Block);
-    let (quiet, loud) = (rgb(&speak(generator.as_mut(), &silence, 4000, &options)), rgb(&speak(generator.as_mut(), &voiced, 4000, &options)));
+    let (quiet, loud) = (
+        rgb(&speak(generator.as_mut(), &silence, 4000, &options)),
+        rgb(&speak(generator.as_mut(), &voiced, 4000, &options)),
+    );
     let first = quiet.iter().zip(&loud).position(|(a, b)| a != b).unwrap();
     // Block 2 shows frames 21 to 32; it hears up to frame 33 and 100 ms.
     assert_eq!(first, 21, "the first block that hears the voice at frame 30 is the first that differs");
@@ -174,7 +177,13 @@ fn a_folder_is_complete_or_one_message_says_what_is_not() {
     let hide = |name: &str| std::fs::rename(folder.join(name), away.join(name.replace('/', "_"))).unwrap();
     hide("Wan2.1_VAE.safetensors");
     hide("google/umt5-xxl/tokenizer.json");
-    says(&["no Wan 2.1 video autoencoder", "Wan2.1_VAE.pth", "no tokenizer", "google/umt5-xxl", "found: speech-to-video"]);
+    says(&[
+        "no Wan 2.1 video autoencoder",
+        "Wan2.1_VAE.pth",
+        "no tokenizer",
+        "google/umt5-xxl",
+        "found: speech-to-video",
+    ]);
     // A part of another model is told apart from an absent one.
     synth::write(synth::preset("wan21-vae-tiny").unwrap(), &folder.join("vae.safetensors"), 1, &mut |_, _| {}).unwrap();
     std::fs::write(folder.join("google/umt5-xxl/tokenizer.json"), synth::tokenizer().to_string()).unwrap();

@@ -93,14 +93,7 @@ pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box
     known.extend(prompts.iter().map(String::as_str));
     reader.learn(&known).map_err(fits)?;
     let studio = assemble(&parts, config, &how, transformer, &device, dtype, &watcher).map_err(fits)?;
-    Ok(Box::new(S2v {
-        config: config.clone(),
-        size,
-        studio: Arc::new(studio),
-        reader,
-        how,
-        schedules: HashMap::new(),
-    }))
+    Ok(Box::new(S2v { config: config.clone(), size, studio: Arc::new(studio), reader, how, schedules: HashMap::new() }))
 }
 
 /// LiveAvatar's autoencoder runs in the transformer's type, S2V's in f32 (MODEL.md §12 of the specification).

@@ -118,9 +118,8 @@ impl Survey {
     pub fn part(&self, part: Part) -> Option<&Checkpoint> {
         let first = self.found.iter().find(|c| c.part == part)?;
         let folder = |c: &Checkpoint| c.files.first().and_then(|f| f.parent()).map(Path::to_path_buf);
-        let safe = |c: &&Checkpoint| {
-            c.part == part && c.format == super::Format::Safetensors && folder(c) == folder(first)
-        };
+        let safe =
+            |c: &&Checkpoint| c.part == part && c.format == super::Format::Safetensors && folder(c) == folder(first);
         Some(self.found.iter().find(safe).unwrap_or(first))
     }
 
