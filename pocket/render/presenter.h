@@ -413,10 +413,8 @@ FN Rgb glasses(Face f, Rgb c, float hx, float hy, float px) {
   return lerp3(c, frame, cover(fminf(rim, fminf(bridge, arm)), px) * .94f);
 }
 
-FN Rgb presenter_pixel(float x, float y, const float* P, float px) {
-  Face f = face_of(P);
-  x *= .79f; y = y * .79f + .03f; px *= .79f;
-  Rgb c = background(f, x, y, px);
+// Everything in front of the background `c`; x, y and px in the presenter's own coordinates.
+FN Rgb presenter_over(Face f, Rgb c, float x, float y, float px) {
   float bx = x - f.dx * .35f, by = y - f.dy * .25f + .11f;   // the shoulders follow the head a little
   float cr = cosf(f.roll), sr = sinf(f.roll), ox = x - f.dx, oy = y - f.dy - .30f;
   float hx = cr * ox + sr * oy, hy = -sr * ox + cr * oy + .36f;   // the head turns about the neck
@@ -440,5 +438,20 @@ FN Rgb presenter_pixel(float x, float y, const float* P, float px) {
   if (f.head_cover == 0 || f.head_cover == 3 || f.head_cover == 4) c = front_hair(f, c, hx, hy, in, px);
   if (f.head_cover > 0) c = head_cover(f, c, hx, hy, bx, by, d, in, px);
   if (f.glasses > 0) c = glasses(f, c, hx, hy, px);
+  return c;
+}
+
+FN Rgb presenter_pixel(float x, float y, const float* P, float px) {
+  Face f = face_of(P);
+  x *= .79f; y = y * .79f + .03f; px *= .79f;
+  Rgb c = presenter_over(f, background(f, x, y, px), x, y, px);
   return rgb(clampf(c.r, 0.f, 1.f), clampf(c.g, 0.f, 1.f), clampf(c.b, 0.f, 1.f));
+}
+
+// How much the presenter covers the background, 0..1.  Every layer mixes linearly with what is behind it, so white and
+// black behind the same presenter differ by exactly what shines through.
+FN float presenter_matte(float x, float y, const float* P, float px) {
+  Face f = face_of(P);
+  x *= .79f; y = y * .79f + .03f; px *= .79f;
+  return clampf(1.f - (presenter_over(f, rgb(1.f, 1.f, 1.f), x, y, px).g - presenter_over(f, rgb(0.f, 0.f, 0.f), x, y, px).g), 0.f, 1.f);
 }

@@ -17,3 +17,11 @@ void render(const float* parameters, unsigned char* out, int n, int size) {
         o[0] = byte_of(c.r); o[plane] = byte_of(c.g); o[2 * plane] = byte_of(c.b);
       }
 }
+
+// parameters [n][72] -> out [n][size][size]: the presenter's matte, 255 where nothing of the background is seen
+void render_matte(const float* parameters, unsigned char* out, int n, int size) {
+  for (int f = 0; f < n; f++)
+    for (int j = 0; j < size; j++)
+      for (int i = 0; i < size; i++)
+        *out++ = byte_of(presenter_matte((i + .5f) * 2.f / size - 1.f, (j + .5f) * 2.f / size - 1.f, parameters + (size_t)f * PRESENTER_PARAMETERS, 2.f / size));
+}

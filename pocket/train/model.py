@@ -79,6 +79,37 @@ class Decoder(nn.Module):
         return x.view(b, t * 4, *x.shape[1:])
 
 
+class Matte(nn.Module):
+    """How much the presenter covers the background, read from the frozen decoder's features: colours stay what they are."""
+
+    @classmethod
+    def load(cls, tensors):
+        """From the tensors of a weights file, in which the BatchNorms are folded away"""
+        head = cls().eval()
+        for name, module in head.named_children():
+            conv = module[0] if isinstance(module, nn.Sequential) else module
+            conv.weight.data, conv.bias = tensors[f"matte.{name}.weight"], nn.Parameter(tensors[f"matte.{name}.bias"])
+            if isinstance(module, nn.Sequential):
+                module[1] = nn.Identity()
+        return head
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.near, self.down = ConvNorm(112, 24, 1), ConvNorm(24, 24), ConvNorm(24, 32, 3, 2)
+        self.far1, self.far2, self.up = ConvNorm(32, 32), ConvNorm(32, 32), ConvNorm(32, 96, 1)
+        self.join, self.frames = ConvNorm(24, 24), ConvNorm(24, 128, 1)
+        self.fine1, self.fine2, self.out = ConvNorm(40, 16), ConvNorm(16, 16), nn.Conv2d(16, 16, 3, 1, 1)
+
+    def forward(self, wide, fine):
+        """[B, 112, 32, 32], [B, 4, 32, 64, 64] -> [B, 4, 256, 256]; below 0 means none, above 1 all"""
+        near = F.relu(self.near(F.relu(self.wide(wide))))
+        far = F.relu(self.far2(F.relu(self.far1(F.relu(self.down(near))))))
+        x = F.relu(self.join(F.relu(near + F.pixel_shuffle(self.up(far), 2))))
+        x = F.relu(F.pixel_shuffle(self.frames(x).unflatten(1, (4, 32)).flatten(0, 1), 2))
+        x = F.relu(self.fine2(F.relu(self.fine1(torch.cat([fine.flatten(0, 1), x], 1)))))
+        return F.pixel_shuffle(self.out(x), 4).view(len(wide), 4, 256, 256)
+
+
 class Probe(nn.Module):
     """Reads mouth and pose from pixels; only for evaluation.  Output: opening, width, press, fv, then the ten controls."""
 

@@ -2,17 +2,19 @@
 
 Writes the streaming form's inputs and outputs and checks that the training form gives the same x0.
 """
+import os
 import sys
 
 import torch
 from safetensors.torch import save_file
 
 import weights
-from model import AudioNet, Decoder, Encoder, Transformer
+from model import AudioNet, Decoder, Encoder, Matte, Transformer
 from speech import MEL_FILTERS
 from streaming import Pocket
 
 BLOCKS = 5
+MATTE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "matte.safetensors")
 SCALE = [4., 4., 20., 50., 80., 2., 2., 3., 2., 2.]
 RANGE = [[-.7, .7], [-.7, .7], [-.1, .1], [-.06, .06], [-.035, .035], [0, 1], [-1, 1], [-.7, .7], [-.7, 1], [0, 1]]
 
@@ -52,6 +54,7 @@ def training_form(tensors):
 
 def record(path, picture):
     tensors, config = weights.read(path)
+    head = Matte.load(weights.read(MATTE)[0])
     net, g = Pocket(tensors, config), torch.Generator().manual_seed(3)
     n = BLOCKS * 4 * 640
     t = torch.arange(n) / 16000
@@ -65,14 +68,16 @@ def record(path, picture):
     audio = torch.cat([features, controls * tensors["control_scale"]], 1)
     dit, worst = training_form(tensors), 0.0
     for steps in (1, 2):
-        stream, latents, frames, first = net.open(ref, steps), [], [], []
+        stream, latents, frames, mattes, first = net.open(ref, steps), [], [], [], []
         for b in range(BLOCKS):
-            trace = []
+            trace, before = [], stream.memory
             shown = stream.next(features[4 * b:4 * b + 4], controls[4 * b:4 * b + 4], noise[b], trace)
             latents.append(stream.latent)
             first.append(trace[0])
             if b < 2:
                 frames.append(shown)
+                wide, fine, _ = net.features_of(stream.latent, before)
+                mattes.append((head(wide[None], fine[None])[0, 3] * 255).round().clamp(0, 255).byte())
         out[f"x0.steps{steps}"] = torch.stack(latents)
         x0 = dit(noise[None], torch.ones(1), audio[None], ref[None])[0]
         worst = max(worst, float((x0 - torch.stack(first)).abs().max()))
@@ -80,6 +85,7 @@ def record(path, picture):
             x = noise + (.5 - 1) * (noise - x0)
             worst = max(worst, float((dit(x[None], torch.full((1,), .5), audio[None], ref[None])[0] - torch.stack(latents)).abs().max()))
             out["frames"] = torch.cat(frames)[[3, 7]]                            # last frame of blocks 0 and 1
+            out["matte"] = torch.stack(mattes)
             out["frames_crop"] = torch.cat(frames)[:, :, 128:192, 96:160]        # all eight frames around the mouth
     print(f"training form against streaming form: largest difference {worst:.2e}; x0 std {out['x0.steps2'].std():.3f}")
     assert worst < 2e-3

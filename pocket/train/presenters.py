@@ -139,20 +139,30 @@ def readings(p):
 _library = {}
 
 
-def render(p, size=256):
-    """[N, 72] -> u8 [N, 3, size, size] on the same device"""
+def _rendered(name, planes, p, size):
     p = p.reshape(-1, PARAMETERS).float().contiguous()
-    out = torch.empty(p.shape[0], 3, size, size, dtype=torch.uint8, device=p.device)
+    out = torch.empty(p.shape[0], *planes, size, size, dtype=torch.uint8, device=p.device)
     kind = "gpu" if p.is_cuda else "cpu"
     if kind not in _library:
         _library[kind] = ctypes.CDLL(os.environ.get("POCKET_RENDER_" + kind.upper(), os.path.join(HERE, "..", "render", f"librender_{kind}.so")))
+    run = getattr(_library[kind], name)
     for i in range(0, p.shape[0], 16384):
         q, o = p[i:i + 16384], out[i:i + 16384]
         arguments = [ctypes.c_void_p(q.data_ptr()), ctypes.c_void_p(o.data_ptr()), ctypes.c_int(q.shape[0]), ctypes.c_int(size)]
         if p.is_cuda:
-            error = _library[kind].render(*arguments, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+            error = run(*arguments, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
             if error:
                 raise RuntimeError(f"CUDA error {error} in the renderer")
         else:
-            _library[kind].render(*arguments)
+            run(*arguments)
     return out
+
+
+def render(p, size=256):
+    """[N, 72] -> u8 [N, 3, size, size] on the same device"""
+    return _rendered("render", (3,), p, size)
+
+
+def render_matte(p, size=256):
+    """[N, 72] -> u8 [N, size, size]: how much the presenter covers the background"""
+    return _rendered("render_matte", (), p, size)

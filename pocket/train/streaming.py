@@ -63,14 +63,20 @@ class Pocket:
         """[3, 256, 256] u8"""
         return self.encode((picture.float() / 127.5 - 1).expand(4, -1, -1, -1))
 
-    def decode(self, z, memory):
-        """one latent and the memory of the last -> 4 frames [4, 3, 256, 256] in -1..1, new memory"""
+    def features_of(self, z, memory):
+        """one latent and the memory of the last -> the decoder's last coarse [112, 32, 32] and fine [4, 32, 64, 64] features
+        (after ReLU), new memory"""
         x = self.conv("decoder.conv_in", z[None])
         y = self.residual("decoder.mem", x, torch.zeros_like(x) if memory is None else memory)
-        y = self.conv("decoder.up", F.relu(self.residual("decoder.res2", self.residual("decoder.res1", y))))
+        wide = F.relu(self.residual("decoder.res2", self.residual("decoder.res1", y)))
+        y = self.conv("decoder.up", wide)
         y = F.pixel_shuffle(y.reshape(4, -1, *y.shape[2:]), 2)
-        y = self.residual("decoder.res4", self.residual("decoder.res3", y))
-        return F.pixel_shuffle(self.conv("decoder.conv_out", F.relu(y)), 4).clamp(-1, 1), x
+        return wide[0], F.relu(self.residual("decoder.res4", self.residual("decoder.res3", y))), x
+
+    def decode(self, z, memory):
+        """one latent and the memory of the last -> 4 frames [4, 3, 256, 256] in -1..1, new memory"""
+        _, fine, memory = self.features_of(z, memory)
+        return F.pixel_shuffle(self.conv("decoder.conv_out", fine), 4).clamp(-1, 1), memory
 
     # -------------------------------------------------------------- transformer
     def lin(self, name, x):

@@ -44,12 +44,12 @@ def vae_tensors(encoder, decoder):
     return out
 
 
-def quantised(tensors):
+def quantised(tensors, least=16384):
     """Matrices of the transformer, of the audio net and of the encoder: int8 with a scale per output row; the rest f16."""
     out = {}
     for name, t in tensors.items():
         t = t.detach().float().cpu()
-        big = name.endswith(".weight") and t.ndim >= 2 and t.numel() >= 16384 and not name.startswith("vae.decoder")
+        big = name.endswith(".weight") and t.ndim >= 2 and t.numel() >= least and not name.startswith("vae.decoder")
         if big:
             rows = t.flatten(1)
             scale = rows.abs().amax(1).clamp(min=1e-12) / 127
@@ -60,9 +60,9 @@ def quantised(tensors):
     return out
 
 
-def write(path, tensors, config=CONFIG):
-    """One file; returns its size."""
-    tensors = quantised(tensors)
+def write(path, tensors, config=CONFIG, least=16384):
+    """One file; returns its size.  Matrices of at least `least` elements become int8."""
+    tensors = quantised(tensors, least)
     metadata = {"config": json.dumps(config), "format": "pt"}
     save_file(tensors, path, metadata)
     return os.path.getsize(path)

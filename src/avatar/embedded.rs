@@ -21,6 +21,8 @@ const WEIGHTS: &[&[u8]] = &[
     include_bytes!("../../pocket/pocket-00002-of-00002.safetensors"),
 ];
 
+const MATTE: &[&[u8]] = &[include_bytes!("../../pocket/matte.safetensors")];
+
 /// Pictures by the id of `presenters.json`.
 const PICTURES: &[(&str, &[u8])] = &[
     ("ada", include_bytes!("../../pocket/presenters/ada.png")),
@@ -58,6 +60,11 @@ static PRESENTERS: LazyLock<Vec<Presenter>> = LazyLock::new(|| {
 /// The shards of the pocket model's weights.
 pub(super) fn weights() -> &'static [&'static [u8]] {
     WEIGHTS
+}
+
+/// The pocket model's matte head.
+pub(super) fn matte_weights() -> &'static [&'static [u8]] {
+    MATTE
 }
 
 /// The built-in faces, in the order in which they are shown.

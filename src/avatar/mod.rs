@@ -20,6 +20,10 @@ pub use liveliness::{Controls, Liveliness};
 pub use test_card::test_card;
 
 use crate::media::{AudioBlock, FrameBlock, Geometry, Portrait};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 /// Why a face could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +66,26 @@ pub struct OpenOptions {
     pub prompt: Option<String>,
     /// What it should not look like, for models with guidance; `None` takes the configured one.
     pub negative_prompt: Option<String>,
+    /// Whether frames shall come with a matte, as far as the engine has one ([`Geometry::matte`]).
+    pub matte: MatteWish,
+}
+
+/// A wish that may change while a face speaks: a matte costs time, so it is made only while somebody looks at it.
+#[derive(Clone, Debug, Default)]
+pub struct MatteWish(Arc<AtomicBool>);
+
+impl MatteWish {
+    pub fn set(&self, wanted: bool) {
+        self.0.store(wanted, Ordering::Relaxed);
+    }
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { seed: 1, steps: None, prompt: None, negative_prompt: None }
+        OpenOptions { seed: 1, steps: None, prompt: None, negative_prompt: None, matte: MatteWish::default() }
     }
 }
 

@@ -1,9 +1,12 @@
 //! A generator without a model: time code, a moving bar, the portrait in a corner, and a level meter drawn from the
 //! speech. It has the pocket engine's geometry, so everything that is not the model can be driven and timed with it.
 
-use super::{AvatarError, Generator, Intake, OpenOptions, Result, Stream};
+use super::{AvatarError, Generator, Intake, MatteWish, OpenOptions, Result, Stream};
 use crate::media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE, StageTimes};
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    sync::{Arc, LazyLock},
+};
 
 const SIZE: usize = 256;
 const FPS: u32 = 25;
@@ -26,6 +29,7 @@ fn geometry() -> Geometry {
         first_block_frames: BLOCK,
         block_frames: BLOCK,
         look_ahead: MediaTime::from_millis(130),
+        matte: true,
     }
 }
 
@@ -52,6 +56,7 @@ impl Generator for TestCard {
             speech: VecDeque::new(),
             next: 0,
             hue: (options.seed % 3) as usize,
+            matte: options.matte.clone(),
             thumb,
         }))
     }
@@ -64,6 +69,7 @@ struct Card {
     speech: VecDeque<f32>,
     next: u64,
     hue: usize,
+    matte: MatteWish,
     thumb: Vec<u8>,
 }
 
@@ -89,6 +95,7 @@ impl Stream for Card {
                     width: SIZE as u32,
                     height: SIZE as u32,
                     rgb: self.draw(first + i, power.sqrt()).into(),
+                    matte: self.matte.get().then(|| DISC.clone()),
                 }
             })
             .collect();
@@ -147,6 +154,17 @@ impl Card {
         rgb
     }
 }
+
+/// The card's matte: a disc in the middle whose edge is soft over 32 pixels.
+static DISC: LazyLock<Arc<[u8]>> = LazyLock::new(|| {
+    let from_middle = |i: usize| i as f32 + 0.5 - SIZE as f32 / 2.0;
+    (0..SIZE * SIZE)
+        .map(|i| {
+            let radius = from_middle(i % SIZE).hypot(from_middle(i / SIZE));
+            ((112.0 - radius) / 32.0 * 255.0 + 0.5) as u8
+        })
+        .collect()
+});
 
 /// 3×5 pixels, one row per byte.
 fn glyph(c: u8) -> [u8; 5] {

@@ -2,14 +2,15 @@
 //!
 //! The live pipeline under a virtual clock: the same generator, the same colour conversion and encoders, no network.
 //! Speech is pushed as it is read and frames are written as they come, so memory stays flat however long the file.
-//! The same arguments give the same file, bit for bit.
+//! The same arguments (with `--date`, which the file tells) give the same file, bit for bit.
 
 use super::engines::{self, Choice};
 use crate::{
     avatar::{OpenOptions, Stream},
     codec::{
-        H264Config, VOICE_FRAME, VideoEncoder, VoiceEncoder,
+        Badge, BadgeLanguage, BadgePlace, H264Config, VOICE_FRAME, VideoEncoder, VoiceEncoder,
         audio_file::{self, Limits, Source, SpeechFile, Summary, VOICE_RATE},
+        marks::{self, Mark},
         mp4::{Mp4Spec, Mp4Writer},
         rgb_to_i420,
     },
@@ -25,7 +26,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 #[derive(clap::Args)]
@@ -42,7 +43,7 @@ pub(super) struct Args {
     /// The video to write: H.264 and Opus in MP4.
     #[arg(long, value_name = "VIDEO.mp4")]
     out: PathBuf,
-    /// Same seed, face and voice give the same file, bit for bit.
+    /// Same seed, face, voice and date give the same file, bit for bit.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Denoising steps; the model's own default when left out. More is slower.
@@ -66,9 +67,59 @@ pub(super) struct Args {
     /// Also write the frames before encoding: RGB, 8 bits, row by row, one after another.
     #[arg(long, value_name = "F.rgb")]
     raw_frames: Option<PathBuf>,
+    /// Where the badge stands that says the picture is computer-made.
+    #[arg(long, value_enum, default_value_t = Place::BottomRight)]
+    badge: Place,
+    /// What the badge is written in.
+    #[arg(long, value_enum, default_value_t = Language::En)]
+    badge_language: Language,
+    /// When the file says it was made, such as 2026-01-31T12:00:00Z; the present moment when left out.
+    #[arg(long, value_name = "RFC3339", value_parser = date)]
+    date: Option<String>,
     /// Say nothing but errors.
     #[arg(long, short)]
     quiet: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Place {
+    TopLeft,
+    TopRight,
+    BottomLeft,
+    BottomRight,
+    Off,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Language {
+    En,
+    Zh,
+}
+
+impl Args {
+    fn badge(&self, width: u32, height: u32) -> anyhow::Result<Option<Badge>> {
+        let place = match self.badge {
+            Place::TopLeft => BadgePlace::TopLeft,
+            Place::TopRight => BadgePlace::TopRight,
+            Place::BottomLeft => BadgePlace::BottomLeft,
+            Place::BottomRight => BadgePlace::BottomRight,
+            Place::Off => BadgePlace::Off,
+        };
+        let language = match self.badge_language {
+            Language::En => BadgeLanguage::En,
+            Language::Zh => BadgeLanguage::Zh,
+        };
+        Ok(Badge::new(place, language, width, height)?)
+    }
+}
+
+/// A moment in UTC as it stands in the file.
+fn date(text: &str) -> Result<String, String> {
+    let shape = text.bytes().map(|b| if b.is_ascii_digit() { b'0' } else { b }).collect::<Vec<u8>>();
+    if shape == b"0000-00-00T00:00:00Z" {
+        return Ok(text.into());
+    }
+    Err("give it in UTC to the second, such as 2026-01-31T12:00:00Z".into())
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
@@ -79,6 +130,12 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
                 bail!("{} is also an input and would be overwritten; choose another name", made.display());
             }
         }
+    }
+    if args.badge == Place::Off && !args.quiet {
+        eprintln!(
+            "warning: without the badge nobody can see that the picture is computer-made; many countries ask whoever \
+             publishes it to say so"
+        );
     }
     let source = Source::from(args.audio.as_path());
     let limits = Limits { longest: Duration::from_secs(args.longest * 60), ..Limits::default() };
@@ -143,6 +200,9 @@ struct Job {
     pre_skip: usize,
     frames: u64,
     total: u64,
+    badge: Option<Badge>,
+    mark: Mark,
+    when: String,
     progress: Progress,
 }
 
@@ -164,7 +224,17 @@ impl Job {
         let mut opus = VoiceEncoder::new(64_000, 0)?;
         let pre_skip = opus.look_ahead()?;
         let total = frames_of(summary.length, fps);
-        let spec = Mp4Spec { width, height, fps, expected: summary.length, pre_skip: pre_skip as u16 };
+        let mark = Mark { engine: args.engine.name().into(), session: String::new() };
+        let when = args.date.clone().unwrap_or_else(|| marks::rfc3339(SystemTime::now()));
+        let spec = Mp4Spec {
+            width,
+            height,
+            fps,
+            expected: summary.length,
+            pre_skip: pre_skip as u16,
+            mark: mark.clone(),
+            when: when.clone(),
+        };
         Ok(Job {
             stream,
             geometry,
@@ -178,6 +248,9 @@ impl Job {
             pre_skip,
             frames: 0,
             total,
+            badge: args.badge(width, height)?,
+            mark,
+            when,
             progress: Progress::new(total, fps, args.quiet),
         })
     }
@@ -221,8 +294,14 @@ impl Job {
             if let Some(raw) = &mut self.raw {
                 raw.write(&frame.rgb)?;
             }
-            let encoded =
-                self.video.encode(&rgb_to_i420(frame)?, frame.at, self.frames.is_multiple_of(KEYFRAME_EVERY))?;
+            let mut picture = rgb_to_i420(frame)?;
+            if let Some(badge) = &self.badge {
+                badge.draw(&mut picture);
+            }
+            let mut encoded = self.video.encode(&picture, frame.at, self.frames.is_multiple_of(KEYFRAME_EVERY))?;
+            if encoded.keyframe {
+                self.mark.insert(&mut encoded.data, &self.when);
+            }
             self.file.add_video(&encoded.data, span, encoded.keyframe)?;
             self.frames += 1;
             self.progress.at(self.frames);

@@ -140,7 +140,7 @@ pub(super) fn encoder_ms() -> anyhow::Result<f64> {
             pixel.copy_from_slice(&[(x ^ y) as u8, (x / 2) as u8, (y * x / 256) as u8]);
         }
         let at = MediaTime::from_units(i64::from(i), 25);
-        let frame = crate::media::Frame { at, width, height, rgb: rgb.into() };
+        let frame = crate::media::Frame { at, width, height, rgb: rgb.into(), matte: None };
         let picture = rgb_to_i420(&frame)?;
         let before = Instant::now();
         video.encode(&picture, at, false)?;

@@ -3,18 +3,25 @@
 //! Knows no clock and no network. The C libraries (libopus, openh264) and rubato are named here only.
 
 pub mod audio_file;
+mod badge;
 mod colour;
 mod edits;
+pub mod fragments;
 mod h264;
+pub mod marks;
 pub mod mp4;
 mod opus;
 pub mod picture;
 mod resample;
+mod tracks;
+mod view;
 
+pub use badge::{Badge, BadgeLanguage, BadgePlace};
 pub use colour::{rgb_to_i420, scale_i420};
 pub use h264::{EncodedFrame, H264Config, VideoEncoder};
 pub use opus::{OPUS_RATE, SpeechDecoder, VOICE_FRAME, VoiceEncoder};
 pub use resample::{DriftResampler, Resampler, WIDEST_PPM};
+pub use view::{View, nothing, view_of};
 
 /// Why a codec could not do what was asked.
 #[derive(Debug, thiserror::Error)]

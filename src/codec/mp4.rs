@@ -8,13 +8,14 @@
 //! Sources: ISO/IEC 14496-12 (boxes, edit lists, sample groups), 14496-15 (avcC), "Encapsulation of Opus in ISO Base
 //! Media File Format" 0.8.1 (dOps, pre-skip as an edit, `roll` groups).
 
+use super::{
+    marks::Mark,
+    tracks::{Parameters, VIDEO_SCALE, VOICE_SCALE, unknown, voice_entry},
+};
 use crate::media::MediaTime;
 use shiguredo_mp4::{
-    BoxSize, BoxType, Encode, FixedPointNumber, TrackKind, Uint,
-    boxes::{
-        AudioSampleEntryFields, Avc1Box, AvccBox, Brand, DopsBox, EdtsBox, ElstBox, ElstEntry, FreeBox, FtypBox,
-        MoovBox, OpusBox, SampleEntry, TrakBox, UnknownBox, VisualSampleEntryFields,
-    },
+    Encode, FixedPointNumber, TrackKind,
+    boxes::{Brand, EdtsBox, ElstBox, ElstEntry, FreeBox, FtypBox, MoovBox, SampleEntry, TrakBox},
     mux::{Mp4FileMuxer, Mp4FileMuxerOptions, Sample},
 };
 use std::{
@@ -24,10 +25,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Units per second of the video track.
-const VIDEO_SCALE: u32 = 90_000;
-/// Units per second of the voice track and of the movie.
-const VOICE_SCALE: u32 = 48_000;
 /// Media of one kind that stands together before the other's turn.
 const RUN: MediaTime = MediaTime::from_millis(500);
 
@@ -40,6 +37,8 @@ pub enum Mp4Error {
     Folder(String),
     #[error("the video stream cannot be put into MP4: {0}")]
     Stream(&'static str),
+    #[error("the video stream cannot be put into MP4: its parameter sets change")]
+    Changed,
     #[error("the MP4 index cannot be built: {0}")]
     Index(String),
 }
@@ -56,6 +55,9 @@ pub struct Mp4Spec {
     pub expected: MediaTime,
     /// Samples at 48 kHz that the Opus encoder puts before the voice.
     pub pre_skip: u16,
+    /// Who made it, and when (RFC 3339): written as XMP.
+    pub mark: Mark,
+    pub when: String,
 }
 
 /// Writes one file.
@@ -68,7 +70,7 @@ pub struct Mp4Writer {
     spec: Mp4Spec,
     position: u64,
     reserved: u64,
-    parameter_sets: Option<(Vec<u8>, Vec<u8>)>,
+    parameters: Parameters,
     video: Run,
     voice: Run,
     /// Length of everything added so far.
@@ -119,7 +121,7 @@ impl Mp4Writer {
             spec,
             position: head.len() as u64,
             reserved: 0,
-            parameter_sets: None,
+            parameters: Parameters::default(),
             video: Run::default(),
             voice: Run::default(),
             video_ticks: MediaTime::ZERO,
@@ -148,38 +150,11 @@ impl Mp4Writer {
     /// Appends one access unit (Annex B, baseline: decoding order is display order) that is shown for `duration`.
     ///
     /// # Errors
-    /// [`Mp4Error::Stream`] when the first unit carries no parameter sets or later ones change them.
+    /// [`Mp4Error::Stream`] when the first unit carries no parameter sets, [`Mp4Error::Changed`] when later ones change
+    /// them.
     pub fn add_video(&mut self, access_unit: &[u8], duration: MediaTime, keyframe: bool) -> Result<()> {
         let before = self.video.data.len();
-        for unit in nal_units(access_unit) {
-            match unit[0] & 0x1f {
-                // Parameter sets stand in the sample description.
-                kind @ (7 | 8) => {
-                    let known = match (kind, &self.parameter_sets) {
-                        (7, Some((sps, _))) => Some(sps),
-                        (8, Some((_, pps))) if !pps.is_empty() => Some(pps),
-                        _ => None,
-                    };
-                    match (known, kind) {
-                        (Some(known), _) if known != unit => return Err(Mp4Error::Stream("its parameter sets change")),
-                        (Some(_), _) => {}
-                        (None, 7) => self.parameter_sets = Some((unit.to_vec(), Vec::new())),
-                        (None, _) => match &mut self.parameter_sets {
-                            Some((_, pps)) => *pps = unit.to_vec(),
-                            None => return Err(Mp4Error::Stream("a picture parameter set stands alone")),
-                        },
-                    }
-                }
-                9 => {}
-                _ => {
-                    self.video.data.extend_from_slice(&(unit.len() as u32).to_be_bytes());
-                    self.video.data.extend_from_slice(unit);
-                }
-            }
-        }
-        if !self.parameter_sets.as_ref().is_some_and(|(sps, pps)| sps.len() >= 4 && !pps.is_empty()) {
-            return Err(Mp4Error::Stream("it does not begin with parameter sets"));
-        }
+        self.parameters.take(access_unit, &mut self.video.data)?;
         let size = self.video.data.len() - before;
         self.video.samples.push((size, duration, keyframe));
         self.video.span += duration;
@@ -210,27 +185,13 @@ impl Mp4Writer {
 
     fn flush_video(&mut self, keep: usize) -> Result<()> {
         let run = self.video.take_but(keep);
-        let entry = self.video_entry()?;
+        let entry = self.parameters.entry(self.spec.width, self.spec.height)?;
         self.flush(TrackKind::Video, VIDEO_SCALE, entry, &run)
     }
 
     fn flush_voice(&mut self, keep: usize) -> Result<()> {
         let run = self.voice.take_but(keep);
-        let entry = SampleEntry::Opus(OpusBox {
-            audio: AudioSampleEntryFields {
-                data_reference_index: AudioSampleEntryFields::DEFAULT_DATA_REFERENCE_INDEX,
-                channelcount: 1,
-                samplesize: AudioSampleEntryFields::DEFAULT_SAMPLESIZE,
-                samplerate: FixedPointNumber::new(VOICE_SCALE as u16, 0),
-            },
-            dops_box: DopsBox {
-                output_channel_count: 1,
-                pre_skip: self.spec.pre_skip,
-                input_sample_rate: VOICE_SCALE,
-                output_gain: 0,
-            },
-            unknown_boxes: vec![],
-        });
+        let entry = voice_entry(self.spec.pre_skip);
         self.flush(TrackKind::Audio, VOICE_SCALE, entry, &run)
     }
 
@@ -251,41 +212,6 @@ impl Mp4Writer {
             self.position += data_size as u64;
         }
         self.write(&run.data)
-    }
-
-    fn video_entry(&self) -> Result<SampleEntry> {
-        let Some((sps, pps)) = &self.parameter_sets else {
-            return Err(Mp4Error::Stream("it does not begin with parameter sets"));
-        };
-        // H.264 A.2: these profiles carry extra fields in avcC, which are not written here.
-        if matches!(sps[1], 100 | 110 | 122 | 144 | 244) {
-            return Err(Mp4Error::Stream("its profile is above Main"));
-        }
-        let visual = VisualSampleEntryFields {
-            data_reference_index: VisualSampleEntryFields::DEFAULT_DATA_REFERENCE_INDEX,
-            width: self.spec.width as u16,
-            height: self.spec.height as u16,
-            horizresolution: VisualSampleEntryFields::DEFAULT_HORIZRESOLUTION,
-            vertresolution: VisualSampleEntryFields::DEFAULT_VERTRESOLUTION,
-            frame_count: VisualSampleEntryFields::DEFAULT_FRAME_COUNT,
-            compressorname: VisualSampleEntryFields::NULL_COMPRESSORNAME,
-            depth: VisualSampleEntryFields::DEFAULT_DEPTH,
-        };
-        let avcc_box = AvccBox {
-            avc_profile_indication: sps[1],
-            profile_compatibility: sps[2],
-            avc_level_indication: sps[3],
-            length_size_minus_one: Uint::new(3),
-            sps_list: vec![sps.clone()],
-            pps_list: vec![pps.clone()],
-            chroma_format: None,
-            bit_depth_luma_minus8: None,
-            bit_depth_chroma_minus8: None,
-            sps_ext_list: vec![],
-        };
-        // BT.601 throughout, limited range: the same as the stream itself says.
-        let colour = unknown(*b"colr", b"nclx\x00\x06\x00\x06\x00\x06\x00".to_vec());
-        Ok(SampleEntry::Avc1(Avc1Box { visual, avcc_box, unknown_boxes: vec![colour] }))
     }
 
     /// Completes the file: both tracks end at `length`, the index is written, the file gets its name.
@@ -337,6 +263,7 @@ impl Mp4Writer {
             head.extend(free(room)?);
             tail = moov;
         }
+        tail.extend(self.spec.mark.xmp_box(&self.spec.when));
         self.write(&tail)?;
         let io = |path: &Path, source| Mp4Error::Io { path: path.display().to_string(), source };
         let Some(mut out) = self.out.take() else {
@@ -423,47 +350,4 @@ fn complete(moov: &mut MoovBox, heard: u64, pre_skip: u16, length: MediaTime) {
 
 fn is_voice(trak: &TrakBox) -> bool {
     trak.mdia_box.hdlr_box.handler_type == shiguredo_mp4::boxes::HdlrBox::HANDLER_TYPE_SOUN
-}
-
-fn unknown(kind: [u8; 4], payload: Vec<u8>) -> UnknownBox {
-    UnknownBox {
-        box_type: BoxType::Normal(kind),
-        box_size: BoxSize::with_payload_size(BoxType::Normal(kind), payload.len() as u64),
-        payload,
-    }
-}
-
-/// The NAL units of an Annex B byte stream, without start codes; empty ones are left out.
-fn nal_units(stream: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut starts = Vec::new();
-    let mut i = 0;
-    while i + 3 <= stream.len() {
-        if stream[i..i + 3] == [0, 0, 1] {
-            starts.push(i);
-            i += 3;
-        } else {
-            i += 1;
-        }
-    }
-    let ends: Vec<usize> = starts.iter().skip(1).copied().chain([stream.len()]).collect();
-    starts.into_iter().zip(ends).filter_map(move |(start, end)| {
-        let unit = &stream[start + 3..end];
-        // Zeros before the next start code belong to it.
-        let unit = &unit[..unit.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1)];
-        (!unit.is_empty()).then_some(unit)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nal_units_are_cut_at_both_kinds_of_start_code() {
-        let stream = [0, 0, 0, 1, 0x67, 1, 2, 0, 0, 1, 0x68, 9, 0, 0, 0, 1, 0x65, 0, 0, 3, 7];
-        let units: Vec<&[u8]> = nal_units(&stream).collect();
-        assert_eq!(units, [&[0x67, 1, 2][..], &[0x68, 9], &[0x65, 0, 0, 3, 7]]);
-        assert_eq!(nal_units(&[0, 0, 1]).count(), 0);
-        assert_eq!(nal_units(&[]).count(), 0);
-    }
 }

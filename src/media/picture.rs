@@ -11,6 +11,9 @@ pub struct Frame {
     pub width: u32,
     pub height: u32,
     pub rgb: Arc<[u8]>,
+    /// How much the presenter covers the background, `width * height` bytes, 255 where nothing of it is seen. Only from
+    /// engines that know it, and only while somebody asks for it.
+    pub matte: Option<Arc<[u8]>>,
 }
 
 /// Planar YUV 4:2:0, BT.601 limited range (what H.264 decoders in browsers assume for such sizes).
@@ -55,6 +58,8 @@ pub struct Geometry {
     pub block_frames: u32,
     /// Speech needed beyond a block's own end before the block can be made.
     pub look_ahead: MediaTime,
+    /// Frames can come with a matte.
+    pub matte: bool,
 }
 
 impl Geometry {

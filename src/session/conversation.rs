@@ -648,6 +648,6 @@ fn first_picture(portrait: &Portrait, width: u32, height: u32) -> Result<I420, C
         let start = 3 * ((top + y) * w + left);
         rgb.extend_from_slice(&portrait.rgb[start..start + 3 * cut_w]);
     }
-    let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into() };
+    let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into(), matte: None };
     scale_i420(&rgb_to_i420(&frame)?, width, height)
 }

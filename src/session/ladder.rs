@@ -163,6 +163,7 @@ mod tests {
             first_block_frames: 4,
             block_frames: 4,
             look_ahead: MediaTime::from_millis(126),
+            matte: false,
         };
         Ladder::new(&geometry, &Config::default())
     }

@@ -178,7 +178,7 @@ fn picture(w: u32, h: u32, t: u32) -> Frame {
             rgb.extend(p);
         }
     }
-    Frame { at: MediaTime::from_units(i64::from(t), 25), width: w, height: h, rgb: rgb.into() }
+    Frame { at: MediaTime::from_units(i64::from(t), 25), width: w, height: h, rgb: rgb.into(), matte: None }
 }
 
 /// The same conversion in f64, straight from the standard.
@@ -214,7 +214,7 @@ fn colour_equals_its_f64_twin() {
         let k = |d: u32| corners[((i / d) % 6) as usize];
         rgb.extend([k(1), k(6), k(36)]);
     }
-    let hard = Frame { at: MediaTime::ZERO, width: 64, height: 64, rgb: rgb.into() };
+    let hard = Frame { at: MediaTime::ZERO, width: 64, height: 64, rgb: rgb.into(), matte: None };
     for frame in [hard, picture(128, 96, 3)] {
         let got = rgb_to_i420(&frame).unwrap();
         let want = twin(&frame);
@@ -224,9 +224,9 @@ fn colour_equals_its_f64_twin() {
             assert!(worst < 0.51, "off by {worst}");
         }
     }
-    let odd = Frame { at: MediaTime::ZERO, width: 3, height: 2, rgb: vec![0; 18].into() };
+    let odd = Frame { at: MediaTime::ZERO, width: 3, height: 2, rgb: vec![0; 18].into(), matte: None };
     assert!(rgb_to_i420(&odd).is_err());
-    let short = Frame { at: MediaTime::ZERO, width: 4, height: 2, rgb: vec![0; 18].into() };
+    let short = Frame { at: MediaTime::ZERO, width: 4, height: 2, rgb: vec![0; 18].into(), matte: None };
     assert!(rgb_to_i420(&short).is_err());
 }
 

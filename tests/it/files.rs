@@ -218,6 +218,8 @@ fn generate_writes_a_file_that_is_aligned_from_the_first_frame_and_reproducible(
             &format!("{out}.jsonl"),
             "--raw-frames",
             &format!("{out}.rgb"),
+            "--date",
+            "2026-01-31T12:00:00Z",
         ]
         .map(String::from);
         let done = generate(&folder).args(args).output().unwrap();
@@ -229,7 +231,17 @@ fn generate_writes_a_file_that_is_aligned_from_the_first_frame_and_reproducible(
         assert!(read(&format!("a.{kind}")) == read(&format!("b.{kind}")), "{kind} differs between two equal runs");
     }
     let kinds: Vec<String> = boxes(&read("a.mp4")).into_iter().map(|b| b.0).collect();
-    assert_eq!(kinds, ["ftyp", "moov", "free", "mdat"], "the index stands in front");
+    assert_eq!(kinds, ["ftyp", "moov", "free", "mdat", "uuid"], "the index stands in front");
+    // The marks: XMP in the file, a message in the stream.
+    let bytes = read("a.mp4");
+    let xmp = String::from_utf8_lossy(&boxes(&bytes)[4].1[16..]).to_string();
+    for word in ["trainedAlgorithmicMedia", "2026-01-31T12:00:00Z", "Loquent", "(card)"] {
+        assert!(xmp.contains(word), "{word} is not in {xmp}");
+    }
+    let media = boxes(&bytes)[3].1.clone();
+    let sei = media.windows(16).position(|w| w == loquent::codec::marks::SEI_UUID).expect("an SEI message");
+    let said = String::from_utf8_lossy(&media[sei + 16..][..160]).to_string();
+    assert!(said.starts_with('{') && said.contains(r#""ai_generated":true"#) && said.contains("2026-01-31"), "{said}");
     // The voice: as long as the speech to the sample, and begins where it began.
     let voice = Source::from(folder.0.join("a.mp4").as_path());
     let summary = scan(&voice, &Limits::default()).unwrap();

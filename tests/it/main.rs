@@ -10,6 +10,7 @@ mod hub;
 mod net;
 mod peer;
 mod pocket;
+mod recording;
 mod prompts;
 mod s2v;
 mod server;

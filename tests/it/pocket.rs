@@ -9,7 +9,10 @@ use loquent::{
         audio::{AHEAD, AudioConfig, AudioNet, FEATURES, HOP, Mel, MelState},
         dit::{self, Dit, Opening},
         kernels::{Isa, Pool},
-        vae::patch::{Decoder, Encoder, Memory},
+        vae::{
+            matte::{Bench, Matte},
+            patch::{Decoder, Encoder, Memory},
+        },
         weights::{Safetensors, Source, Weights},
     },
 };
@@ -85,9 +88,13 @@ fn what_it_draws_agrees_with_the_recording_on_every_instruction_set() {
     let planar = bytes(&parity, "reference");
     let rgb: Vec<u8> = (0..planar.len()).map(|i| planar[i % 3 * 65_536 + i / 3]).collect();
     let recorded = bytes(&parity, "frames");
+    let head = Arc::new(Safetensors::open(&[file("matte.safetensors")]).unwrap());
+    let recorded_mattes = bytes(&parity, "matte");
+    assert_eq!(recorded_mattes.len(), 2 * 65_536);
     for isa in Isa::available() {
         let encoder = Encoder::load(&cursor(&source).pp("vae.encoder"), isa).unwrap();
         let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa).unwrap();
+        let matte = Matte::load(&cursor(&head).pp("matte"), isa).unwrap();
         let mut seen: Option<Vec<Arc<[u8]>>> = None;
         for threads in [1, 2] {
             let pool = Pool::new(threads);
@@ -95,7 +102,16 @@ fn what_it_draws_agrees_with_the_recording_on_every_instruction_set() {
             assert!(apart(&z, &values(&parity, "reference_latent")) < 1e-4);
             let (latents, mut memory) = (values(&parity, "x0.steps2"), Memory::new(32, 32));
             let two = latents.chunks_exact(16_384).take(2);
-            let shown: Vec<_> = two.flat_map(|z| decoder.decode(&pool, z, &mut memory)).collect();
+            let (mut mattes, mut bench) = (Vec::new(), Bench::new(32, 32));
+            let draw = |z| {
+                let frames = decoder.decode(&pool, z, &mut memory);
+                mattes.push(matte.read(&pool, &memory, &mut bench)[3].clone());
+                frames
+            };
+            let shown: Vec<_> = two.flat_map(draw).collect();
+            let theirs = recorded_mattes.iter();
+            let apart = mattes.iter().flat_map(|m| m.iter()).zip(theirs).map(|(a, b)| a.abs_diff(*b)).max();
+            assert!(apart <= Some(2), "{isa:?}: mattes are {apart:?} apart");
             for (k, frame) in [(0, &shown[3]), (1, &shown[7])] {
                 let theirs = |i: usize| recorded[k * 196_608 + i % 3 * 65_536 + i / 3];
                 assert!(frame.iter().enumerate().all(|(i, v)| v.abs_diff(theirs(i)) <= 1), "{isa:?}, frame {k}");
@@ -186,6 +202,24 @@ fn however_the_speech_is_cut_the_face_is_the_same_and_the_seed_matters() {
     }
     let other = speak(engine.as_mut(), &speech, &[4000], &OpenOptions { seed: 2, ..options.clone() });
     assert!(!same(&other, &whole));
+}
+
+#[test]
+fn a_matte_comes_when_it_is_asked_for_and_changes_no_colour() {
+    let mut engine = engine();
+    assert!(engine.geometry().matte);
+    let speech = speech(3 * BLOCK);
+    let without = speak(engine.as_mut(), &speech, &[BLOCK], &OpenOptions::default());
+    assert!(without.iter().flat_map(|b| &b.frames).all(|f| f.matte.is_none()));
+    let options = OpenOptions::default();
+    options.matte.set(true);
+    let with = speak(engine.as_mut(), &speech, &[BLOCK], &options);
+    assert!(same(&with, &without));
+    for frame in with.iter().flat_map(|b| &b.frames) {
+        let matte = frame.matte.as_ref().unwrap();
+        let at = |x: usize, y: usize| matte[y * 256 + x];
+        assert_eq!((matte.len(), at(4, 4), at(251, 60), at(128, 120), at(128, 250)), (65_536, 0, 0, 255, 255));
+    }
 }
 
 #[test]

@@ -19,7 +19,10 @@ use crate::{
         audio::{AHEAD, AudioConfig, AudioNet, FEATURES, HOP, Mel},
         dit::{self, Dit, Opening, Schedule, StreamState},
         kernels::{Isa, Pool},
-        vae::patch::{CELL, Decoder, Encoder, FRAMES, LATENT, Memory},
+        vae::{
+            matte::Matte,
+            patch::{CELL, Decoder, Encoder, FRAMES, LATENT},
+        },
         weights::{Safetensors, Source, Weights},
     },
 };
@@ -57,6 +60,7 @@ struct Shared {
     dit: Dit,
     encoder: Encoder,
     decoder: Decoder,
+    matte: Matte,
     control_scale: [f32; 10],
     control_range: [[f32; 2]; 10],
     /// The pose of the built-in portraits.
@@ -157,6 +161,7 @@ fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Si
             first_block_frames: FRAMES as u32,
             block_frames: FRAMES as u32,
             look_ahead: MediaTime::from_units(look_ahead as i64, SPEECH_RATE),
+            matte: true,
         },
         grid: [sizes.latent[1], sizes.latent[2]],
         pool: Pool::share(threads),
@@ -166,12 +171,23 @@ fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Si
         dit: Dit::load(config, &weights.pp("dit"))?,
         encoder: Encoder::load(&weights.pp("vae.encoder"), isa)?,
         decoder: Decoder::load(&weights.pp("vae.decoder"), isa)?,
+        matte: matte(isa)?,
         control_scale: std::array::from_fn(|i| scale[i]),
         control_range: std::array::from_fn(|i| [range[2 * i], range[2 * i + 1]]),
         control_neutral: sizes.control_neutral,
     };
     weights.finish()?;
     Ok(shared)
+}
+
+/// The matte head comes from the program also where the other weights come from files: it reads the decoder's
+/// features, so it must be trained again after a decoder was.
+fn matte(isa: Isa) -> model::Result<Matte> {
+    let source = Safetensors::from_statics(super::embedded::matte_weights(), "the embedded matte head")?;
+    let weights = Weights::new(Arc::new(source) as Arc<dyn Source>, &Device::Cpu, DType::F32);
+    let matte = Matte::load(&weights.pp("matte"), isa)?;
+    weights.finish()?;
+    Ok(matte)
 }
 
 impl Generator for Pocket {
@@ -205,7 +221,7 @@ impl Generator for Pocket {
         }
         let schedule = self.schedule(options.steps.unwrap_or(self.default_steps))?;
         let state = s.dit.open(&opening, &schedule).map_err(|e| device("portrait", e))?;
-        Ok(Box::new(Face::new(s, state, Memory::new(h, w), options.seed)))
+        Ok(Box::new(Face::new(s, state, options)))
     }
 }
 

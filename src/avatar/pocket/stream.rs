@@ -2,13 +2,18 @@
 
 use super::Shared;
 use crate::{
-    avatar::{AvatarError, Controls, Intake, Liveliness, Result, Stream, noise::normal},
+    avatar::{
+        AvatarError, Controls, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, noise::normal,
+    },
     media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, SPEECH_RATE, StageTimes},
     model::{
         self,
         audio::{AHEAD, AudioState, BANDS, FEATURES, MelState},
         dit::StreamState,
-        vae::patch::{FRAMES, LATENT, Memory},
+        vae::{
+            matte::Bench,
+            patch::{FRAMES, LATENT, Memory},
+        },
     },
 };
 use std::{
@@ -39,6 +44,9 @@ pub(super) struct Face {
     life: Liveliness,
     state: StreamState,
     memory: Memory,
+    matte: MatteWish,
+    /// Working space of the matte head, once it was asked for.
+    bench: Option<Bench>,
     /// The next block.
     index: u64,
     /// Time spent on features since the last block.
@@ -48,7 +56,8 @@ pub(super) struct Face {
 }
 
 impl Face {
-    pub(super) fn new(shared: Arc<Shared>, state: StreamState, memory: Memory, seed: u64) -> Face {
+    pub(super) fn new(shared: Arc<Shared>, state: StreamState, options: &OpenOptions) -> Face {
+        let ([h, w], seed) = (shared.grid, options.seed);
         Face {
             seed,
             intake: Intake::default(),
@@ -62,7 +71,9 @@ impl Face {
             levels: VecDeque::new(),
             life: Liveliness::new(seed, shared.control_range),
             state,
-            memory,
+            memory: Memory::new(h, w),
+            matte: options.matte.clone(),
+            bench: None,
             index: 0,
             listening: Duration::ZERO,
             complete: false,
@@ -132,6 +143,11 @@ impl Stream for Face {
         let generated = Instant::now();
         let s = &self.shared;
         let pictures = s.decoder.decode(&s.pool, &latent, &mut self.memory);
+        let [h, w] = s.grid;
+        let mattes = self.matte.get().then(|| {
+            let bench = self.bench.get_or_insert_with(|| Bench::new(h, w));
+            s.matte.read(&s.pool, &self.memory, bench)
+        });
         let stages = StageTimes {
             features: std::mem::take(&mut self.listening),
             generation: generated - began,
@@ -144,6 +160,7 @@ impl Stream for Face {
             width: g.width,
             height: g.height,
             rgb,
+            matte: mattes.as_ref().map(|m| m[i].clone()),
         };
         let frames = pictures.into_iter().enumerate().map(frame).collect();
         self.index += 1;

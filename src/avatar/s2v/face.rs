@@ -111,6 +111,7 @@ impl Stream for Face {
             width: g.width,
             height: g.height,
             rgb,
+            matte: None,
         };
         let frames = shown.into_iter().enumerate().map(frame).collect();
         self.index += 1;

@@ -213,6 +213,7 @@ impl S2v {
             first_block_frames: (frames - lost) as u32,
             block_frames: frames as u32,
             look_ahead: MediaTime::from_units(self.config.reach().ahead as i64, SPEECH_RATE),
+            matte: false,
         }
     }
 

@@ -27,7 +27,8 @@ struct Residual {
     b: Conv,
 }
 
-fn conv(w: &Weights, isa: Isa, shape: [usize; 3], stride: usize, order: Option<&[usize]>) -> Result<Conv> {
+/// A convolution of shape `[out, in, kernel]` as it is stored.
+pub(super) fn conv(w: &Weights, isa: Isa, shape: [usize; 3], stride: usize, order: Option<&[usize]>) -> Result<Conv> {
     let [cout, cin, k] = shape;
     let weight = w.get((cout, cin, k, k), "weight")?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
     let bias = w.get(cout, "bias")?.contiguous()?.to_vec1::<f32>()?;
@@ -160,6 +161,14 @@ impl Memory {
             fine_relu: [fine(1), fine(1)],
             out: Plane::zeros(FRAMES, 2 * height, 2 * width, 48, 0),
         }
+    }
+}
+
+impl Memory {
+    /// What the last latent looked like just before it became pixels: coarse `[h][w][112]` and fine
+    /// `[4][2h][2w][32]`, both after ReLU. For heads that read more than colours.
+    pub(super) fn features(&self) -> (&Plane, &Plane) {
+        (&self.wide_relu[0], &self.fine_relu[0])
     }
 }
 
