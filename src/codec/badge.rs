@@ -147,9 +147,12 @@ mod tests {
     #[test]
     fn it_stands_where_it_was_told_and_can_be_read_at_every_size() {
         for (width, height) in [(16, 16), (128, 128), (256, 256), (720, 400), (480, 832)] {
-            for (place, right, bottom) in
-                [(BadgePlace::TopLeft, 0, 0), (BadgePlace::TopRight, 1, 0), (BadgePlace::BottomLeft, 0, 1), (BadgePlace::BottomRight, 1, 1)]
-            {
+            for (place, right, bottom) in [
+                (BadgePlace::TopLeft, 0, 0),
+                (BadgePlace::TopRight, 1, 0),
+                (BadgePlace::BottomLeft, 0, 1),
+                (BadgePlace::BottomRight, 1, 1),
+            ] {
                 let badge = Badge::new(place, BadgeLanguage::Zh, width, height).unwrap().unwrap();
                 let mut picture = grey(width, height);
                 badge.draw(&mut picture);

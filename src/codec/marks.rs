@@ -61,11 +61,8 @@ impl Mark {
         let Mark { engine, session } = self;
         let (engine, session, when) = (escaped(engine), escaped(session), escaped(when));
         let maker = maker();
-        let label = if session.is_empty() {
-            String::new()
-        } else {
-            format!("\n   <dc:identifier>{session}</dc:identifier>")
-        };
+        let label =
+            if session.is_empty() { String::new() } else { format!("\n   <dc:identifier>{session}</dc:identifier>") };
         format!(
             r#"<?xpacket begin="{bom}" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">

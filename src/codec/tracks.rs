@@ -114,12 +114,7 @@ pub(super) fn voice_entry(pre_skip: u16) -> SampleEntry {
             samplesize: AudioSampleEntryFields::DEFAULT_SAMPLESIZE,
             samplerate: FixedPointNumber::new(VOICE_SCALE as u16, 0),
         },
-        dops_box: DopsBox {
-            output_channel_count: 1,
-            pre_skip,
-            input_sample_rate: VOICE_SCALE,
-            output_gain: 0,
-        },
+        dops_box: DopsBox { output_channel_count: 1, pre_skip, input_sample_rate: VOICE_SCALE, output_gain: 0 },
         unknown_boxes: vec![],
     })
 }

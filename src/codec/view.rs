@@ -204,7 +204,8 @@ mod tests {
         }
         assert!(picture.u[1024..].iter().chain(&picture.v[1024..]).all(|c| *c == 128));
         // Red has little blue-difference: background would raise it.
-        let red = view_of(&Frame { rgb: [200, 30, 20].repeat(4096).into(), matte: None, ..frame }, View::Plain).unwrap();
+        let red =
+            view_of(&Frame { rgb: [200, 30, 20].repeat(4096).into(), matte: None, ..frame }, View::Plain).unwrap();
         assert!(picture.u[..1024].iter().zip(&red.u).all(|(a, b)| a.abs_diff(*b) <= 2));
     }
 

@@ -107,7 +107,10 @@ impl Disk for Torn {
 }
 
 fn tool(name: &str, args: &[&str], file: &Path) -> Vec<u8> {
-    let done = Command::new(name).args(["-v", "error"]).args(args.iter().map(|a| if *a == "FILE" { file.to_str().unwrap() } else { a })).output();
+    let done = Command::new(name)
+        .args(["-v", "error"])
+        .args(args.iter().map(|a| if *a == "FILE" { file.to_str().unwrap() } else { a }))
+        .output();
     let done = done.unwrap_or_else(|e| panic!("{name}: {e}; apt-get install -y ffmpeg"));
     assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
     done.stdout
@@ -115,9 +118,14 @@ fn tool(name: &str, args: &[&str], file: &Path) -> Vec<u8> {
 
 /// When the picture turns white and when the tone begins, seconds from the beginning of the file, as ffmpeg plays it.
 fn events(file: &Path) -> (f64, f64) {
-    let grey = tool("ffmpeg", &["-i", "FILE", "-vf", "scale=1:1,format=gray", "-r", "500", "-f", "rawvideo", "-"], file);
+    let grey =
+        tool("ffmpeg", &["-i", "FILE", "-vf", "scale=1:1,format=gray", "-r", "500", "-f", "rawvideo", "-"], file);
     let white = grey.iter().position(|g| *g > 128).expect("a white picture") as f64 / 500.0;
-    let sound = tool("ffmpeg", &["-i", "FILE", "-af", "aresample=async=1:first_pts=0", "-ar", "48000", "-f", "f32le", "-"], file);
+    let sound = tool(
+        "ffmpeg",
+        &["-i", "FILE", "-af", "aresample=async=1:first_pts=0", "-ar", "48000", "-f", "f32le", "-"],
+        file,
+    );
     let samples: Vec<f32> = sound.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
     let tone = samples.iter().position(|s| s.abs() > 0.1).expect("a tone") as f64 / 48_000.0;
     (white, tone)
@@ -148,14 +156,32 @@ fn a_file_that_was_cut_off_plays_to_its_last_fragment() {
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("r.mp4");
     let (_, ends) = record(4, FIRST);
-    for (fragments, room) in ends.iter().enumerate().flat_map(|(i, e)| [(i + 1, *e), (i + 1, e + 300), (i + 1, e + 1500)]) {
+    for (fragments, room) in
+        ends.iter().enumerate().flat_map(|(i, e)| [(i + 1, *e), (i + 1, e + 300), (i + 1, e + 1500)])
+    {
         // The power goes at the end of a fragment, in the description of the next, and in its media.
         let (disk, _) = record_to(Torn { disk: Cursor::default(), room }, 4, FIRST);
         std::fs::write(&path, disk.into_inner()).unwrap();
-        let count = ["-count_packets", "-select_streams", "v", "-show_entries", "stream=nb_read_packets", "-of", "csv=p=0", "FILE"];
-        let done = Command::new("ffprobe").args(["-v", "quiet"]).args(count.map(|a| if a == "FILE" { path.to_str().unwrap() } else { a })).output().unwrap();
+        let count = [
+            "-count_packets",
+            "-select_streams",
+            "v",
+            "-show_entries",
+            "stream=nb_read_packets",
+            "-of",
+            "csv=p=0",
+            "FILE",
+        ];
+        let done = Command::new("ffprobe")
+            .args(["-v", "quiet"])
+            .args(count.map(|a| if a == "FILE" { path.to_str().unwrap() } else { a }))
+            .output()
+            .unwrap();
         let frames: usize = String::from_utf8_lossy(&done.stdout).trim().trim_end_matches(',').parse().unwrap();
-        assert!((24 * fragments..=26 * fragments).contains(&frames), "{frames} pictures after {fragments} fragments, {room} bytes");
+        assert!(
+            (24 * fragments..=26 * fragments).contains(&frames),
+            "{frames} pictures after {fragments} fragments, {room} bytes"
+        );
     }
     std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -2,9 +2,7 @@
 
 use super::Shared;
 use crate::{
-    avatar::{
-        AvatarError, Controls, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, noise::normal,
-    },
+    avatar::{AvatarError, Controls, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, noise::normal},
     media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, SPEECH_RATE, StageTimes},
     model::{
         self,
