@@ -121,31 +121,58 @@ fn what_it_draws_agrees_with_the_recording_on_every_instruction_set() {
     }
 }
 
+/// Latents of the recorded speech, block by block.
+fn imagined(source: &Arc<Safetensors>, isa: Isa, steps: usize) -> Vec<Vec<f32>> {
+    let parity = parity();
+    let config = dit::Config::parse(source.metadata("config").unwrap()).unwrap();
+    let dit = Dit::load(config, &cursor(source).with_isa(isa).pp("dit")).unwrap();
+    let (features, controls) = (values(&parity, "features"), values(&parity, "controls"));
+    let (scale, noise) = (values(source, "control_scale"), values(&parity, "noise"));
+    let latent = |v: &[f32]| Tensor::from_slice(v, (16, 1, 32, 32), &Device::Cpu).unwrap();
+    let reference = latent(&values(&parity, "reference_latent"));
+    let schedule = Arc::new(dit.schedule_of(steps).unwrap());
+    let opening = Opening { reference: &reference, motion: None, text: None };
+    let mut state = dit.open(&opening, &schedule).unwrap();
+    let one = |(b, noise): (usize, &[f32])| {
+        let audio: Vec<f32> = (0..202 * 4)
+            .map(|i| (i / 4, 4 * b + i % 4))
+            .map(|(c, f)| if c < 192 { features[f * 192 + c] } else { controls[f * 10 + c - 192] * scale[c - 192] })
+            .collect();
+        let audio = dit.audio(&Tensor::from_vec(audio, (1, 202, 4), &Device::Cpu).unwrap()).unwrap();
+        let z = dit.generate(&mut state, &audio, latent(noise), None, &[]).unwrap();
+        z.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    noise.chunks_exact(16_384).enumerate().map(one).collect()
+}
+
 #[test]
 fn what_it_imagines_agrees_with_the_recording() {
     let (parity, source) = (parity(), weights());
-    let config = dit::Config::parse(source.metadata("config").unwrap()).unwrap();
-    let dit = Dit::load(config, &cursor(&source).pp("dit")).unwrap();
-    let (features, controls) = (values(&parity, "features"), values(&parity, "controls"));
-    let (scale, noise) = (values(&source, "control_scale"), values(&parity, "noise"));
-    let latent = |v: &[f32]| Tensor::from_slice(v, (16, 1, 32, 32), &Device::Cpu).unwrap();
-    let reference = latent(&values(&parity, "reference_latent"));
     for steps in [1, 2] {
-        let schedule = Arc::new(dit.schedule_of(steps).unwrap());
-        let opening = Opening { reference: &reference, motion: None, text: None };
-        let mut state = dit.open(&opening, &schedule).unwrap();
         let want = values(&parity, &format!("x0.steps{steps}"));
-        for (b, want) in want.chunks_exact(16_384).enumerate() {
-            let audio: Vec<f32> = (0..202 * 4)
-                .map(|i| (i / 4, 4 * b + i % 4))
-                .map(|(c, f)| if c < 192 { features[f * 192 + c] } else { controls[f * 10 + c - 192] * scale[c - 192] })
-                .collect();
-            let audio = dit.audio(&Tensor::from_vec(audio, (1, 202, 4), &Device::Cpu).unwrap()).unwrap();
-            let z = dit.generate(&mut state, &audio, latent(&noise[b * 16_384..][..16_384]), None, &[]).unwrap();
-            let z: Vec<f32> = z.flatten_all().unwrap().to_vec1().unwrap();
-            assert!(apart(&z, want) < 1e-3, "{steps} steps, block {b}: {}", apart(&z, want));
+        for (b, (z, want)) in imagined(&source, Isa::best(), steps).iter().zip(want.chunks_exact(16_384)).enumerate() {
+            assert!(apart(z, want) < 1e-3, "{steps} steps, block {b}: {}", apart(z, want));
         }
     }
+}
+
+/// What bf16 in the processor's matrix units costs: the pictures of the whole chain against those in f32.
+#[test]
+fn matrix_units_cost_nothing_that_is_seen() {
+    let source = weights();
+    let draw = |isa: Isa| -> Vec<Arc<[u8]>> {
+        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa).unwrap();
+        let (pool, mut memory) = (Pool::new(2), Memory::new(32, 32));
+        imagined(&source, isa, 2).iter().flat_map(|z| decoder.decode(&pool, z, &mut memory)).collect()
+    };
+    let (exact, swift) = (draw(Isa::best()), draw(Isa::swift()));
+    let mut least = f64::INFINITY;
+    for (a, b) in exact.iter().zip(&swift) {
+        let square: f64 = a.iter().zip(b.iter()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
+        least = least.min(10.0 * (255.0 * 255.0 * a.len() as f64 / square.max(1e-9)).log10());
+    }
+    println!("{:?} against {:?}: at least {least:.1} dB over {} pictures", Isa::swift(), Isa::best(), exact.len());
+    assert!(least > 40.0, "{least:.1} dB");
 }
 
 /// One engine for the tests below: loading takes a while.

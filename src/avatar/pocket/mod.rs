@@ -143,8 +143,8 @@ fn build(source: Safetensors, threads: usize, judge: bool) -> Result<Box<dyn Gen
 }
 
 fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Sizes) -> model::Result<Shared> {
-    let isa = Isa::best();
-    let weights = Weights::new(Arc::new(source) as Arc<dyn Source>, &Device::Cpu, DType::F32);
+    let isa = Isa::swift();
+    let weights = Weights::new(Arc::new(source) as Arc<dyn Source>, &Device::Cpu, DType::F32).with_isa(isa);
     let audio = AudioConfig { dilation: sizes.audio_dilation.clone(), ahead: sizes.audio_ahead.clone() };
     let flat = |name: &str, shape: (usize, usize)| -> model::Result<Vec<f32>> {
         Ok(weights.get(shape, name)?.contiguous()?.flatten_all()?.to_vec1()?)

@@ -1,6 +1,8 @@
 //! Convolution on the CPU, f32, channels last: weights packed once, input read in place (no im2col), bias, residual
 //! and ReLU in the epilogue. 1×1 convolutions and linear layers are the same loop with one tap.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::{
     Pool,
     tile::{Isa, Tile, UNIT},
@@ -76,6 +78,9 @@ pub struct Packed {
     /// Panel after panel: `[tap][cin][units · UNIT]`.
     weight: Vec<f32>,
     bias: Vec<f32>,
+    /// Instead of `weight`, for [`Isa::Amx`].
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<amx::Matrix>,
 }
 
 impl Packed {
@@ -90,6 +95,15 @@ impl Packed {
     ) -> Packed {
         let units = cout.div_ceil(UNIT);
         let panels = isa.panels(units);
+        let mut padded = vec![0.0; units * UNIT];
+        if let Some(bias) = bias {
+            padded[..cout].copy_from_slice(&bias[..cout]);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Isa::Amx(parts) = isa {
+            let tiles = Some(amx::Matrix::new(cout, taps, cin, &panels, parts, weight));
+            return Packed { isa, cin, cout, taps, panels, weight: Vec::new(), bias: padded, tiles };
+        }
         let mut packed = Vec::with_capacity(units * UNIT * taps * cin);
         let mut first = 0;
         for &panel in &panels {
@@ -101,11 +115,17 @@ impl Packed {
             }
             first += panel * UNIT;
         }
-        let mut padded = vec![0.0; units * UNIT];
-        if let Some(bias) = bias {
-            padded[..cout].copy_from_slice(&bias[..cout]);
+        Packed {
+            isa,
+            cin,
+            cout,
+            taps,
+            panels,
+            weight: packed,
+            bias: padded,
+            #[cfg(target_arch = "x86_64")]
+            tiles: None,
         }
-        Packed { isa, cin, cout, taps, panels, weight: packed, bias: padded }
     }
 
     /// One tap, from `cout` rows of `cin` inputs that stand `step` apart: keys, as attention has them.
@@ -141,9 +161,21 @@ impl Packed {
     }
 
     fn blank(isa: Isa, cout: usize, cin: usize) -> Packed {
+        #[cfg(target_arch = "x86_64")]
+        assert!(!matches!(isa, Isa::Amx(_)), "passing matrices are not packed for tiles");
         let units = cout.div_ceil(UNIT);
         let (weight, bias) = (vec![0.0; units * UNIT * cin], vec![0.0; units * UNIT]);
-        Packed { isa, cin, cout, taps: 1, panels: isa.panels(units), weight, bias }
+        Packed {
+            isa,
+            cin,
+            cout,
+            taps: 1,
+            panels: isa.panels(units),
+            weight,
+            bias,
+            #[cfg(target_arch = "x86_64")]
+            tiles: None,
+        }
     }
 
     pub fn outputs(&self) -> usize {
@@ -213,6 +245,14 @@ impl Packed {
         assert!((rows - 1) * x_step + reach <= x.len(), "the input is too short for {rows} rows");
         assert!(out_step >= self.cout && (rows - 1) * out_step + self.cout <= out.len(), "the output is too short");
         let at = Stretch { x: x.as_ptr(), x_step, raw: out.as_mut_ptr(), raw_step: out_step, ..Stretch::NONE };
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            let x = amx::Split::new(&x[..(rows - 1) * x_step + reach], x_step, tiles.parts());
+            // SAFETY: the bounds were just checked and `out` is borrowed exclusively.
+            return unsafe {
+                tiles.stretch(&self.panels, 0..self.panels.len(), &self.bias, taps, &x, 0, rows, &at);
+            };
+        }
         // SAFETY: the bounds were just checked and `out` is borrowed exclusively.
         unsafe { self.stretch(taps, rows, &at) }
     }
@@ -224,6 +264,21 @@ impl Packed {
         // By panels first: each thread then reads only its share of the weights, which is most of what moves.
         let chunks = rows.div_ceil(ROWS);
         let to = Pointer(out.as_mut_ptr());
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.tiles {
+            // Several panels share the cut of their input.
+            let groups = self.panels.len().div_ceil(4);
+            return pool.run(groups * chunks, |part| {
+                let (group, first) = (part / chunks, part % chunks * ROWS);
+                let count = ROWS.min(rows - first);
+                let which = group * 4..(group * 4 + 4).min(self.panels.len());
+                let raw = to.get().wrapping_add(first * self.cout);
+                let at = Stretch { x_step: self.cin, raw, raw_step: self.cout, ..Stretch::NONE };
+                let x = amx::Split::new(&x[first * self.cin..][..count * self.cin], self.cin, tiles.parts());
+                // SAFETY: sizes were checked above; parts write different rows or channels.
+                unsafe { tiles.stretch(&self.panels, which, &self.bias, &[0], &x, 0, count, &at) }
+            });
+        }
         pool.run(self.panels.len() * chunks, |part| {
             let (panel, first) = (part / chunks, part % chunks * ROWS);
             let at = Stretch {
@@ -240,6 +295,10 @@ impl Packed {
     }
 }
 
+/// Rows of a picture in one part, where rows share work.
+#[cfg(target_arch = "x86_64")]
+const STRIP: usize = 4;
+
 /// Rows of a linear layer in one part.
 const ROWS: usize = 64;
 
@@ -248,15 +307,16 @@ fn offset(p: *mut f32, by: usize) -> *mut f32 {
     if p.is_null() { p } else { p.wrapping_add(by) }
 }
 
-struct Stretch {
-    x: *const f32,
-    x_step: usize,
-    residual: *const f32,
-    residual_step: usize,
-    raw: *mut f32,
-    raw_step: usize,
-    relu: *mut f32,
-    relu_step: usize,
+/// Inputs and outputs of a stretch of pixels; steps are in floats from pixel to pixel.
+pub(super) struct Stretch {
+    pub(super) x: *const f32,
+    pub(super) x_step: usize,
+    pub(super) residual: *const f32,
+    pub(super) residual_step: usize,
+    pub(super) raw: *mut f32,
+    pub(super) raw_step: usize,
+    pub(super) relu: *mut f32,
+    pub(super) relu_step: usize,
 }
 
 impl Stretch {
@@ -348,8 +408,7 @@ impl Conv {
             Some((p, shape)) => (p.get().wrapping_add(shape.at(n, y, 0) + channel), shape.channels),
             None => (std::ptr::null_mut(), 0),
         };
-        pool.run(x.n * height, |part| {
-            let (n, y) = (part / height, part % height);
+        let row = |n: usize, y: usize| {
             let (raw, raw_step) = place(&raw, n, y, 0);
             let (relu, relu_step) = place(&relu, n, y, relu_channel);
             let from = (x.at(n, y * self.stride, 0) - reach * x.row_step()) - reach * x.channels;
@@ -363,6 +422,32 @@ impl Conv {
                 relu,
                 relu_step,
             };
+            (from, at)
+        };
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &self.packed.tiles {
+            // Rows share the cut of their inputs: a kernel of three sees each row three times.
+            let strips = height.div_ceil(STRIP);
+            let last = taps.last().map_or(0, |t| t + x.channels);
+            return pool.run(x.n * strips, |part| {
+                let (n, first) = (part / strips, part % strips * STRIP);
+                let end = height.min(first + STRIP);
+                let (begin, _) = row(n, first);
+                let (from, at) = row(n, end - 1);
+                let x = amx::Split::new(&x.data[begin..from + (width - 1) * at.x_step + last], at.x_step, tiles.parts());
+                for y in first..end {
+                    let (from, at) = row(n, y);
+                    let panels = &self.packed.panels;
+                    // SAFETY: as below.
+                    unsafe {
+                        let bias = &self.packed.bias;
+                        tiles.stretch(panels, 0..panels.len(), bias, &taps, &x, from - begin, width, &at);
+                    }
+                }
+            });
+        }
+        pool.run(x.n * height, |part| {
+            let (_, at) = row(part / height, part % height);
             // SAFETY: the planes were checked to fit, the border holds every tap, and each part writes its own row of
             // planes that this call borrows exclusively.
             unsafe { self.packed.stretch(&taps, width, &at) }
@@ -444,7 +529,7 @@ mod tests {
             let expected = conv_plain(&x, &weight, &bias, shape, stride);
             let (oh, ow) = (h.div_ceil(stride), w.div_ceil(stride));
             let residual = random_plane(&mut r, n, oh, ow, cout, 0);
-            for isa in Isa::available() {
+            for isa in Isa::everything() {
                 let conv = Conv::new(isa, &weight, &bias, shape, stride, None).unwrap();
                 for threads in [1, 3] {
                     let pool = Pool::new(threads);
@@ -465,7 +550,7 @@ mod tests {
                         for (o, sum) in sums.iter().enumerate() {
                             let want = sum + f64::from(residual.pixel(n, y, px)[o]);
                             let got = raw.pixel(n, y, px)[o];
-                            let bound = 1e-5 * (cin * kernel * kernel) as f64;
+                            let bound = (1e-5 + isa.error()) * (cin * kernel * kernel) as f64;
                             assert!((f64::from(got) - want).abs() < bound, "{isa:?} {shape:?}: {got} {want}");
                             assert_eq!(relu.pixel(n, y, px)[o + 3], got.max(0.0));
                         }

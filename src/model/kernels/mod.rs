@@ -1,5 +1,7 @@
 //! Fused CPU operations, each with a plain twin that its test compares it to.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod conv;
 pub mod dit_attention;
 pub mod dit_linear;

@@ -1,7 +1,8 @@
 //! The innermost loops: a few output pixels times a panel of output channels, summed over taps and input channels.
 //!
 //! Each output is one chain of fused multiply-adds in a fixed order (bias, then tap by tap, channel by channel), so the
-//! AVX-512, AVX2 and NEON forms agree bit for bit, whatever the tiling or the number of threads.
+//! AVX-512, AVX2 and NEON forms agree bit for bit, whatever the tiling or the number of threads. (AMX, in `amx`, sums in
+//! an order of its own, as fixed.)
 
 /// Channels in the unit that panels are made of.
 pub(super) const UNIT: usize = 16;
@@ -12,6 +13,9 @@ const PORTABLE_PIXELS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 }
 /// Which instructions are used. Chosen once, when weights are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// Intel's matrix tiles, with so many bf16 parts of every number (see `amx`).
+    #[cfg(target_arch = "x86_64")]
+    Amx(usize),
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -24,6 +28,15 @@ impl Isa {
     /// The best this machine has.
     pub fn best() -> Isa {
         Isa::available()[0]
+    }
+
+    /// The fastest, where bf16 operands are good enough (the pocket model: `tests/it/pocket.rs` holds the figures).
+    pub fn swift() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        if super::amx::available() {
+            return Isa::Amx(1);
+        }
+        Isa::best()
     }
 
     /// All this machine can run, best first.
@@ -42,9 +55,32 @@ impl Isa {
         all
     }
 
+    /// [`Isa::available`] and the matrix units, where there are any: what a test goes through.
+    pub fn everything() -> Vec<Isa> {
+        #[allow(unused_mut)]
+        let mut all = Isa::available();
+        #[cfg(target_arch = "x86_64")]
+        if super::amx::available() {
+            all.extend([Isa::Amx(1), Isa::Amx(2), Isa::Amx(3)]);
+        }
+        all
+    }
+
+    /// Largest error of a product of two numbers, relative.
+    pub fn error(self) -> f64 {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(parts) => 2f64.powi(2 - 9 * parts.min(2) as i32 - 7 * parts.saturating_sub(2) as i32),
+            _ => 2f64.powi(-23),
+        }
+    }
+
     /// How `units` of output channels are divided into panels (sizes in units).
     pub(super) fn panels(self, units: usize) -> Vec<usize> {
         match self {
+            // Two tiles of outputs times two of pixels are the four sums that hide each other's latency.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(_) => [vec![2; units / 2], vec![1; units % 2]].concat(),
             // Three units times eight pixels fill 24 of the 32 registers; a lone unit at the end would starve them.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => match units % 3 {
@@ -59,6 +95,8 @@ impl Isa {
     /// Pixels in a full tile.
     pub(super) fn pixels(self) -> usize {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(_) => 32,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => 8,
             #[cfg(target_arch = "x86_64")]
@@ -105,6 +143,9 @@ impl Tile<'_> {
         // SAFETY: as promised by the caller.
         unsafe {
             match isa {
+                // `Packed` sends tiles of that kind to `amx`.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Amx(_) => unreachable!("no vector form"),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 => match (pixels, self.units) {
                     (1, 1) => avx512::<1, 1>(self),

@@ -17,6 +17,8 @@ pub struct Linear {
     bias: Option<Tensor>,
     /// The same for the CPU's f32 kernel, packed when first used.
     packed: OnceLock<Arc<Packed>>,
+    /// The instructions that kernel uses.
+    isa: Isa,
 }
 
 impl std::fmt::Debug for Linear {
@@ -48,7 +50,13 @@ impl Linear {
         {
             return Err(Error::Weights(format!("a matrix with {out} rows has a bias of shape {:?}", b.dims())));
         }
-        Ok(Self { matrix, bias, packed: OnceLock::new() })
+        Ok(Self { matrix, bias, packed: OnceLock::new(), isa: Isa::best() })
+    }
+
+    /// Computes with other instructions than the most exact ones where it runs on the CPU.
+    pub fn with_isa(mut self, isa: Isa) -> Self {
+        self.isa = isa;
+        self
     }
 
     /// Several matrices over the same input as one, results side by side; none if one of them is quantised, or a
@@ -65,7 +73,8 @@ impl Linear {
         } else {
             None
         };
-        Self::new(weight, bias).map(Some)
+        let isa = parts.first().map_or_else(Isa::best, |l| l.isa);
+        Ok(Some(Self::new(weight, bias)?.with_isa(isa)))
     }
 
     /// Rows of the matrix.
@@ -121,7 +130,7 @@ impl Linear {
         let (out, width) = weight.dims2()?;
         let weight = weight.flatten_all()?.to_vec1::<f32>()?;
         let bias = self.bias.as_ref().map(|b| b.to_vec1::<f32>()).transpose()?;
-        let packed = Packed::new(Isa::best(), out, 1, width, bias.as_deref(), |o, _, i| weight[o * width + i]);
+        let packed = Packed::new(self.isa, out, 1, width, bias.as_deref(), |o, _, i| weight[o * width + i]);
         Ok(self.packed.get_or_init(|| Arc::new(packed)).clone())
     }
 }

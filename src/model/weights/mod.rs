@@ -36,6 +36,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::model::{
     Error, Result,
+    kernels::Isa,
     nn::{Linear, Matrix, Numbers, Side},
 };
 
@@ -104,6 +105,7 @@ pub struct Weights {
     prefix: String,
     device: Device,
     dtype: DType,
+    isa: Isa,
     watch: Option<Watch>,
 }
 
@@ -113,7 +115,8 @@ pub type Watch = Arc<dyn Fn(usize) + Send + Sync>;
 impl Weights {
     /// Starts at the root of `source`; tensors go to `device` as `dtype`.
     pub fn new(source: Arc<dyn Source>, device: &Device, dtype: DType) -> Self {
-        Self { source, ledger: Arc::default(), prefix: String::new(), device: device.clone(), dtype, watch: None }
+        let isa = Isa::best();
+        Self { source, ledger: Arc::default(), prefix: String::new(), device: device.clone(), dtype, isa, watch: None }
     }
 
     /// The same place with somebody who is told what was loaded.
@@ -138,6 +141,11 @@ impl Weights {
     /// The same place with another element type: norms and modulation stay f32 where matrices are bf16.
     pub fn with_dtype(&self, dtype: DType) -> Self {
         Self { dtype, ..self.clone() }
+    }
+
+    /// The same place; matrices compute with these instructions where they run on the CPU.
+    pub fn with_isa(&self, isa: Isa) -> Self {
+        Self { isa, ..self.clone() }
     }
 
     /// Where tensors go.
@@ -213,7 +221,7 @@ impl Weights {
             None => Matrix::plain(at.get((out, width), "weight")?)?,
         };
         let bias = if bias { Some(at.get(out, "bias")?) } else { None };
-        Linear::of(matrix, bias)
+        Ok(Linear::of(matrix, bias)?.with_isa(self.isa))
     }
 
     /// Marks everything below this place as known but unused here.
