@@ -434,7 +434,8 @@ impl Conv {
                 let end = height.min(first + STRIP);
                 let (begin, _) = row(n, first);
                 let (from, at) = row(n, end - 1);
-                let x = amx::Split::new(&x.data[begin..from + (width - 1) * at.x_step + last], at.x_step, tiles.parts());
+                let x =
+                    amx::Split::new(&x.data[begin..from + (width - 1) * at.x_step + last], at.x_step, tiles.parts());
                 for y in first..end {
                     let (from, at) = row(n, y);
                     let panels = &self.packed.panels;
