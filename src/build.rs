@@ -4,8 +4,10 @@
 //! silently and encodes at 0.4 of its speed, so that is an error here unless it is asked for.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
+    process::Command,
+    time::SystemTime,
 };
 
 const ALLOW_SLOW: &str = "LOQUENT_ALLOW_SLOW_H264";
@@ -57,6 +59,11 @@ fn main() {
         }
     );
     if missing.is_empty() {
+        if env::var_os("CARGO_FEATURE_CUDA").is_some()
+            && let Err(why) = cuda()
+        {
+            println!("cargo::error={why}");
+        }
         return;
     }
     for what in &missing {
@@ -74,6 +81,94 @@ fn built_without_assembler() -> bool {
         let build = e.path();
         build.join("output").exists() && !build.join("out/dct.o").exists()
     })
+}
+
+/// Compiles `src/model/kernels/cuda`: kernels (`*.cu`) and the shim over the cuDNN frontend (`*.cpp`), one static library.
+/// No card is needed for this. The toolkit is looked for where `CUDA_HOME` or `CUDA_PATH` say, then beside `nvcc` on the
+/// search path, then in `/usr/local/cuda`; cuDNN's headers in the toolkit, `CUDNN_HOME` and `/usr`; the frontend's headers
+/// where `CUDNN_FRONTEND_INCLUDE` says, then in the same places.
+fn cuda() -> Result<(), String> {
+    let sources = Path::new("src/model/kernels/cuda");
+    println!("cargo:rerun-if-changed={}", sources.display());
+    for variable in ["CUDA_HOME", "CUDA_PATH", "CUDNN_HOME", "CUDNN_FRONTEND_INCLUDE"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let named = |variable: &str| env::var_os(variable).map(PathBuf::from);
+    let on_path = env::split_paths(&env::var_os("PATH").unwrap_or_default())
+        .find(|folder| folder.join("nvcc").is_file())
+        .and_then(|folder| folder.parent().map(Path::to_path_buf));
+    let homes = [named("CUDA_HOME"), named("CUDA_PATH"), on_path, Some("/usr/local/cuda".into())];
+    let home = homes
+        .into_iter()
+        .flatten()
+        .find(|home| home.join("bin/nvcc").is_file())
+        .ok_or("feature `cuda` needs the CUDA 13 toolkit; set CUDA_HOME to the folder that holds bin/nvcc")?;
+    let roots: Vec<PathBuf> = named("CUDNN_HOME").into_iter().chain([home.clone(), "/usr".into(), "/usr/local".into()]).collect();
+    let holding = |header: &str| {
+        let near = ["include", "include/x86_64-linux-gnu", "include/aarch64-linux-gnu"];
+        roots.iter().flat_map(|r| near.map(|n| r.join(n))).find(|folder| folder.join(header).is_file())
+    };
+    let cudnn = holding("cudnn.h").ok_or("feature `cuda` needs cuDNN 9; set CUDNN_HOME to the folder that holds include/cudnn.h")?;
+    let frontend = named("CUDNN_FRONTEND_INCLUDE")
+        .filter(|folder| folder.join("cudnn_frontend.h").is_file())
+        .or_else(|| holding("cudnn_frontend.h"))
+        .ok_or(
+            "feature `cuda` needs the headers of the cuDNN frontend (github.com/NVIDIA/cudnn-frontend); set \
+             CUDNN_FRONTEND_INCLUDE to the folder that holds cudnn_frontend.h",
+        )?;
+
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo names no OUT_DIR")?);
+    let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(sources).map_err(|e| format!("{}: {e}", sources.display()))?.flatten().map(|e| e.path()).collect();
+    files.sort();
+    let ending = |path: &Path, ends: &[&str]| path.extension().is_some_and(|e| ends.iter().any(|end| e == *end));
+    let shared = files.iter().filter(|f| ending(f, &["cuh", "hpp"])).map(|f| changed(f)).max();
+    let shared = shared.max(Some(changed(Path::new("src/build.rs"))));
+    let mut objects = Vec::new();
+    for file in files.iter().filter(|f| ending(f, &["cu", "cpp"])) {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let object = out.join(format!("{name}.o"));
+        // The frontend's headers take a minute; what has not changed is kept.
+        if changed(&object) < changed(file).max(shared.unwrap_or(SystemTime::now())) {
+            let mut nvcc = Command::new(home.join("bin/nvcc"));
+            nvcc.args(["-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]);
+            if ending(file, &["cu"]) {
+                // Ampere and Ada run the first, Hopper the second; whatever comes later is compiled by its driver.
+                for code in ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_80,code=compute_80"] {
+                    nvcc.arg(format!("-gencode=arch={code}"));
+                }
+            } else {
+                nvcc.args(["-Xcompiler", "-w"]);
+            }
+            nvcc.arg("-I").arg(&cudnn).arg("-I").arg(&frontend).arg("-o").arg(&object).arg(file);
+            let done = nvcc.output().map_err(|e| format!("nvcc cannot be run: {e}"))?;
+            if !done.status.success() {
+                let _ = fs::remove_file(&object);
+                let said = String::from_utf8_lossy(&done.stderr).lines().take(12).collect::<Vec<_>>().join(" | ");
+                return Err(format!("nvcc cannot compile {name}: {said}"));
+            }
+        }
+        objects.push(object);
+    }
+    let library = out.join("libloquent_cuda.a");
+    let _ = fs::remove_file(&library);
+    let done = Command::new(home.join("bin/nvcc")).arg("-lib").arg("-o").arg(&library).args(&objects).status();
+    if !done.is_ok_and(|s| s.success()) {
+        return Err("nvcc cannot put the library of kernels together".into());
+    }
+    println!("cargo:rustc-link-search=native={}", out.display());
+    for root in &roots {
+        for folder in ["lib64", "lib", "targets/x86_64-linux/lib", "lib/x86_64-linux-gnu"] {
+            println!("cargo:rustc-link-search=native={}", root.join(folder).display());
+        }
+    }
+    println!("cargo:rustc-link-lib=static=loquent_cuda");
+    println!("cargo:rustc-link-lib=static=cudart_static");
+    for library in ["cudnn", "stdc++", "dl", "rt", "pthread"] {
+        println!("cargo:rustc-link-lib=dylib={library}");
+    }
+    Ok(())
 }
 
 /// Whether the program named by `variable`, or one of `names`, can be found on the search path.

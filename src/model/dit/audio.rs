@@ -6,10 +6,10 @@ use super::Config;
 use crate::model::{
     Error, Result,
     nn::{
-        CausalConv1d, Linear, attention,
+        Activation, CausalConv1d, Linear, Residual, attention_to_few,
         norm::{self, Affine},
     },
-    weights::Weights,
+    weights::{Fp8, Weights},
 };
 
 /// Features of layers → tokens per latent frame.
@@ -143,6 +143,19 @@ pub struct InjectorAudio {
     v: Tensor,
 }
 
+impl InjectorAudio {
+    /// The same in memory of its own.
+    pub(super) fn copy(&self) -> Result<Self> {
+        let affine = Affine { scale: self.affine.scale.copy()?, shift: self.affine.shift.copy()? };
+        Ok(Self { affine, k: self.k.copy()?, v: self.v.copy()? })
+    }
+
+    /// All that an injector reads.
+    pub(super) fn tensors(&self) -> [&Tensor; 4] {
+        [&self.affine.scale, &self.affine.shift, &self.k, &self.v]
+    }
+}
+
 /// Audio of one block of latent frames, ready for every injector.
 #[derive(Debug, Clone)]
 pub struct BlockAudio {
@@ -157,15 +170,17 @@ impl Injector {
     pub fn load(weights: &Weights, c: &Config, j: usize) -> Result<Self> {
         let root = weights.pp("audio_injector");
         let at = root.pp(format!("injector.{j}"));
+        let few = at.with_fp8(Fp8::Off);
         let d = c.dim;
         Ok(Self {
             q: at.linear("q", d, d, true)?,
-            k: at.linear("k", d, d, true)?,
-            v: at.linear("v", d, d, true)?,
+            // These, and `adain`, see a few rows once a block: nothing is gained by quantising them.
+            k: few.linear("k", d, d, true)?,
+            v: few.linear("v", d, d, true)?,
             o: at.linear("o", d, d, true)?,
             norm_q: at.get(d, "norm_q.weight")?,
             norm_k: at.get(d, "norm_k.weight")?,
-            adain: root.linear(&format!("injector_adain_layers.{j}.linear"), d, 2 * d, true)?,
+            adain: root.with_fp8(Fp8::Off).linear(&format!("injector_adain_layers.{j}.linear"), d, 2 * d, true)?,
             heads: c.num_heads,
             eps: c.eps,
         })
@@ -181,15 +196,16 @@ impl Injector {
         Ok(InjectorAudio { affine, k, v: self.v.forward(&audio.local)? })
     }
 
-    /// `x` `[frames · n, dim]` → `x` plus what it heard. The LayerNorm's eps is 1e-5 here, unlike everywhere else.
-    pub fn forward(&self, x: &Tensor, audio: &InjectorAudio, frames: usize) -> Result<Tensor> {
-        let rows = x.dim(0)?;
+    /// Adds to `x` `[frames · n, dim]` what it heard. The LayerNorm's eps is 1e-5 here, unlike everywhere else.
+    pub fn forward(&self, x: &mut Residual, audio: &InjectorAudio, frames: usize) -> Result<()> {
+        let rows = x.rows();
         if frames == 0 || rows % frames != 0 {
             return Err(Error::Input(format!("{rows} tokens cannot belong to {frames} frames of audio")));
         }
-        let y = norm::layer_norm(x, &audio.affine, &vec![rows / frames; frames], 1e-5)?;
-        let q = norm::rms_norm(&self.q.forward(&y)?, &self.norm_q, self.eps)?;
-        let y = self.o.forward(&attention(&q, &audio.k, &audio.v, self.heads, frames)?)?;
-        Ok((x + y.to_dtype(x.dtype())?)?)
+        let y = x.norm(&audio.affine, &vec![rows / frames; frames], 1e-5, self.q.form())?;
+        let q = self.q.forward_rows(&y, Activation::None)?;
+        let form = self.o.form();
+        let y = attention_to_few(&q, &self.norm_q, &audio.k, &audio.v, self.heads, frames, self.eps, form)?;
+        x.add(self.o.forward_rows(&y, Activation::None)?, None)
     }
 }

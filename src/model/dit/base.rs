@@ -5,7 +5,10 @@ use candle_core::{DType, Tensor};
 use super::{Dit, TextContext, trace::Trace};
 use crate::model::{
     At, Error, Result,
-    nn::rope::{Group, Rope, Rounding},
+    nn::{
+        Residual,
+        rope::{Group, Rope, Rounding},
+    },
 };
 
 impl Dit {
@@ -14,7 +17,7 @@ impl Dit {
     pub fn base(&self, latent: &Tensor, timesteps: &[f32], text: &TextContext, trace: &mut Trace) -> Result<Tensor> {
         let (_, frames, _, _) = latent.dims4()?;
         let (gh, gw) = self.grid(latent)?;
-        let mut x = self.patch.forward(latent)?.to_dtype(DType::F32)?;
+        let x = self.patch.forward(latent)?.to_dtype(DType::F32)?;
         let n = x.dim(0)?;
         if timesteps.len() != 1 && timesteps.len() < n {
             return Err(Error::Input(format!("{} timesteps for {n} tokens", timesteps.len())));
@@ -33,14 +36,16 @@ impl Dit {
         }
         let timing = self.timing(&values, values.len())?;
         let rope = Rope::new(&[Group::frames(0, frames, gh, gw)], self.config.head(), Rounding::Exact, &self.device)?;
+        let mut x = Residual::new(x);
         for (i, block) in self.blocks.iter().enumerate() {
             trace.within(|| format!("mid.blocks.{i}"));
-            x = block
-                .forward(&x, &timing.blocks[i], &runs, text.blocks.get(i), trace, |a, y| a.whole(y, &rope))
+            block
+                .forward(&mut x, &timing.blocks[i], &runs, text.blocks.get(i), trace, |a, y| a.whole(y, &rope))
                 .at(|| format!("block {i}"))?;
             trace.outside();
-            trace.see(&format!("mid.blocks.{i}"), &x);
+            trace.see_tokens(|| format!("mid.blocks.{i}"), &mut x)?;
         }
+        let x = x.into_tokens()?;
         let patches = self.head.forward(&x, &timing.head, &runs, None).at(|| "head")?;
         self.head.unpatch(&patches, frames, gh, gw)
     }

@@ -1,15 +1,15 @@
 //! One transformer block, the text's side of it, and the head.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::{BlockModulation, Config, trace::Trace};
 use crate::model::{
     Error, Result,
     nn::{
-        Activation, Linear, Rope, attention,
+        Activation, Form, Linear, Memory, Residual, Rope, Rows, Slot, attention,
         norm::{self, Affine},
     },
-    weights::Weights,
+    weights::{Fp8, Weights},
 };
 
 /// Projections and norms of one attention.
@@ -21,9 +21,12 @@ pub struct Attention {
     norm_k: Tensor,
     heads: usize,
     eps: f64,
+    /// Whether keys, values and queries are e4m3.
+    fp8: bool,
 }
 
-/// The three input projections. On the CPU, where each product costs a wake-up of other threads, one matrix does all.
+/// The three input projections. One matrix does all where queries, keys and values come from the same tokens: on the CPU
+/// each product costs a wake-up of other threads, on a card a larger one fills it better.
 #[derive(Debug)]
 enum Inputs {
     Apart { q: Linear, k: Linear, v: Linear },
@@ -53,35 +56,64 @@ impl Attention {
         let d = c.dim;
         let [q, k, v] =
             [weights.linear("q", d, d, true)?, weights.linear("k", d, d, true)?, weights.linear("v", d, d, true)?];
-        let stacked = match weights.device() {
-            Device::Cpu if own => Linear::stacked(&[&q, &k, &v])?,
-            _ => None,
-        };
+        // On the CPU each product costs a wake-up of other threads, on a card a larger one fills it better.
+        let stacked = if own { Linear::stacked(&[&q, &k, &v])? } else { None };
         let inputs = match stacked {
             Some(all) => Inputs::Stacked(all),
             None => Inputs::Apart { q, k, v },
         };
+        let o = weights.linear("o", d, d, true)?;
         Ok(Self {
             inputs,
-            o: weights.linear("o", d, d, true)?,
             norm_q: weights.get(d, "norm_q.weight")?,
             norm_k: weights.get(d, "norm_k.weight")?,
             heads: c.num_heads,
             eps: c.eps,
+            // A result in e4m3 needs a matrix that takes it.
+            fp8: weights.fp8() == Fp8::All && o.form() == Form::Scaled && c.head() % 16 == 0 && c.head() <= 128,
+            o,
         })
     }
 
+    /// Whether its projections give bf16 (in e4m3 they do as well).
+    pub fn computes_in_bf16(&self) -> bool {
+        matches!(self.form(), Form::Scaled | Form::Plain(DType::BF16))
+    }
+
+    /// How the projections want their input.
+    pub fn form(&self) -> Form {
+        match &self.inputs {
+            Inputs::Apart { q, .. } => q.form(),
+            Inputs::Stacked(all) => all.form(),
+        }
+    }
+
     /// All three projections of the same tokens.
-    pub fn project(&self, y: &Tensor) -> Result<Projected> {
+    pub fn project(&self, y: &Rows) -> Result<Projected> {
+        let through = |l: &Linear| l.forward_rows(y, Activation::None);
         Ok(match &self.inputs {
-            Inputs::Apart { q, k, v } => Projected { q: q.forward(y)?, k: k.forward(y)?, v: v.forward(y)? },
+            Inputs::Apart { q, k, v } => Projected { q: through(q)?, k: through(k)?, v: through(v)? },
             Inputs::Stacked(all) => {
-                let y = all.forward(y)?;
+                let y = through(all)?;
                 let d = y.dim(1)? / 3;
                 let part = |i: usize| y.narrow(1, i * d, d);
-                Projected { q: part(0)?, k: part(1)?, v: part(2)?.contiguous()? }
+                Projected { q: part(0)?, k: part(1)?, v: part(2)? }
             }
         })
+    }
+
+    /// Room for `rows` keys and values like `kept`, in the form this attention computes in.
+    pub fn memory(&self, kept: &KeysValues, rows: usize, headroom: f64) -> Result<Memory> {
+        Memory::new(&kept.v, rows, self.fp8, headroom)
+    }
+
+    /// Stores the tokens' keys and values at the slot and returns what the tokens, and everything before, tell them:
+    /// attention over the memory, and the output projection.
+    pub fn remember(&self, y: &Rows, rope: &Rope, memory: &Memory, slot: &Slot) -> Result<Tensor> {
+        let p = self.project(y)?;
+        let weights = [&self.norm_q, &self.norm_k];
+        let q = memory.store([&p.q, &p.k, &p.v], weights, self.eps, rope, slot)?;
+        self.o.forward_rows(&memory.attend(&q, self.heads, Some(slot))?, Activation::None)
     }
 
     /// Queries, normed and rotated.
@@ -96,7 +128,7 @@ impl Attention {
 
     /// Keys normed but not rotated, and values.
     pub fn kept(&self, p: &Projected) -> Result<KeysValues> {
-        Ok(KeysValues { k: norm::rms_norm(&p.k, &self.norm_k, self.eps)?, v: p.v.clone() })
+        Ok(KeysValues { k: norm::rms_norm(&p.k, &self.norm_k, self.eps)?, v: p.v.contiguous()? })
     }
 
     /// Attention of ready queries over ready keys, and the output projection.
@@ -105,30 +137,41 @@ impl Attention {
     }
 
     /// A sequence's attention to itself.
-    pub fn whole(&self, y: &Tensor, rope: &Rope) -> Result<Tensor> {
+    pub fn whole(&self, y: &Rows, rope: &Rope) -> Result<Tensor> {
         let p = self.project(y)?;
-        self.finish(&self.queries(&p, rope)?, &self.keys(&p, rope)?, &p.v)
+        if self.fp8 {
+            let rows = p.q.dim(0)?;
+            let memory = Memory::new(&p.v, rows, true, 1.0)?;
+            let slot = Slot { at: 0, keys: rows, card: None }.on(p.q.device(), rows)?;
+            let q = memory.store([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k], self.eps, rope, &slot)?;
+            return self.o.forward_rows(&memory.attend(&q, self.heads, Some(&slot))?, Activation::None);
+        }
+        self.finish(&self.queries(&p, rope)?, &self.keys(&p, rope)?, &p.v.contiguous()?)
     }
 
-    /// Keys and values of another sequence, without rotation.
-    fn foreign(&self, y: &Tensor) -> Result<KeysValues> {
-        let Inputs::Apart { k, v, .. } = &self.inputs else { return self.kept(&self.project(y)?) };
-        Ok(KeysValues { k: norm::rms_norm(&k.forward(y)?, &self.norm_k, self.eps)?, v: v.forward(y)? })
+    /// Keys and values of another sequence, without rotation, ready to be attended to.
+    fn foreign(&self, y: &Tensor) -> Result<Memory> {
+        let kv = match &self.inputs {
+            Inputs::Apart { k, v, .. } => {
+                KeysValues { k: norm::rms_norm(&k.forward(y)?, &self.norm_k, self.eps)?, v: v.forward(y)? }
+            }
+            Inputs::Stacked(_) => self.kept(&self.project(&Rows::Plain(y.clone()))?)?,
+        };
+        if !self.fp8 {
+            return Ok(Memory::of(kv.k, kv.v));
+        }
+        let memory = self.memory(&kv, kv.k.dim(0)?, 1.0)?;
+        memory.place(&kv.k, &kv.v)?;
+        Ok(memory)
     }
 
-    fn across(&self, y: &Tensor, text: &KeysValues) -> Result<Tensor> {
+    fn across(&self, y: &Rows, text: &Memory) -> Result<Tensor> {
         let q = match &self.inputs {
-            Inputs::Apart { q, .. } => q.forward(y)?,
+            Inputs::Apart { q, .. } => q.forward_rows(y, Activation::None)?,
             Inputs::Stacked(_) => self.project(y)?.q,
         };
-        self.finish(&norm::rms_norm(&q, &self.norm_q, self.eps)?, &text.k, &text.v)
-    }
-}
-
-impl Projected {
-    /// Values.
-    pub fn values(&self) -> &Tensor {
-        &self.v
+        let q = text.queries(&q, &self.norm_q, self.eps)?;
+        self.o.forward_rows(&text.attend(&q, self.heads, None)?, Activation::None)
     }
 }
 
@@ -173,39 +216,42 @@ impl Block {
     }
 
     /// The text's keys and values for this block, from embedded text `[tokens, dim]`; none where there is no text.
-    pub fn text(&self, embedded: &Tensor) -> Result<Option<KeysValues>> {
+    pub fn text(&self, embedded: &Tensor) -> Result<Option<Memory>> {
         self.text.as_ref().map(|(_, a)| a.foreign(embedded)).transpose()
     }
 
-    /// `x` `[tokens, dim]` through the block. `attend` is given the modulated input and returns the self-attention's
-    /// result after its output projection: the three forms (whole sequence, prefill, ring) differ only there.
+    /// The tokens of `x` `[tokens, dim]` through the block. `attend` is given the modulated input and returns the
+    /// self-attention's result after its output projection: the three forms (whole sequence, prefill, ring) differ only
+    /// there.
     pub fn forward(
         &self,
-        x: &Tensor,
+        x: &mut Residual,
         m: &BlockModulation,
         runs: &[usize],
-        text: Option<&KeysValues>,
+        text: Option<&Memory>,
         trace: &mut Trace,
-        attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let y = attend(&self.own, &norm::layer_norm(x, &m.attention, runs, self.eps)?)?;
+        attend: impl FnOnce(&Attention, &Rows) -> Result<Tensor>,
+    ) -> Result<()> {
+        let y = attend(&self.own, &x.norm(&m.attention, runs, self.eps, self.own.form())?)?;
         trace.see("self_attn", &y);
-        let mut x = norm::gated_add(x, &y, &m.attention_gate, runs)?;
+        x.add(y, Some((&m.attention_gate, runs)))?;
         match (&self.text, text) {
             (Some((affine, attention)), Some(text)) => {
-                let y = norm::layer_norm(&x, affine, &[x.dim(0)?], self.eps)?;
-                trace.see("norm3", &y);
+                let y = x.norm(affine, &[x.rows()], self.eps, attention.form())?;
+                if trace.on() {
+                    trace.see("norm3", &y.plain()?);
+                }
                 let y = attention.across(&y, text)?;
                 trace.see("cross_attn", &y);
-                x = (&x + y.to_dtype(x.dtype())?)?;
+                x.add(y, None)?;
             }
             (Some(_), None) => return Err(Error::Input("this model needs a text; none was given".into())),
             (None, _) => {}
         }
-        let y = norm::layer_norm(&x, &m.feed_forward, runs, self.eps)?;
-        let y = self.second.forward(&self.first.forward_with(&y, Activation::GeluTanh)?)?;
+        let y = x.norm(&m.feed_forward, runs, self.eps, self.first.form())?;
+        let y = self.first.forward_through_gelu(&y, &self.second)?;
         trace.see("ffn", &y);
-        norm::gated_add(&x, &y, &m.feed_forward_gate, runs)
+        x.add(y, Some((&m.feed_forward_gate, runs)))
     }
 }
 

@@ -5,7 +5,10 @@ use candle_core::{DType, Tensor};
 use super::{BlockAudio, Dit, DropMode, TextContext, trace::Trace};
 use crate::model::{
     At, Error, Result,
-    nn::rope::{Group, Rope, Rounding},
+    nn::{
+        Residual,
+        rope::{Group, Rope, Rounding},
+    },
 };
 
 /// Inputs of one forward.
@@ -61,7 +64,7 @@ impl Dit {
             parts.push(tokens.broadcast_add(&mask(2)?)?);
             groups.extend(at);
         }
-        let mut x = Tensor::cat(&parts, 0)?;
+        let x = Tensor::cat(&parts, 0)?;
         let rope = Rope::new(&groups, self.config.head(), Rounding::Exact, &self.device)?;
         trace.see("tokens_in", &x);
         trace.see("rope_cos", &rope.cos()?);
@@ -69,22 +72,27 @@ impl Dit {
         let timing = self.timing(&[inputs.timestep, 0.0], 1)?;
         trace.see("e0", &timing.e0.transpose(0, 1)?);
         let runs = [n, x.dim(0)? - n];
+        let mut x = Residual::new(x);
         for (i, block) in self.blocks.iter().enumerate() {
             let text = inputs.text.and_then(|t| t.blocks.get(i));
             trace.within(|| format!("mid.blocks.{i}"));
-            x = block
-                .forward(&x, &timing.blocks[i], &runs, text, trace, |a, y| a.whole(y, &rope))
+            block
+                .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| a.whole(y, &rope))
                 .at(|| format!("block {i}"))?;
             trace.outside();
-            trace.see(&format!("mid.blocks.{i}"), &x);
+            trace.see_tokens(|| format!("mid.blocks.{i}"), &mut x)?;
             if let Some(j) = self.injector_after(i) {
-                let heard = speech.injectors[j]
-                    .forward(&x.narrow(0, 0, n)?.contiguous()?, &inputs.audio.injectors[j], frames)
+                let all = x.into_tokens()?;
+                let mut heard = Residual::new(all.narrow(0, 0, n)?.force_contiguous()?);
+                speech.injectors[j]
+                    .forward(&mut heard, &inputs.audio.injectors[j], frames)
                     .at(|| format!("audio after block {i}"))?;
-                x = Tensor::cat(&[&heard, &x.narrow(0, n, x.dim(0)? - n)?], 0)?;
-                trace.see(&format!("mid.after_inject.{i}"), &x);
+                let others = all.narrow(0, n, all.dim(0)? - n)?;
+                x = Residual::new(Tensor::cat(&[&heard.into_tokens()?, &others], 0)?);
+                trace.see_tokens(|| format!("mid.after_inject.{i}"), &mut x)?;
             }
         }
+        let x = x.into_tokens()?;
         let patches = self.head.forward(&x.narrow(0, 0, n)?.contiguous()?, &timing.head, &[n], None).at(|| "head")?;
         trace.see("mid.head", &patches);
         self.head.unpatch(&patches, frames, gh, gw)

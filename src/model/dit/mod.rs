@@ -22,6 +22,7 @@ mod base;
 mod block;
 mod clip;
 mod config;
+mod desk;
 mod motion;
 mod stream;
 mod time;
@@ -40,14 +41,14 @@ pub use trace::Trace;
 
 use crate::model::{
     At, Error, Result,
-    nn::{Activation, Linear, PatchEmbed},
-    weights::Weights,
+    nn::{Activation, Linear, Memory, PatchEmbed},
+    weights::{Fp8, Weights},
 };
 
 /// Keys and values of the text in every block; made once per prompt.
 #[derive(Debug, Clone)]
 pub struct TextContext {
-    blocks: Vec<KeysValues>,
+    blocks: Vec<Memory>,
     /// The embedded text `[text_len, dim]`.
     pub embedded: Tensor,
 }
@@ -84,8 +85,10 @@ impl Dit {
         let c = &config;
         let f32s = weights.with_dtype(DType::F32);
         let text = if c.text_len > 0 {
-            let first = weights.linear("text_embedding.0", c.text_dim, c.dim, true)?;
-            Some((first, weights.linear("text_embedding.2", c.dim, c.dim, true)?))
+            // Left as they are, like everything that computes in f32: they run once a prompt.
+            let once = weights.with_fp8(Fp8::Off);
+            let first = once.linear("text_embedding.0", c.text_dim, c.dim, true)?;
+            Some((first, once.linear("text_embedding.2", c.dim, c.dim, true)?))
         } else {
             None
         };

@@ -3,17 +3,30 @@
 //!
 //! Keys and values of one layer at one step live in one buffer `[conditioning | ring]` that is written in place:
 //! attention always sees one contiguous run of rows, and nothing is concatenated.
+//!
+//! On a card the way through the blocks is recorded in a graph, one per step, when a step runs for the second time. What
+//! changes from block to block lies at fixed addresses (`desk.rs`), so the same graph serves all of them.
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::{BlockAudio, Cond, Conditioning, Dit, DropMode, KeysValues, Prediction, TextContext, Timing, trace::Trace};
+use super::{
+    BlockAudio, Cond, Conditioning, Dit, DropMode, KeysValues, Prediction, TextContext, Timing,
+    desk::{Desk, Replay},
+    trace::Trace,
+};
 use crate::model::{
     At, Error, Result,
-    nn::rope::{Group, Rope, Rounding},
+    nn::{
+        Memory, Residual, Slot,
+        rope::{Group, Rope, Rounding},
+    },
     sampler::Euler,
 };
+
+/// How much larger than the conditioning's values a block's may be before e4m3 cuts them off.
+const HEADROOM: f64 = 4.0;
 
 /// Where the reference stands in time at the start.
 const REFERENCE_TIME: i64 = 30;
@@ -44,18 +57,16 @@ pub struct Opening<'a> {
     pub text: Option<Arc<TextContext>>,
 }
 
-#[derive(Debug)]
-struct Buffer {
-    k: Tensor,
-    v: Tensor,
-}
-
 /// One denoising step's memory.
 #[derive(Debug)]
 struct Ring {
-    layers: Vec<Buffer>,
+    layers: Vec<Memory>,
+    /// The step as a graph, where there are graphs.
+    replay: Replay,
     /// Where the conditioning in the buffers was last rotated to; none = not written yet.
     conditioning: Option<Vec<Group>>,
+    /// Rows of the ring itself.
+    rows: usize,
 }
 
 /// Everything one face remembers in the transformer.
@@ -73,9 +84,18 @@ pub struct StreamState {
     base: Tensor,
     /// The reference latent as patches, repeated for a block; only where the head has a gate.
     reference: Option<Tensor>,
+    /// What a block's launches read, at fixed addresses; only on a card.
+    desk: Option<Desk>,
+    /// Whether steps become graphs.
+    graphs: bool,
 }
 
 impl StreamState {
+    /// Whether a card's steps are recorded and replayed (they are, unless this says no). The results are the same.
+    pub fn use_graphs(&mut self, yes: bool) {
+        self.graphs = yes;
+    }
+
     /// Absolute time of the next block in latent frames.
     pub fn position(&self) -> usize {
         self.position
@@ -96,7 +116,7 @@ impl StreamState {
         let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
         let conditioning: usize = self.conditioning.iter().map(|c| size(&c.k) + size(&c.v)).sum();
         let rings = self.rings.iter().flatten().flat_map(|r| &r.layers);
-        conditioning + rings.map(|b| size(&b.k) + size(&b.v)).sum::<usize>()
+        conditioning + rings.map(Memory::bytes).sum::<usize>()
     }
 
     /// Keys and values of the conditioning in a layer, before rotation (for tests).
@@ -106,10 +126,13 @@ impl StreamState {
 
     /// Ring of a step and layer, keys and values without the conditioning in front (for tests).
     pub fn ring(&self, step: usize, layer: usize) -> Option<(Tensor, Tensor)> {
-        let b = self.rings.get(step)?.as_ref()?.layers.get(layer)?;
-        let rows = self.groups.iter().map(Group::tokens).sum::<usize>();
-        let part = |t: &Tensor| t.narrow(0, rows, t.dim(0).ok()?.checked_sub(rows)?).ok();
-        Some((part(&b.k)?, part(&b.v)?))
+        let ring = self.rings.get(step)?.as_ref()?;
+        ring.layers.get(layer)?.part(self.rows(), ring.rows).ok()
+    }
+
+    /// Rows of conditioning.
+    fn rows(&self) -> usize {
+        self.groups.iter().map(Group::tokens).sum()
     }
 }
 
@@ -151,6 +174,8 @@ impl Dit {
             rings: (0..schedule.steps()).map(|_| None).collect(),
             base: opening.reference.clone(),
             reference: None,
+            desk: None,
+            graphs: true,
         };
         self.prefill(&mut state, opening.reference, opening.motion, trace).at(|| "prefill")?;
         Ok(state)
@@ -195,20 +220,21 @@ impl Dit {
         let mask = |i: usize| speech.mask.narrow(0, i, 1);
         let (packed, packed_groups) = speech.packer.forward(motion, 2, DropMode::Pad)?;
         let own = self.patch.forward(reference)?.to_dtype(DType::F32)?;
-        let mut x = Tensor::cat(&[&own.broadcast_add(&mask(1)?)?, &packed.broadcast_add(&mask(2)?)?], 0)?;
+        let x = Tensor::cat(&[&own.broadcast_add(&mask(1)?)?, &packed.broadcast_add(&mask(2)?)?], 0)?;
         let mut groups = vec![Group::frames(REFERENCE_TIME, 1, gh, gw)];
         groups.extend(packed_groups);
         let rope = self.stream_rope(&groups)?;
         trace.see("rope_cos", &rope.cos()?);
         trace.see("rope_sin", &rope.sin()?);
         let runs = [x.dim(0)?];
+        let mut x = Residual::new(x.to_dtype(self.stream_type())?);
         let mut conditioning = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
             let m = &state.schedule.zero.blocks[i];
             let text = state.text.as_ref().and_then(|t| t.blocks.get(i));
             trace.within(|| format!("blocks.{i}"));
-            x = block
-                .forward(&x, m, &runs, text, trace, |a, y| {
+            block
+                .forward(&mut x, m, &runs, text, trace, |a, y| {
                     let p = a.project(y)?;
                     let kv = a.kept(&p)?;
                     let out = a.finish(&a.queries(&p, &rope)?, &rope.rotate(&kv.k)?, &kv.v)?;
@@ -217,7 +243,7 @@ impl Dit {
                 })
                 .at(|| format!("block {i}"))?;
             trace.outside();
-            trace.see(&format!("blocks.{i}"), &x);
+            trace.see_tokens(|| format!("blocks.{i}"), &mut x)?;
         }
         // What a block of noisy tokens starts from, and what the gate adds, change with the reference only.
         let frames = c.frames_per_block;
@@ -241,6 +267,13 @@ impl Dit {
         state.conditioning = conditioning;
         state.groups = groups;
         Ok(())
+    }
+
+    /// Element type of a stream's tokens between blocks. LiveAvatar's are bf16 (MODEL.md §12 of the specification), which
+    /// halves what the passes between two matrices move; where nothing else is bf16 they stay f32.
+    fn stream_type(&self) -> DType {
+        let bf16 = self.blocks.first().is_some_and(|b| b.own.computes_in_bf16());
+        if bf16 && !matches!(self.device, Device::Cpu) { DType::BF16 } else { DType::F32 }
     }
 
     fn stream_rope(&self, groups: &[Group]) -> Result<Rope> {
@@ -297,9 +330,9 @@ impl Dit {
             .ok_or_else(|| Error::Input(format!("step {step} of a schedule of {} steps", schedule.steps())))?;
         let (gh, gw) = state.grid;
         let n = gh * gw;
-        let rows: usize = state.groups.iter().map(Group::tokens).sum();
+        let rows = state.rows();
         if state.rings[step].is_none() {
-            state.rings[step] = Some(self.ring(state, rows + c.kv_frames * n)?);
+            state.rings[step] = Some(self.ring(state, rows, c.kv_frames * n)?);
         }
 
         let base = match cond {
@@ -309,7 +342,7 @@ impl Dit {
             }
             None => &state.base,
         };
-        let mut y = (self.patch.forward(x)?.to_dtype(DType::F32)? + base)?;
+        let tokens = (self.patch.forward(x)?.to_dtype(DType::F32)? + base)?.to_dtype(self.stream_type())?;
         let p = state.position as i64;
         let rope = self.stream_rope(&[Group::frames(p, frames, gh, gw)])?;
         trace.see("rope_cos", &rope.cos()?);
@@ -317,55 +350,70 @@ impl Dit {
         trace.see("merged_audio_emb", &audio.tokens.local.reshape((frames, (), c.dim))?);
         trace.see("audio_emb_global", &audio.tokens.global);
 
-        // Only conditioning that moved since this ring last ran is rotated again.
         let groups = self.conditioning_groups(state, p, distance);
-        let written = state.rings[step].as_ref().and_then(|r| r.conditioning.as_deref());
-        let moved = Moved::between(written, &groups);
-        let turned = match &moved {
-            Some(m) => Some(self.stream_rope(&groups[m.groups.clone()])?),
-            None => None,
-        };
         let start = state.position * n;
         let size = c.kv_frames * n;
-        let at = rows + start % size;
-        let valid = rows + size.min(start + frames * n);
+        let slot = Slot { at: rows + start % size, keys: rows + size.min(start + frames * n), card: None };
         let runs = [frames * n];
         let Some(ring) = state.rings[step].as_mut() else {
             return Err(Error::Input("the stream has no ring".into()));
         };
-        for (i, block) in self.blocks.iter().enumerate() {
-            let (buffer, kept) = (&ring.layers[i], &state.conditioning[i]);
-            let text = state.text.as_ref().and_then(|t| t.blocks.get(i));
-            trace.within(|| format!("blocks.{i}"));
-            y = block
-                .forward(&y, &timing.blocks[i], &runs, text, trace, |a, y| {
-                    let fresh = a.project(y)?;
-                    let q = a.queries(&fresh, &rope)?;
-                    buffer.k.slice_set(&a.keys(&fresh, &rope)?, 0, at)?;
-                    buffer.v.slice_set(fresh.values(), 0, at)?;
-                    if let (Some(m), Some(turned)) = (&moved, &turned) {
-                        let part = kept.k.narrow(0, m.row, turned.tokens())?;
-                        buffer.k.slice_set(&turned.rotate(&part)?.contiguous()?, 0, m.row)?;
-                    }
-                    if ring.conditioning.is_none() {
-                        buffer.v.slice_set(&kept.v.contiguous()?, 0, 0)?;
-                    }
-                    a.finish(&q, &buffer.k.narrow(0, 0, valid)?, &buffer.v.narrow(0, 0, valid)?)
-                })
-                .at(|| format!("block {i}"))?;
-            trace.outside();
-            trace.see(&format!("blocks.{i}"), &y);
-            if let Some(j) = self.injector_after(i) {
-                y = speech.injectors[j]
-                    .forward(&y, &audio.injectors[j], frames)
-                    .at(|| format!("audio after block {i}"))?;
-                trace.see(&format!("after_inject.{i}"), &y);
+        self.condition(&state.conditioning, ring, groups)?;
+
+        let text = state.text.as_deref();
+        let through = |x: Tensor, rope: &Rope, slot: &Slot, audio: &BlockAudio, trace: &mut Trace| -> Result<Tensor> {
+            let mut x = Residual::new(x);
+            for (i, block) in self.blocks.iter().enumerate() {
+                let text = text.and_then(|t| t.blocks.get(i));
+                trace.within(|| format!("blocks.{i}"));
+                block
+                    .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| {
+                        a.remember(y, rope, &ring.layers[i], slot)
+                    })
+                    .at(|| format!("block {i}"))?;
+                trace.outside();
+                trace.see_tokens(|| format!("blocks.{i}"), &mut x)?;
+                if let Some(j) = self.injector_after(i) {
+                    speech.injectors[j]
+                        .forward(&mut x, &audio.injectors[j], frames)
+                        .at(|| format!("audio after block {i}"))?;
+                    trace.see_tokens(|| format!("after_inject.{i}"), &mut x)?;
+                }
+            }
+            x.into_tokens()
+        };
+        let tokens = if matches!(self.device, Device::Cpu) {
+            through(tokens, &rope, &slot, audio, trace)?
+        } else {
+            let desk = Desk::lay(&mut state.desk, &tokens, &rope, &slot, audio)?;
+            let graphs = state.graphs && !trace.on();
+            ring.replay.run(&self.device, graphs, || {
+                through(desk.tokens.clone(), &desk.rope, &desk.slot, &desk.audio, trace).map(drop)
+            })?;
+            desk.tokens.clone()
+        };
+        let patches = self.head.forward(&tokens, &timing.head, &runs, state.reference.as_ref()).at(|| "head")?;
+        trace.see("head", &patches);
+        self.head.unpatch(&patches, frames, gh, gw)
+    }
+
+    /// Writes the conditioning where a step's memories do not have it yet. Only what moved since the step last ran is
+    /// rotated again.
+    fn condition(&self, kept: &[KeysValues], ring: &mut Ring, groups: Vec<Group>) -> Result<()> {
+        let moved = Moved::between(ring.conditioning.as_deref(), &groups);
+        if let Some(m) = &moved {
+            let turned = self.stream_rope(&groups[m.groups.clone()])?;
+            for (memory, kept) in ring.layers.iter().zip(kept) {
+                memory.place_keys(&kept.k.narrow(0, m.row, turned.tokens())?, &turned, m.row)?;
+            }
+        }
+        if ring.conditioning.is_none() {
+            for (memory, kept) in ring.layers.iter().zip(kept) {
+                memory.place_values(&kept.v, 0)?;
             }
         }
         ring.conditioning = Some(groups);
-        let patches = self.head.forward(&y, &timing.head, &runs, state.reference.as_ref()).at(|| "head")?;
-        trace.see("head", &patches);
-        self.head.unpatch(&patches, frames, gh, gw)
+        Ok(())
     }
 
     /// All denoising steps of one block: noise `[16, frames, h, w]` → latent of the same shape; goes to the next
@@ -393,13 +441,12 @@ impl Dit {
         Ok(x)
     }
 
-    fn ring(&self, state: &StreamState, rows: usize) -> Result<Ring> {
+    fn ring(&self, state: &StreamState, conditioning: usize, rows: usize) -> Result<Ring> {
         let mut layers = Vec::with_capacity(self.blocks.len());
-        for kv in &state.conditioning {
-            let zeros = |t: &Tensor| Tensor::zeros((rows, self.config.dim), t.dtype(), t.device());
-            layers.push(Buffer { k: zeros(&kv.k)?, v: zeros(&kv.v)? });
+        for (block, kept) in self.blocks.iter().zip(&state.conditioning) {
+            layers.push(block.own.memory(kept, conditioning + rows, HEADROOM)?);
         }
-        Ok(Ring { layers, conditioning: None })
+        Ok(Ring { layers, replay: Replay::default(), conditioning: None, rows })
     }
 }
 

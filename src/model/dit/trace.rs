@@ -2,6 +2,8 @@
 
 use candle_core::Tensor;
 
+use crate::model::{Result, nn::Residual};
+
 /// Sees intermediate results by name (`blocks.3`, `after_inject.0`, …); off by default and then free.
 pub struct Trace<'a> {
     sink: Option<&'a mut dyn FnMut(&str, &Tensor)>,
@@ -19,6 +21,11 @@ impl<'a> Trace<'a> {
         Self { sink: Some(sink), prefix: String::new() }
     }
 
+    /// Whether somebody looks.
+    pub(crate) fn on(&self) -> bool {
+        self.sink.is_some()
+    }
+
     /// Names seen from now on start with `prefix.`.
     pub(crate) fn within(&mut self, prefix: impl FnOnce() -> String) {
         if self.sink.is_some() {
@@ -34,6 +41,14 @@ impl<'a> Trace<'a> {
                 sink(&format!("{}.{name}", self.prefix), x);
             }
         }
+    }
+
+    /// Sees the tokens as they are now.
+    pub(crate) fn see_tokens(&mut self, name: impl FnOnce() -> String, x: &mut Residual) -> Result<()> {
+        if self.on() {
+            self.see(&name(), &x.snapshot()?);
+        }
+        Ok(())
     }
 
     /// Names seen from now on have no prefix.

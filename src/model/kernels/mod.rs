@@ -1,8 +1,10 @@
-//! Fused CPU operations, each with a plain twin that its test compares it to.
+//! Fused operations, each with a plain twin that its test compares it to: for the CPU here, for NVIDIA cards in [`cuda`].
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod conv;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dit_attention;
 pub mod dit_linear;
 pub mod dit_rows;

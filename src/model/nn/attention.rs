@@ -2,6 +2,7 @@
 
 use candle_core::{D, DType, Device, Tensor};
 
+use super::{Form, Rows, norm};
 use crate::model::{Error, Result, kernels::dit_attention};
 
 /// Queries `[groups · a, dim]`, keys and values `[groups · b, dim]`, heads side by side in the channels; every group
@@ -21,7 +22,47 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize
     if matches!(q.device(), Device::Cpu) && [q, k, v].iter().all(|t| t.dtype() == DType::F32) {
         return Ok(dit_attention::attention(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, heads, groups)?);
     }
+    #[cfg(feature = "cuda")]
+    if matches!(q.device(), Device::Cuda(_)) && q.dtype() == DType::BF16 && super::memory::cuda_takes(q, heads) {
+        let like = |t: &Tensor| t.to_dtype(DType::BF16)?.contiguous();
+        return crate::model::kernels::cuda::attention::attention(&like(q)?, &like(k)?, &like(v)?, heads, groups, None, None);
+    }
     plain(q, k, v, heads, groups)
+}
+
+/// Queries (before their RMS norm with `weight`) `[groups · a, dim]` over the few keys and values of their group, as
+/// [`attention`]; the result in the form its reader wants.
+#[allow(clippy::too_many_arguments)]
+pub fn attention_to_few(
+    q: &Tensor,
+    weight: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    groups: usize,
+    eps: f64,
+    form: Form,
+) -> Result<Rows> {
+    #[cfg(feature = "cuda")]
+    {
+        use crate::model::kernels::cuda::rows;
+        let bf16 = [q, weight, k, v].iter().all(|t| t.dtype() == DType::BF16);
+        let few = k.dim(0)? <= groups * rows::FEW && q.dim(1)? <= rows::WIDEST;
+        if matches!(q.device(), Device::Cuda(_)) && bf16 && few && rows::fits(q.dim(1)?, 1) {
+            let like = |t: &Tensor| t.contiguous();
+            let (y, units) =
+                rows::few_keys(&like(q)?, weight, &like(k)?, &like(v)?, heads, groups, eps, form == Form::Scaled)?;
+            return Ok(match units {
+                Some(units) => Rows::Scaled { stored: y, units },
+                None => Rows::Plain(y),
+            });
+        }
+    }
+    let y = attention(&norm::rms_norm(q, weight, eps)?, k, v, heads, groups)?;
+    Ok(match form {
+        Form::Plain(_) => Rows::Plain(y),
+        Form::Scaled => super::linear::scaled(&y, false)?,
+    })
 }
 
 /// The same in plain tensor operations: any device, any element type.

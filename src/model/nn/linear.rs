@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::Matrix;
+use super::{Form, Matrix, Rows};
 use crate::model::{
     Error, Result,
     kernels::{Isa, Packed, dit_linear},
@@ -59,22 +59,73 @@ impl Linear {
         self
     }
 
-    /// Several matrices over the same input as one, results side by side; none if one of them is quantised, or a
-    /// stand-in without memory of its own.
+    /// The same matrix in e4m3 with a scale per row, where the card computes so and the sizes allow it; otherwise as it
+    /// was. Halves the memory of a bf16 matrix.
+    pub fn scaled(self) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        {
+            use super::Numbers;
+            use crate::model::kernels::cuda;
+            let (out, width) = (self.out(), self.width());
+            let plain = self.matrix.as_plain().filter(|w| w.dtype() == DType::BF16 && w.is_contiguous());
+            let fits = out % 16 == 0 && width % 16 == 0 && cuda::rows::fits(width, 1);
+            if let (Device::Cuda(_), Some(weight), true) = (self.device(), plain, fits)
+                && cuda::context(weight.device())?.fp8()
+            {
+                let (values, scale) = cuda::rows::quantise(weight, false)?;
+                let matrix = Matrix::new(Numbers::Float8 { values, scale }, Vec::new(), DType::BF16)?;
+                return Ok(Self { matrix, ..self });
+            }
+        }
+        Ok(self)
+    }
+
+    /// How the matrix wants its input.
+    pub fn form(&self) -> Form {
+        if self.direct().is_some() { Form::Scaled } else { Form::Plain(self.matrix.dtype()) }
+    }
+
+    /// e4m3 values and row scales that the card multiplies as they are.
+    fn direct(&self) -> Option<(&Tensor, &Tensor)> {
+        #[cfg(feature = "cuda")]
+        if let super::Numbers::Float8 { values, scale } = self.matrix.numbers()
+            && matches!(values.device(), Device::Cuda(_))
+            && scale.dims() == [self.out()]
+            && self.out() % 16 == 0
+            && self.width() % 16 == 0
+            && self.matrix.side().is_empty()
+            && crate::model::kernels::cuda::context(values.device()).is_ok_and(|c| c.fp8())
+        {
+            return Some((values, scale));
+        }
+        None
+    }
+
+    /// Several matrices over the same input as one, results side by side; none if they are kept in different ways, or
+    /// one is a stand-in without memory of its own.
     pub fn stacked(parts: &[&Linear]) -> Result<Option<Self>> {
+        if let Some(scaled) = parts.iter().map(|l| l.direct()).collect::<Option<Vec<_>>>() {
+            let (values, scales): (Vec<_>, Vec<_>) = scaled.into_iter().unzip();
+            let numbers = super::Numbers::Float8 { values: Tensor::cat(&values, 0)?, scale: Tensor::cat(&scales, 0)? };
+            let matrix = Matrix::new(numbers, Vec::new(), DType::BF16)?;
+            return Self::of(matrix, Self::biases(parts, DType::BF16)?).map(Some);
+        }
         let plain = parts.iter().map(|l| l.matrix.as_plain().filter(|t| t.is_contiguous()));
         let Some(plain) = plain.collect::<Option<Vec<_>>>() else { return Ok(None) };
         let weight = Tensor::cat(&plain, 0)?;
-        let zero = |l: &Linear| Tensor::zeros(l.out(), weight.dtype(), weight.device());
-        let bias = if parts.iter().any(|l| l.bias.is_some()) {
-            let all: candle_core::Result<Vec<Tensor>> =
-                parts.iter().map(|l| l.bias.clone().map_or_else(|| zero(l), Ok)).collect();
-            Some(Tensor::cat(&all?, 0)?)
-        } else {
-            None
-        };
+        let bias = Self::biases(parts, weight.dtype())?;
         let isa = parts.first().map_or_else(Isa::best, |l| l.isa);
         Ok(Some(Self::new(weight, bias)?.with_isa(isa)))
+    }
+
+    fn biases(parts: &[&Linear], dtype: DType) -> Result<Option<Tensor>> {
+        if parts.iter().all(|l| l.bias.is_none()) {
+            return Ok(None);
+        }
+        let zero = |l: &Linear| Tensor::zeros(l.out(), dtype, &l.device());
+        let all: candle_core::Result<Vec<Tensor>> =
+            parts.iter().map(|l| l.bias.clone().map_or_else(|| zero(l), Ok)).collect();
+        Ok(Some(Tensor::cat(&all?, 0)?))
     }
 
     /// Rows of the matrix.
@@ -104,6 +155,9 @@ impl Linear {
 
     /// The same with an activation.
     pub fn forward_with(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        if self.direct().is_some() {
+            return self.forward_rows(&scaled(x, false)?, activation);
+        }
         let x = x.to_dtype(self.matrix.dtype())?;
         if let Some(weight) = self.matrix.as_plain()
             && matches!(x.device(), Device::Cpu)
@@ -111,6 +165,16 @@ impl Linear {
             && weight.is_contiguous()
         {
             return Ok(dit_linear::linear(&x.contiguous()?, self.packed(weight)?, activation)?);
+        }
+        #[cfg(feature = "cuda")]
+        if matches!(x.device(), Device::Cuda(_)) && x.dtype() == DType::BF16 && self.matrix.side().is_empty() {
+            use crate::model::kernels::cuda::gemm::{Product, product};
+            let gelu = activation == Activation::GeluTanh;
+            let (x, weight, bias) = (&x.contiguous()?, &self.matrix.dense()?.contiguous()?, self.bias.as_ref());
+            // Rows of odd lengths are not aligned as the library wants them; candle's product takes those.
+            if self.width() % 8 == 0 && self.out() % 8 == 0 {
+                return product(&Product { x, weight, scales: None, bias, gelu });
+            }
         }
         let y = self.matrix.multiply(&x)?;
         let y = match &self.bias {
@@ -123,6 +187,27 @@ impl Linear {
         })
     }
 
+    /// The same for rows that are already as the matrix wants them ([`Linear::form`]).
+    pub fn forward_rows(&self, x: &Rows, activation: Activation) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let (Rows::Scaled { stored, units }, Some((weight, own))) = (x, self.direct()) {
+            use crate::model::kernels::cuda::gemm::{Product, product};
+            let gelu = activation == Activation::GeluTanh;
+            return product(&Product { x: stored, weight, scales: Some((units, own)), bias: self.bias.as_ref(), gelu });
+        }
+        self.forward_with(&x.plain()?, activation)
+    }
+
+    /// A second matrix over GELU of the first one's result: `second(gelu(first(x)))`, the feed-forward layers.
+    pub fn forward_through_gelu(&self, x: &Rows, second: &Linear) -> Result<Tensor> {
+        if second.form() == Form::Scaled {
+            // The pass that quantises applies GELU on its way; in the product's epilogue it would only be extra work.
+            let y = self.forward_rows(x, Activation::None)?;
+            return second.forward_rows(&scaled(&y, true)?, Activation::None);
+        }
+        second.forward(&self.forward_rows(x, Activation::GeluTanh)?)
+    }
+
     fn packed(&self, weight: &Tensor) -> Result<Arc<Packed>> {
         if let Some(packed) = self.packed.get() {
             return Ok(packed.clone());
@@ -133,4 +218,17 @@ impl Linear {
         let packed = Packed::new(self.isa, out, 1, width, bias.as_deref(), |o, _, i| weight[o * width + i]);
         Ok(self.packed.get_or_init(|| Arc::new(packed)).clone())
     }
+}
+
+/// Rows (through GELU if wanted) in e4m3 with a unit each.
+pub(super) fn scaled(x: &Tensor, gelu: bool) -> Result<Rows> {
+    #[cfg(feature = "cuda")]
+    if matches!(x.device(), Device::Cuda(_)) {
+        let x = x.to_dtype(DType::BF16)?.contiguous()?;
+        let (stored, units) = crate::model::kernels::cuda::rows::quantise(&x, gelu)?;
+        return Ok(Rows::Scaled { stored, units });
+    }
+    let x = if gelu { x.to_dtype(DType::F32)?.gelu()? } else { x.clone() };
+    let (stored, units) = super::fp8::quantise_rows(&x)?;
+    Ok(Rows::Scaled { stored, units })
 }

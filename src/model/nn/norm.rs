@@ -25,7 +25,7 @@ fn rows_apart(x: &Tensor) -> Result<Tensor> {
     Ok(if fits { x.clone() } else { x.contiguous()? })
 }
 
-fn runs_cover(x: &Tensor, runs: &[usize], values: &Tensor) -> Result<()> {
+pub(super) fn runs_cover(x: &Tensor, runs: &[usize], values: &Tensor) -> Result<()> {
     let rows = x.dim(0)?;
     if runs.iter().sum::<usize>() != rows || values.dims() != [runs.len(), x.dim(1)?] {
         return Err(Error::Input(format!(
@@ -44,6 +44,10 @@ pub fn layer_norm(x: &Tensor, affine: &Affine, runs: &[usize], eps: f64) -> Resu
     if fused(x) {
         return Ok(dit_rows::layer_norm(&x.contiguous()?, &affine.scale, &affine.shift, runs, eps)?);
     }
+    #[cfg(feature = "cuda")]
+    if card::takes(x, runs.len()) {
+        return card::layer_norm(x, affine, runs, eps);
+    }
     plain::layer_norm(x, affine, runs, eps)
 }
 
@@ -61,6 +65,10 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if fused(x) && fused(weight) {
         return Ok(dit_rows::rms_norm(&rows_apart(x)?, weight, eps)?);
     }
+    #[cfg(feature = "cuda")]
+    if card::takes(x, 1) && x.dtype() == DType::BF16 && weight.dtype() == DType::BF16 {
+        return card::norm_rotate(x, Some(weight), None, eps);
+    }
     plain::rms_norm(x, weight, eps)
 }
 
@@ -70,6 +78,10 @@ pub fn rms_norm_rotate(x: &Tensor, weight: &Tensor, eps: f64, rope: &Rope) -> Re
     if fused(x) && fused(weight) && fused(rope.table()) {
         return Ok(dit_rows::rms_norm_rotate(&rows_apart(x)?, weight, rope.table(), eps)?);
     }
+    #[cfg(feature = "cuda")]
+    if card::takes(x, 1) && x.dtype() == DType::BF16 && weight.dtype() == DType::BF16 && rope.head() % 8 == 0 {
+        return card::norm_rotate(x, Some(weight), Some(rope), eps);
+    }
     plain::rotate(&plain::rms_norm(x, weight, eps)?, rope)
 }
 
@@ -78,6 +90,10 @@ pub fn rotate(x: &Tensor, rope: &Rope) -> Result<Tensor> {
     rope_fits(x, rope)?;
     if fused(x) && fused(rope.table()) {
         return Ok(dit_rows::rotate(&x.contiguous()?, rope.table())?);
+    }
+    #[cfg(feature = "cuda")]
+    if card::takes(x, 1) && x.dtype() == DType::BF16 && rope.head() % 8 == 0 {
+        return card::norm_rotate(x, None, Some(rope), 0.0);
     }
     plain::rotate(x, rope)
 }
@@ -94,9 +110,39 @@ fn rope_fits(x: &Tensor, rope: &Rope) -> Result<()> {
     Ok(())
 }
 
-/// The same in plain tensor operations: any device, any element type.
+/// The same on an NVIDIA card.
+#[cfg(feature = "cuda")]
+mod card {
+    use super::*;
+    use crate::model::kernels::cuda::{empty, rows};
+
+    pub(super) fn takes(x: &Tensor, runs: usize) -> bool {
+        let types = matches!(x.dtype(), DType::F32 | DType::BF16);
+        matches!(x.device(), Device::Cuda(_)) && x.rank() == 2 && types && rows::fits(x.dims()[1], runs)
+    }
+
+    pub(super) fn layer_norm(x: &Tensor, affine: &Affine, runs: &[usize], eps: f64) -> Result<Tensor> {
+        let (scale, shift) = (&affine.scale.contiguous()?, &affine.shift.contiguous()?);
+        let norm = rows::Norm { scale, shift, runs, eps, out: DType::F32 };
+        let y = rows::residual_norm(&x.contiguous()?, None, Some(&norm))?;
+        Ok(y.ok_or_else(|| Error::Input("a norm gave nothing".into()))?.0)
+    }
+
+    pub(super) fn norm_rotate(x: &Tensor, weight: Option<&Tensor>, rope: Option<&Rope>, eps: f64) -> Result<Tensor> {
+        let (input, out) = (&rows_apart(x)?, empty(x.device(), x.shape(), DType::BF16)?);
+        let lane = rows::Lane { input, weight, rotate: rope.is_some(), out: &out, unit: None, slot: false };
+        rows::norm_rotate(&[lane], rope.map(Rope::table), None, eps)?;
+        Ok(out)
+    }
+}
+
+/// The same in plain tensor operations: any device, any element type; f64 stays f64, anything else is computed in f32.
 pub mod plain {
     use super::*;
+
+    fn wide(x: &Tensor) -> Result<Tensor> {
+        Ok(if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? })
+    }
 
     fn spread(values: &Tensor, runs: &[usize]) -> Result<Tensor> {
         let c = values.dim(1)?;
@@ -106,12 +152,12 @@ pub mod plain {
             .filter(|(_, n)| **n > 0)
             .map(|(s, n)| values.narrow(0, s, 1)?.broadcast_as((*n, c)))
             .collect();
-        Ok(Tensor::cat(&parts?, 0)?.to_dtype(DType::F32)?)
+        wide(&Tensor::cat(&parts?, 0)?)
     }
 
     /// See [`super::layer_norm`].
     pub fn layer_norm(x: &Tensor, affine: &Affine, runs: &[usize], eps: f64) -> Result<Tensor> {
-        let x = x.to_dtype(DType::F32)?;
+        let x = wide(x)?;
         let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
         let x = x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?;
         Ok(((x * spread(&affine.scale, runs)?)? + spread(&affine.shift, runs)?)?)
@@ -119,13 +165,13 @@ pub mod plain {
 
     /// See [`super::gated_add`].
     pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor, runs: &[usize]) -> Result<Tensor> {
-        let sum = (x.to_dtype(DType::F32)? + (y.to_dtype(DType::F32)? * spread(gate, runs)?)?)?;
+        let sum = (wide(x)? + (wide(y)? * spread(gate, runs)?)?)?;
         Ok(sum.to_dtype(x.dtype())?)
     }
 
     /// See [`super::rms_norm`]: statistics in f32, the result rounded to the input's type before the weight.
     pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        let y = x.to_dtype(DType::F32)?;
+        let y = wide(x)?;
         let y = y.broadcast_div(&(y.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?.to_dtype(x.dtype())?;
         Ok(y.broadcast_mul(&weight.to_dtype(x.dtype())?)?)
     }
@@ -134,7 +180,7 @@ pub mod plain {
     pub fn rotate(x: &Tensor, rope: &Rope) -> Result<Tensor> {
         let (tokens, dim) = x.dims2()?;
         let pairs = rope.head() / 2;
-        let y = x.to_dtype(DType::F32)?.reshape((tokens, dim / rope.head(), pairs, 2))?;
+        let y = wide(x)?.reshape((tokens, dim / rope.head(), pairs, 2))?;
         let (a, b) = (y.narrow(3, 0, 1)?.squeeze(3)?, y.narrow(3, 1, 1)?.squeeze(3)?);
         let (c, s) = (rope.cos()?.unsqueeze(1)?, rope.sin()?.unsqueeze(1)?);
         let re = (a.broadcast_mul(&c)? - b.broadcast_mul(&s)?)?;

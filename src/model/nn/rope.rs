@@ -123,6 +123,12 @@ impl Rope {
         Ok(Self { table: Tensor::from_vec(table, (tokens, head), device)? })
     }
 
+    /// From a table as [`Rope::table`] gives it.
+    pub fn from_table(table: Tensor) -> Result<Self> {
+        table.dims2()?;
+        Ok(Self { table })
+    }
+
     /// From cosines and sines `[tokens, D/2]`.
     pub fn from_tables(cos: &Tensor, sin: &Tensor) -> Result<Self> {
         Ok(Self { table: Tensor::cat(&[cos, sin], 1)?.contiguous()? })

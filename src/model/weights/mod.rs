@@ -107,6 +107,19 @@ pub struct Weights {
     dtype: DType,
     isa: Isa,
     watch: Option<Watch>,
+    fp8: Fp8,
+}
+
+/// What computes in e4m3 where the card can (Hopper and later); elsewhere this changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fp8 {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Matrix products: a scale per row of the activations and per row of the weights.
+    Linears,
+    /// Attention and its keys and values as well.
+    All,
 }
 
 /// Told the number of parameters of every tensor that was loaded.
@@ -115,8 +128,16 @@ pub type Watch = Arc<dyn Fn(usize) + Send + Sync>;
 impl Weights {
     /// Starts at the root of `source`; tensors go to `device` as `dtype`.
     pub fn new(source: Arc<dyn Source>, device: &Device, dtype: DType) -> Self {
-        let isa = Isa::best();
-        Self { source, ledger: Arc::default(), prefix: String::new(), device: device.clone(), dtype, isa, watch: None }
+        Self {
+            source,
+            ledger: Arc::default(),
+            prefix: String::new(),
+            device: device.clone(),
+            dtype,
+            isa: Isa::best(),
+            watch: None,
+            fp8: Fp8::Off,
+        }
     }
 
     /// The same place with somebody who is told what was loaded.
@@ -146,6 +167,17 @@ impl Weights {
     /// The same place; matrices compute with these instructions where they run on the CPU.
     pub fn with_isa(&self, isa: Isa) -> Self {
         Self { isa, ..self.clone() }
+    }
+
+    /// The same place with matrices and attention in e4m3 as `fp8` says. A matrix is quantised on the card as soon as it
+    /// is read, so neither the host nor the card holds more than one in full.
+    pub fn with_fp8(&self, fp8: Fp8) -> Self {
+        Self { fp8, ..self.clone() }
+    }
+
+    /// What computes in e4m3.
+    pub fn fp8(&self) -> Fp8 {
+        self.fp8
     }
 
     /// Where tensors go.
@@ -221,7 +253,8 @@ impl Weights {
             None => Matrix::plain(at.get((out, width), "weight")?)?,
         };
         let bias = if bias { Some(at.get(out, "bias")?) } else { None };
-        Ok(Linear::of(matrix, bias)?.with_isa(self.isa))
+        let linear = Linear::of(matrix, bias)?.with_isa(self.isa);
+        if self.fp8 == Fp8::Off { Ok(linear) } else { linear.scaled() }
     }
 
     /// Marks everything below this place as known but unused here.

@@ -1,0 +1,98 @@
+//! What the launches of a block read, at fixed addresses on the card, and their recording: a graph reads the same memory at
+//! every replay, so what changes is copied there first.
+
+use candle_core::{Device, Tensor, TensorId};
+
+use super::{AudioTokens, BlockAudio, InjectorAudio};
+use crate::model::{
+    Error, Result,
+    nn::{Rope, Slot},
+};
+
+/// The inputs of a block's way through the transformer.
+#[derive(Debug)]
+pub(super) struct Desk {
+    /// Tokens in, tokens out.
+    pub tokens: Tensor,
+    /// Of the block's position.
+    pub rope: Rope,
+    /// Where its keys and values go.
+    pub slot: Slot,
+    /// What it hears.
+    pub audio: BlockAudio,
+    /// Which audio lies there, and of which position the rotation is.
+    heard: TensorId,
+    numbers: [u32; 3],
+}
+
+impl Desk {
+    /// Lays a block's inputs out; makes the desk when there is none.
+    pub(super) fn lay<'a>(
+        desk: &'a mut Option<Self>,
+        tokens: &Tensor,
+        rope: &Rope,
+        slot: &Slot,
+        audio: &BlockAudio,
+    ) -> Result<&'a Self> {
+        let queries = tokens.dim(0)?;
+        let numbers = slot.numbers(queries);
+        if let Some(desk) = desk {
+            desk.tokens.slice_set(&tokens.contiguous()?, 0, 0)?;
+            desk.rope.table().slice_set(rope.table(), 0, 0)?;
+            if let (true, Some(card)) = (desk.numbers != numbers, &desk.slot.card) {
+                card.slice_set(&Tensor::new(&numbers, tokens.device())?, 0, 0)?;
+                desk.numbers = numbers;
+            }
+            if desk.heard != audio.tokens.local.id() {
+                for (here, new) in desk.audio.injectors.iter().zip(&audio.injectors) {
+                    for (here, new) in here.tensors().into_iter().zip(new.tensors()) {
+                        here.slice_set(&new.contiguous()?, 0, 0)?;
+                    }
+                }
+                desk.heard = audio.tokens.local.id();
+            }
+        } else {
+            let injectors: Result<_> = audio.injectors.iter().map(InjectorAudio::copy).collect();
+            let own = &audio.tokens;
+            *desk = Some(Self {
+                tokens: tokens.copy()?,
+                rope: Rope::from_table(rope.table().copy()?)?,
+                slot: slot.clone().on(tokens.device(), queries)?,
+                audio: BlockAudio {
+                    injectors: injectors?,
+                    tokens: AudioTokens { local: own.local.clone(), global: own.global.clone(), frames: own.frames },
+                },
+                heard: own.local.id(),
+                numbers,
+            });
+        }
+        desk.as_ref().ok_or_else(|| Error::Input("the desk is empty".into()))
+    }
+}
+
+/// A step that is run by its launches at first, and by a recorded graph from its second time on.
+#[derive(Debug, Default)]
+pub(super) struct Replay {
+    /// Whether it ran: products and attentions have chosen their kernels then.
+    warm: bool,
+    #[cfg(feature = "cuda")]
+    graph: Option<crate::model::kernels::cuda::graph::Graph>,
+}
+
+impl Replay {
+    /// Does what `work` launches.
+    pub(super) fn run(&mut self, device: &Device, graphs: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if graphs && self.warm {
+            let graph = match &mut self.graph {
+                Some(graph) => graph,
+                none => none.insert(crate::model::kernels::cuda::graph::Graph::record(device, work)?),
+            };
+            return graph.launch();
+        }
+        let _ = (device, graphs);
+        work()?;
+        self.warm = true;
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! Attention by cuDNN.
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    sync::{Arc, Mutex},
+};
+
+use candle_core::{DType, Tensor};
+
+use super::{address, context, empty};
+use crate::model::{Error, Result};
+
+unsafe extern "C" {
+    fn lq_attention_plan(
+        handle: *mut c_void,
+        fp8: i32,
+        masked: i32,
+        batch: i64,
+        heads: i64,
+        queries: i64,
+        keys: i64,
+        width: i64,
+        scale: f32,
+    ) -> *mut c_void;
+}
+
+/// What stored units are worth when attention runs in e4m3. All on the card; a recorded graph reads them when it runs.
+#[derive(Debug, Clone)]
+pub struct Units {
+    /// Vectors of the value's unit by length: what a product takes as the units of an attention's rows.
+    rows: Arc<Mutex<HashMap<usize, Tensor>>>,
+    /// f32 `[8]`: a query's unit, a key's, a value's, a softmax value's, its inverse, what the result is multiplied by,
+    /// and two places where cuDNN leaves the largest values it saw.
+    pub table: Tensor,
+}
+
+/// e4m3's largest value: softmax values lie in 0…1 and are stretched over the whole range.
+const LARGEST: f32 = 448.0;
+
+impl Units {
+    /// Queries and keys come from an RMS norm and are stored as they are; a value's unit is `value` (f32, one element).
+    /// The result is a mean of values, so it is stored in the values' unit.
+    pub fn new(value: &Tensor) -> Result<Self> {
+        let device = value.device();
+        let value = value.reshape(1)?;
+        let fixed = |v: &[f32]| Tensor::new(v, device);
+        let parts = [fixed(&[1.0, 1.0])?, value.clone(), fixed(&[1.0 / LARGEST, LARGEST])?, value.recip()?, fixed(&[0.0, 0.0])?];
+        Ok(Self { rows: Arc::default(), table: Tensor::cat(&parts, 0)?.contiguous()? })
+    }
+
+    /// The value's unit for each of `n` rows, f32 `[n]`; made when first asked for.
+    pub fn of_rows(&self, n: usize) -> Result<Tensor> {
+        let mut rows = self.rows.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(units) = rows.get(&n) {
+            return Ok(units.clone());
+        }
+        let units = self.table.narrow(0, 2, 1)?.broadcast_as(n)?.contiguous()?;
+        rows.insert(n, units.clone());
+        Ok(units)
+    }
+
+    /// Where a value's unit stands.
+    pub(crate) fn value(&self) -> Result<u64> {
+        Ok(address(&self.table)? + 8)
+    }
+}
+
+/// Queries `[batch · a, dim]` over keys and values `[batch · b, dim]`, heads side by side; like the queries.
+///
+/// `units`: operands and result are e4m3 bytes. `valid`: u32 `[2, batch]` on the card, how many queries and how many
+/// keys of each group count; the others are not looked at.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    batch: usize,
+    valid: Option<&Tensor>,
+    units: Option<&Units>,
+) -> Result<Tensor> {
+    let ((queries, dim), (keys, _)) = (q.dims2()?, k.dims2()?);
+    let dtype = if units.is_some() { DType::F8E4M3 } else { DType::BF16 };
+    if [q, k, v].iter().any(|t| t.dtype() != dtype) || k.dims() != v.dims() || k.dim(1)? != dim {
+        return Err(Error::Input(format!("attention of {:?} {:?} over {:?} {:?}", q.dims(), q.dtype(), k.dims(), k.dtype())));
+    }
+    let c = context(q.device())?;
+    let width = dim / heads;
+    let numbers = [batch, heads, queries / batch, keys / batch, width].map(|n| n as i64);
+    let [b, h, nq, nk, w] = numbers;
+    let (fp8, masked) = (i32::from(units.is_some()), i32::from(valid.is_some()));
+    let key = ("attention", [&[i64::from(fp8), i64::from(masked)], &numbers[..]].concat());
+    let plan = c.plan(key, |handle| {
+        // SAFETY: the handle is live; everything else is a number.
+        unsafe { lq_attention_plan(handle, fp8, masked, b, h, nq, nk, w, 1.0 / (width as f32).sqrt()) }
+    })?;
+    let out = empty(q.device(), (queries, dim), dtype)?;
+    let mut operands = vec![(1, address(q)?), (2, address(k)?), (3, address(v)?), (4, address(&out)?)];
+    if let Some(valid) = valid {
+        let at = address(valid)?;
+        operands.extend([(5, at), (6, at + 4 * batch as u64)]);
+    }
+    if let Some(units) = units {
+        let at = address(&units.table)?;
+        operands.extend((0..8).map(|i| (7 + i as i64, at + 4 * i)));
+    }
+    c.run(&plan, &operands)?;
+    Ok(out)
+}

@@ -1,0 +1,331 @@
+// Row-wise operations of the transformer, one block per row, the row in registers: memory is read once and written once.
+#include "common.cuh"
+
+using namespace lq;
+
+namespace {
+
+// Writes a normed row. e4m3 rows get a scale of their own: value = stored · scale.
+template <class Out>
+__device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, int row, int width, float *room) {
+    float factor = 1.f;
+    if constexpr (sizeof(Out) == 1) {
+        float most = 0.f;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            if (int i = (threadIdx.x + k * blockDim.x) * 8; i < width)
+#pragma unroll
+                for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(v[k][j]));
+        }
+        most = fmaxf(over_block<Largest>(most, room), 1e-12f);
+        factor = LARGEST / most;
+        if (threadIdx.x == 0) scale[row] = most / LARGEST;
+    }
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        if (int i = (threadIdx.x + k * blockDim.x) * 8; i < width) {
+            if constexpr (sizeof(Out) == 1)
+#pragma unroll
+                for (int j = 0; j < 8; j++) v[k][j] *= factor;
+            store8(out + (size_t)row * width + i, v[k]);
+        }
+    }
+}
+
+// x += y · gate (x in place, rounded to its type), then LayerNorm of the rounded x, · scale + shift.
+template <class X, class Out, bool ADD, bool NORM>
+__global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, Runs gate_runs, const float *scale,
+                              const float *shift, Runs norm_runs, float eps, Out *out, float *row_scale, int width) {
+    __shared__ float room[33];
+    const int row = blockIdx.x;
+    float v[HELD][8];
+    float sum = 0.f;
+    const float *g = gate ? gate + (size_t)gate_runs.of(row) * width : nullptr;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        X *at = x + (size_t)row * width + i;
+        load8(at, v[k]);
+        if constexpr (ADD) {
+            float a[8], b[8];
+            load8(y + (size_t)row * width + i, a);
+            if (g) load8(g + i, b);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[k][j] += g ? a[j] * b[j] : a[j];
+            store8(at, v[k]);
+            if constexpr (sizeof(X) == 2)
+#pragma unroll
+                for (int j = 0; j < 8; j++) v[k][j] = __bfloat162float(__float2bfloat16_rn(v[k][j]));
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += v[k][j];
+    }
+    if constexpr (NORM) {
+        const float mean = over_block<Sum>(sum, room) / width;
+        float squares = 0.f;
+#pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if ((threadIdx.x + k * blockDim.x) * 8 < width)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    v[k][j] -= mean;
+                    squares += v[k][j] * v[k][j];
+                }
+        const float inverse = rsqrtf(over_block<Sum>(squares, room) / width + eps);
+        const size_t run = (size_t)norm_runs.of(row) * width;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            const int i = (threadIdx.x + k * blockDim.x) * 8;
+            if (i >= width) continue;
+            float a[8], b[8];
+            load8(scale + run + i, a);
+            load8(shift + run + i, b);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[k][j] = v[k][j] * inverse * a[j] + b[j];
+        }
+        put_row(v, out, row_scale, row, width, room);
+    }
+}
+
+template <class X, class Out>
+int residual_norm_with(bool add, bool norm, void *x, const void *y, const float *gate, const Runs *gate_runs,
+                       const float *scale, const float *shift, const Runs *norm_runs, float eps, void *out,
+                       float *row_scale, int rows, int width, cudaStream_t stream) {
+    const int threads = threads_for(width);
+    auto go = [&](auto kernel) {
+        kernel<<<rows, threads, 0, stream>>>((X *)x, (const __nv_bfloat16 *)y, gate, *gate_runs, scale, shift,
+                                             *norm_runs, eps, (Out *)out, row_scale, width);
+    };
+    if (add && norm) go(residual_norm<X, Out, true, true>);
+    else if (add) go(residual_norm<X, Out, true, false>);
+    else go(residual_norm<X, Out, false, true>);
+    LQ_LAUNCHED();
+}
+
+// One of up to three projections that lie side by side in a row.
+struct Lane {
+    const void *in;              // first element; bf16
+    const __nv_bfloat16 *weight; // of the RMS norm; none = no norm
+    int rotate;                  // whether the table turns it
+    void *out;                   // [.., width]
+    const float *unit;           // e4m3: what one stored unit is worth, on the device; none = 1
+    int slot;                    // whether rows start at *offset instead of 0
+};
+struct Lanes {
+    Lane lane[3];
+};
+
+// RMS norm, rotation of adjacent pairs, quantisation with one scale, into row *offset + r of a buffer.
+template <class Out>
+__global__ void norm_rotate(Lanes lanes, int stride, const float *table, int head, const int *offset, float eps, int width) {
+    __shared__ float room[33];
+    const Lane &lane = lanes.lane[blockIdx.y];
+    const int row = blockIdx.x;
+    const __nv_bfloat16 *in = (const __nv_bfloat16 *)lane.in + (size_t)row * stride;
+    float v[HELD][8];
+    float squares = 0.f;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        load8(in + i, v[k]);
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += v[k][j] * v[k][j];
+    }
+    float inverse = 1.f;
+    if (lane.weight) inverse = rsqrtf(over_block<Sum>(squares, room) / width + eps);
+    const float unit = sizeof(Out) == 1 && lane.unit ? 1.f / *lane.unit : 1.f;
+    Out *out = (Out *)lane.out + (size_t)(row + (lane.slot && offset ? *offset : 0)) * width;
+    const float *turn = table + (size_t)row * head;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        if (lane.weight) {
+            float w[8];
+            load8(lane.weight + i, w);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[k][j] *= inverse * w[j];
+        }
+        if (lane.rotate) {
+            const int pair = (i % head) / 2;
+            float4 c = *reinterpret_cast<const float4 *>(turn + pair);
+            float4 s = *reinterpret_cast<const float4 *>(turn + head / 2 + pair);
+            const float cc[4] = {c.x, c.y, c.z, c.w}, ss[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float a = v[k][2 * j], b = v[k][2 * j + 1];
+                v[k][2 * j] = a * cc[j] - b * ss[j];
+                v[k][2 * j + 1] = a * ss[j] + b * cc[j];
+            }
+        }
+        if constexpr (sizeof(Out) == 1)
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[k][j] *= unit;
+        store8(out + i, v[k]);
+    }
+}
+
+__device__ __forceinline__ float gelu_tanh(float x) {
+    // x · σ(2u), the same function as 0.5 x (1 + tanh u)
+    const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1.f + __expf(-2.f * u));
+}
+
+// Rows of bf16 to e4m3 with a scale each, through GELU if wanted. Rows of weights are quantised by the same.
+template <bool GELU>
+__global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, float *row_scale, int width) {
+    __shared__ float room[33];
+    const int row = blockIdx.x;
+    float v[HELD][8];
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        load8(x + (size_t)row * width + i, v[k]);
+        if constexpr (GELU)
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[k][j] = gelu_tanh(v[k][j]);
+    }
+    put_row(v, out, row_scale, row, width, room);
+}
+
+// Queries normed, then attention to the few keys of the row's group, the whole row in one block. A warp takes a head at a
+// time: its lanes share the channels.
+constexpr int MOST_KEYS = 8;
+template <class Out>
+__global__ void few_keys(const __nv_bfloat16 *q, const __nv_bfloat16 *weight, const __nv_bfloat16 *keys,
+                         const __nv_bfloat16 *values, Out *out, float *row_scale, int rows_in_group, int count, int head,
+                         int width, float eps, float scale) {
+    extern __shared__ float row_room[];
+    __shared__ float room[33];
+    const int row = blockIdx.x, group = row / rows_in_group;
+    float v[HELD][8];
+    float squares = 0.f;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        load8(q + (size_t)row * width + i, v[k]);
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += v[k][j] * v[k][j];
+    }
+    const float inverse = rsqrtf(over_block<Sum>(squares, room) / width + eps) * scale;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        float w[8];
+        load8(weight + i, w);
+#pragma unroll
+        for (int j = 0; j < 8; j++) row_room[i + j] = v[k][j] * inverse * w[j];
+    }
+    __syncthreads();
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    const size_t first = (size_t)group * count * width;
+    for (int h = warp; h < width / head; h += warps) {
+        float score[MOST_KEYS], most = -INFINITY, sum = 0.f;
+#pragma unroll
+        for (int t = 0; t < MOST_KEYS; t++) {
+            if (t >= count) break;
+            float dot = 0.f;
+            for (int c = lane; c < head; c += 32)
+                dot += row_room[h * head + c] * __bfloat162float(keys[first + (size_t)t * width + h * head + c]);
+#pragma unroll
+            for (int o = 16; o > 0; o >>= 1) dot += __shfl_xor_sync(~0u, dot, o);
+            score[t] = dot;
+            most = fmaxf(most, dot);
+        }
+#pragma unroll
+        for (int t = 0; t < MOST_KEYS; t++) {
+            if (t >= count) break;
+            score[t] = __expf(score[t] - most);
+            sum += score[t];
+        }
+        for (int c = lane; c < head; c += 32) {
+            float mixed = 0.f;
+#pragma unroll
+            for (int t = 0; t < MOST_KEYS; t++) {
+                if (t >= count) break;
+                mixed += score[t] * __bfloat162float(values[first + (size_t)t * width + h * head + c]);
+            }
+            row_room[h * head + c] = mixed / sum;
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[k][j] = row_room[i + j];
+    }
+    put_row(v, out, row_scale, row, width, room);
+}
+
+} // namespace
+
+extern "C" {
+
+// Whether rows of this width fit the kernels of this file.
+int lq_row_fits(int width) { return threads_for(width) > 0; }
+
+// x_kind: F32 or BF16. y none = nothing is added; scale none = nothing is normed. out_kind: BF16, F32 or E4M3.
+int lq_residual_norm(int x_kind, int out_kind, void *x, const void *y, const float *gate, const Runs *gate_runs,
+                     const float *scale, const float *shift, const Runs *norm_runs, float eps, void *out,
+                     float *row_scale, int rows, int width, void *stream) {
+    if (!threads_for(width) || (!y && !scale)) return cudaErrorInvalidValue;
+    auto go = [&](auto x_type, auto out_type) {
+        return residual_norm_with<decltype(x_type), decltype(out_type)>(y != nullptr, scale != nullptr, x, y, gate,
+                                                                        gate_runs, scale, shift, norm_runs, eps, out,
+                                                                        row_scale, rows, width, (cudaStream_t)stream);
+    };
+    auto with = [&](auto x_type) {
+        if (out_kind == F32) return go(x_type, float{});
+        if (out_kind == BF16) return go(x_type, __nv_bfloat16{});
+        return go(x_type, __nv_fp8_e4m3{});
+    };
+    return x_kind == F32 ? with(float{}) : with(__nv_bfloat16{});
+}
+
+int lq_norm_rotate(int out_kind, const Lanes *lanes, int count, int stride, const float *table, int head,
+                   const int *offset, float eps, int rows, int width, void *stream) {
+    const int threads = threads_for(width);
+    if (!threads || head % 8 || count < 1 || count > 3) return cudaErrorInvalidValue;
+    const dim3 grid(rows, count);
+    if (out_kind == BF16)
+        norm_rotate<__nv_bfloat16><<<grid, threads, 0, (cudaStream_t)stream>>>(*lanes, stride, table, head, offset, eps, width);
+    else
+        norm_rotate<__nv_fp8_e4m3><<<grid, threads, 0, (cudaStream_t)stream>>>(*lanes, stride, table, head, offset, eps, width);
+    LQ_LAUNCHED();
+}
+
+int lq_quantise(int gelu, const void *x, void *out, float *row_scale, int rows, int width, void *stream) {
+    const int threads = threads_for(width);
+    if (!threads) return cudaErrorInvalidValue;
+    auto go = [&](auto kernel) {
+        kernel<<<rows, threads, 0, (cudaStream_t)stream>>>((const __nv_bfloat16 *)x, (__nv_fp8_e4m3 *)out, row_scale, width);
+    };
+    if (gelu) go(quantise<true>);
+    else go(quantise<false>);
+    LQ_LAUNCHED();
+}
+
+int lq_few_keys(int out_kind, const void *q, const void *weight, const void *keys, const void *values, void *out,
+                float *row_scale, int rows, int groups, int count, int head, int width, float eps, void *stream) {
+    const int threads = threads_for(width);
+    if (!threads || count < 1 || count > MOST_KEYS || groups < 1 || rows % groups || head < 1 || width % head || width > 10240)
+        return cudaErrorInvalidValue;
+    auto go = [&](auto type) {
+        using Out = decltype(type);
+        few_keys<Out><<<rows, threads, width * sizeof(float), (cudaStream_t)stream>>>(
+            (const __nv_bfloat16 *)q, (const __nv_bfloat16 *)weight, (const __nv_bfloat16 *)keys,
+            (const __nv_bfloat16 *)values, (Out *)out, row_scale, rows / groups, count, head, width, eps,
+            1.f / sqrtf((float)head));
+    };
+    if (out_kind == BF16) go(__nv_bfloat16{});
+    else go(__nv_fp8_e4m3{});
+    LQ_LAUNCHED();
+}
+}

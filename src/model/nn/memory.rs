@@ -1,0 +1,241 @@
+//! Keys and values that queries look back at: one fixed buffer each, written in place, never concatenated.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Rope, Rows, attention, norm};
+use crate::model::Result;
+#[cfg(feature = "cuda")]
+use crate::model::{Error, kernels::cuda};
+
+/// Keys (normed and turned) and values of one layer, `[rows, dim]` each. On a card they may be e4m3; the rows are then, and
+/// in bf16 too, a multiple of 128, which cuDNN's kernels are fastest on, and the rows behind the valid ones are masked.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    k: Tensor,
+    v: Tensor,
+    #[cfg(feature = "cuda")]
+    units: Option<cuda::attention::Units>,
+}
+
+/// Where a block's keys and values go, and how many rows count afterwards.
+#[derive(Debug, Clone)]
+pub struct Slot {
+    /// First row.
+    pub at: usize,
+    /// Valid rows from the beginning.
+    pub keys: usize,
+    /// The same on a card, u32: first row, queries, valid rows. Launches recorded in a graph read them there.
+    pub card: Option<Tensor>,
+}
+
+impl Slot {
+    /// The same with its numbers on the device, if that is a card.
+    pub fn on(self, device: &Device, queries: usize) -> Result<Self> {
+        let card = match device {
+            Device::Cpu => None,
+            _ => Some(Tensor::new(&self.numbers(queries), device)?),
+        };
+        Ok(Self { card, ..self })
+    }
+
+    /// The numbers as [`Slot::card`] holds them.
+    pub fn numbers(&self, queries: usize) -> [u32; 3] {
+        [self.at as u32, queries as u32, self.keys as u32]
+    }
+}
+
+/// Rows of a memory on a card are a multiple of this.
+const TILE: usize = 128;
+
+impl Memory {
+    /// Room for `rows` keys and values in the element type of `values` (`[n, dim]`), or in e4m3 if `fp8`. e4m3 values are
+    /// scaled once and for all by the largest of `values`, with room above it for values `headroom` times as large.
+    pub fn new(values: &Tensor, rows: usize, fp8: bool, headroom: f64) -> Result<Self> {
+        let (_, dim) = values.dims2()?;
+        let device = values.device();
+        let rows = if matches!(device, Device::Cpu) { rows } else { rows.next_multiple_of(TILE) };
+        let dtype = if fp8 { DType::F8E4M3 } else { values.dtype() };
+        // Zeros, because masked rows are read all the same, and 0 · NaN is NaN.
+        let zeros = || Tensor::zeros((rows, dim), dtype, device);
+        #[cfg(feature = "cuda")]
+        let units = if fp8 {
+            let largest = values.abs()?.max(1)?.to_dtype(DType::F32)?.max(0)?.clamp(1e-6, f32::MAX)?;
+            Some(cuda::attention::Units::new(&(largest * (headroom / 448.0))?)?)
+        } else {
+            None
+        };
+        let _ = headroom;
+        Ok(Self {
+            k: zeros()?,
+            v: zeros()?,
+            #[cfg(feature = "cuda")]
+            units,
+        })
+    }
+
+    /// Keys and values that are ready as they are.
+    pub fn of(k: Tensor, v: Tensor) -> Self {
+        Self {
+            k,
+            v,
+            #[cfg(feature = "cuda")]
+            units: None,
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        [&self.k, &self.v].iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+
+    /// Rows `from` and below, keys and values as numbers (for tests).
+    pub fn part(&self, from: usize, rows: usize) -> Result<(Tensor, Tensor)> {
+        let part = |t: &Tensor, unit: Option<f32>| -> Result<Tensor> {
+            let t = t.narrow(0, from, rows)?;
+            Ok(match unit {
+                Some(unit) => super::fp8::restore(&t.contiguous()?, &Tensor::full(unit, rows, t.device())?)?,
+                None => t,
+            })
+        };
+        #[cfg(feature = "cuda")]
+        if let Some(units) = &self.units {
+            let unit = units.table.to_vec1::<f32>()?[2];
+            return Ok((part(&self.k, Some(1.0))?, part(&self.v, Some(unit))?));
+        }
+        Ok((part(&self.k, None)?, part(&self.v, None)?))
+    }
+
+    /// Norms and turns queries and keys, stores keys and values at the slot, returns the queries ready for
+    /// [`Memory::attend`]. `weights` are the RMS norms' of queries and keys.
+    pub fn store(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        weights: [&Tensor; 2],
+        eps: f64,
+        rope: &Rope,
+        slot: &Slot,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.fused(q, rope.head()) {
+            let card = slot.card.as_ref().ok_or_else(|| Error::Input("the slot is not on the card".into()))?;
+            return self.store_fused([q, k, v], weights, eps, Some(rope), &card.narrow(0, 0, 1)?);
+        }
+        let queries = norm::rms_norm_rotate(q, weights[0], eps, rope)?;
+        self.k.slice_set(&norm::rms_norm_rotate(k, weights[1], eps, rope)?.to_dtype(self.k.dtype())?, 0, slot.at)?;
+        self.v.slice_set(&v.contiguous()?, 0, slot.at)?;
+        Ok(queries)
+    }
+
+    /// Keys that are normed but not turned, turned and stored from `row` on.
+    pub fn place_keys(&self, k: &Tensor, rope: &Rope, row: usize) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.fused(k, rope.head()) {
+            return self.place_fused(k, Some(rope), &self.k, row);
+        }
+        Ok(self.k.slice_set(&rope.rotate(k)?.contiguous()?.to_dtype(self.k.dtype())?, 0, row)?)
+    }
+
+    /// Values, stored from `row` on.
+    pub fn place_values(&self, v: &Tensor, row: usize) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.fused(v, 8) {
+            return self.place_fused(v, None, &self.v, row);
+        }
+        Ok(self.v.slice_set(&v.contiguous()?, 0, row)?)
+    }
+
+    /// Keys that need no turning, and values.
+    pub fn place(&self, k: &Tensor, v: &Tensor) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.fused(k, 8) {
+            self.place_fused(k, None, &self.k, 0)?;
+            return self.place_fused(v, None, &self.v, 0);
+        }
+        self.k.slice_set(&k.contiguous()?, 0, 0)?;
+        Ok(self.v.slice_set(&v.contiguous()?, 0, 0)?)
+    }
+
+    /// Queries of another sequence, normed as this memory wants them.
+    pub fn queries(&self, q: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.units.is_some() {
+            let out = cuda::empty(q.device(), q.shape(), DType::F8E4M3)?;
+            let lane =
+                cuda::rows::Lane { input: q, weight: Some(weight), rotate: false, out: &out, unit: None, slot: false };
+            cuda::rows::norm_rotate(&[lane], None, None, eps)?;
+            return Ok(out);
+        }
+        norm::rms_norm(q, weight, eps)
+    }
+
+    /// Attention of ready queries over the valid rows (all, without a slot).
+    pub fn attend(&self, q: &Tensor, heads: usize, slot: Option<&Slot>) -> Result<Rows> {
+        #[cfg(feature = "cuda")]
+        if matches!(q.device(), Device::Cuda(_)) && cuda_takes(q, heads) {
+            let valid = match slot {
+                Some(Slot { card: Some(card), .. }) => Some(card.narrow(0, 1, 2)?),
+                Some(_) => return Err(Error::Input("the slot is not on the card".into())),
+                None => None,
+            };
+            let y = cuda::attention::attention(q, &self.k, &self.v, heads, 1, valid.as_ref(), self.units.as_ref())?;
+            return Ok(match &self.units {
+                Some(units) => Rows::Scaled { stored: y, units: units.of_rows(q.dim(0)?)? },
+                None => Rows::Plain(y),
+            });
+        }
+        let keys = slot.map_or(self.k.dims()[0], |s| s.keys);
+        let (k, v) = (self.k.narrow(0, 0, keys)?, self.v.narrow(0, 0, keys)?);
+        Ok(Rows::Plain(attention(q, &k, &v, heads, 1)?))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Memory {
+    fn fused(&self, x: &Tensor, head: usize) -> bool {
+        let stored = matches!(self.k.dtype(), DType::BF16 | DType::F8E4M3);
+        matches!(x.device(), Device::Cuda(_))
+            && stored
+            && x.dtype() == DType::BF16
+            && head % 8 == 0
+            && cuda::rows::fits(x.dims()[1], 1)
+    }
+
+    fn store_fused(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        weights: [&Tensor; 2],
+        eps: f64,
+        rope: Option<&Rope>,
+        offset: &Tensor,
+    ) -> Result<Tensor> {
+        let queries = cuda::empty(q.device(), q.shape(), self.k.dtype())?;
+        let rotate = rope.is_some();
+        let lane = |input, weight, rotate, out, slot| cuda::rows::Lane { input, weight, rotate, out, unit: None, slot };
+        let lanes = [
+            lane(q, Some(weights[0]), rotate, &queries, false),
+            lane(k, Some(weights[1]), rotate, &self.k, true),
+            cuda::rows::Lane { unit: self.units.as_ref(), ..lane(v, None, false, &self.v, true) },
+        ];
+        cuda::rows::norm_rotate(&lanes, rope.map(Rope::table), Some(offset), eps)?;
+        Ok(queries)
+    }
+
+    fn place_fused(&self, x: &Tensor, rope: Option<&Rope>, target: &Tensor, row: usize) -> Result<()> {
+        let out = target.narrow(0, row, x.dim(0)?)?;
+        let unit = if rope.is_none() && target.id() == self.v.id() { self.units.as_ref() } else { None };
+        let lane =
+            cuda::rows::Lane { input: x, weight: None, rotate: rope.is_some(), out: &out, unit, slot: false };
+        cuda::rows::norm_rotate(&[lane], rope.map(Rope::table), None, 0.0)
+    }
+}
+
+/// Whether cuDNN's attention takes heads of this width.
+#[cfg(feature = "cuda")]
+pub(super) fn cuda_takes(q: &Tensor, heads: usize) -> bool {
+    let width = q.dims()[1] / heads.max(1);
+    match q.dtype() {
+        DType::BF16 => width % 8 == 0 && width <= 128,
+        DType::F8E4M3 => width % 16 == 0 && width <= 128,
+        _ => false,
+    }
+}
