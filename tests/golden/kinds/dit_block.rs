@@ -1,6 +1,6 @@
 //! One block alone, with the modulation boundary at several places.
 
-use loquent::model::{dit::Trace, nn::Rope};
+use loquent::model::{dit::Trace, nn::{Residual, Rope}};
 
 use super::{text, transformer};
 use crate::data::{Check, Golden};
@@ -22,9 +22,11 @@ pub fn check(golden: &Golden, check: &mut Check) -> Result<(), String> {
         let kv = block.text(&words).map_err(text)?;
         for (i, boundary) in list("boundaries")?.into_iter().enumerate() {
             let runs = [boundary, rows - boundary];
-            let out =
-                block.forward(&x, &m, &runs, kv.as_ref(), &mut Trace::off(), |a, y| a.whole(y, &rope)).map_err(text)?;
-            check.same(&format!("block{layer}.{i}"), &out)?;
+            let mut out = Residual::new(x.copy().map_err(text)?);
+            block
+                .forward(&mut out, &m, &runs, kv.as_ref(), &mut Trace::off(), |a, y| a.whole(y, &rope))
+                .map_err(text)?;
+            check.same(&format!("block{layer}.{i}"), &out.into_tokens().map_err(text)?)?;
         }
     }
     Ok(())

@@ -15,6 +15,8 @@ pub mod attention;
 pub mod gemm;
 pub mod graph;
 pub mod rows;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -282,7 +284,11 @@ fn address_in(storage: &CudaStorage, offset: usize, dtype: DType) -> Result<u64>
 pub(crate) fn empty(device: &Device, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     fn of<T: CudaDType + driver::DeviceRepr>(device: &CudaDevice, n: usize) -> Result<CudaStorage> {
         // SAFETY: whoever asked writes every element before anyone reads.
-        let slice = unsafe { device.alloc::<T>(n) }?;
+        #[cfg_attr(not(test), allow(unused_mut))]
+        let mut slice = unsafe { device.alloc::<T>(n) }?;
+        // Tests see NaN (in every type) where nobody wrote.
+        #[cfg(test)]
+        poison(device, &mut slice)?;
         Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
     }
     let shape = shape.into();
@@ -299,6 +305,16 @@ pub(crate) fn empty(device: &Device, shape: impl Into<Shape>, dtype: DType) -> R
         other => Err(Error::Input(format!("kernels give f32, bf16 and bytes, not {other:?}"))),
     }?;
     Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+}
+
+#[cfg(test)]
+fn poison<T>(device: &CudaDevice, slice: &mut driver::CudaSlice<T>) -> Result<()> {
+    use driver::DevicePtrMut;
+    let (stream, bytes) = (device.cuda_stream(), slice.num_bytes());
+    let (address, _guard) = slice.device_ptr_mut(&stream);
+    // SAFETY: fills exactly this allocation.
+    unsafe { sys::cuMemsetD8Async(address, 0xff, bytes, stream.cu_stream()) }.result().w()?;
+    Ok(())
 }
 
 /// Element types as the kernels name them.

@@ -1,0 +1,282 @@
+//! The operations that a card fuses, against plain tensor operations in f64 of the same numbers: one body for the CPU and
+//! the card. Inputs are fresh each time, results lie in memory that held NaN before, sizes are odd.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{attention, gemm, rows};
+use crate::model::{
+    nn::{
+        self, Form, Memory, Residual, Rope, Rows, Slot,
+        norm::{Affine, plain},
+    },
+    nn::rope::{Group, Rounding},
+};
+
+/// The card, and what its operations are compared on.
+fn card() -> Device {
+    static CARD: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    CARD.get_or_init(|| super::open(0).unwrap()).clone()
+}
+
+fn random(shape: &[usize], deviation: f64) -> Tensor {
+    Tensor::randn(0f64, deviation, shape, &Device::Cpu).unwrap()
+}
+
+/// Numbers that `dtype` holds exactly, on `device`, and the same in f64.
+fn pair(shape: &[usize], deviation: f64, dtype: DType, device: &Device) -> (Tensor, Tensor) {
+    let stored = random(shape, deviation).to_dtype(dtype).unwrap();
+    (stored.to_device(device).unwrap(), stored.to_dtype(DType::F64).unwrap())
+}
+
+fn wide(x: &Tensor) -> Tensor {
+    x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()
+}
+
+/// ‖got − want‖ / ‖want‖, and no NaN.
+fn relative(got: &Tensor, want: &Tensor) -> f64 {
+    let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+    let got = wide(got);
+    assert_eq!(got.dims(), want.dims());
+    norm(&(got - want).unwrap()) / norm(want).max(1e-30)
+}
+
+#[track_caller]
+fn close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
+    let error = relative(got, want);
+    assert!(error <= bound, "{what}: relative error {error:.2e}, at most {bound:.0e} expected");
+}
+
+/// What a format's rounding alone costs, doubled: f32, bf16, e4m3.
+fn bound(form: Form) -> f64 {
+    match form {
+        Form::Plain(DType::F32) => 2e-6,
+        Form::Plain(_) => 4e-3,
+        Form::Scaled => 4e-2,
+    }
+}
+
+/// Types of the stream and forms of the result that a device knows.
+fn kinds(device: &Device) -> Vec<(DType, Form)> {
+    match device {
+        Device::Cpu => vec![(DType::F32, Form::Plain(DType::F32))],
+        _ => [DType::F32, DType::BF16]
+            .into_iter()
+            .flat_map(|x| [Form::Plain(DType::F32), Form::Plain(DType::BF16), Form::Scaled].map(|form| (x, form)))
+            .collect(),
+    }
+}
+
+fn residual_and_norm(device: &Device) {
+    for (runs, width) in [(vec![1], 8), (vec![3, 4], 136), (vec![33], 1000), (vec![5, 1, 7], 5120), (vec![2], 13824)] {
+        let n: usize = runs.iter().sum();
+        for (dtype, form) in kinds(device) {
+            let y_type = if matches!(device, Device::Cpu) { DType::F32 } else { DType::BF16 };
+            let (x, x64) = pair(&[n, width], 1.0, dtype, device);
+            let (y, y64) = pair(&[n, width], 1.0, y_type, device);
+            let (gate, gate64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
+            let (scale, scale64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
+            let (shift, shift64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
+            let affine = Affine { scale, shift };
+            let affine64 = Affine { scale: scale64, shift: shift64 };
+            let what = format!("{runs:?} × {width}, {dtype:?} → {form:?}");
+
+            let mut stream = Residual::new(x.copy().unwrap());
+            let first = stream.norm(&affine, &runs, 1e-6, form).unwrap().plain().unwrap();
+            close(&what, &first, &plain::layer_norm(&x64, &affine64, &runs, 1e-6).unwrap(), bound(form));
+
+            stream.add(y.clone(), Some((&gate, &runs))).unwrap();
+            let second = stream.norm(&affine, &runs, 1e-6, form).unwrap().plain().unwrap();
+            // The sum is rounded to the stream's type before it is normed.
+            let sum = plain::gated_add(&x64, &y64, &gate64, &runs).unwrap();
+            let sum = sum.to_dtype(dtype).unwrap().to_dtype(DType::F64).unwrap();
+            let slack = if dtype == DType::BF16 { 4e-4 } else { 0.0 };
+            close(&what, &second, &plain::layer_norm(&sum, &affine64, &runs, 1e-6).unwrap(), bound(form) + slack);
+
+            stream.add(y, None).unwrap();
+            let sum = (sum + y64).unwrap();
+            close(&what, stream.settle().unwrap(), &sum, bound(Form::Plain(dtype)));
+        }
+    }
+}
+
+/// Keys, values and queries into a memory, and nothing beside their rows.
+fn memory(device: &Device) {
+    let types: &[(DType, bool)] =
+        if matches!(device, Device::Cpu) { &[(DType::F32, false)] } else { &[(DType::BF16, false), (DType::BF16, true)] };
+    for &(dtype, fp8) in types {
+        for (heads, head, rows) in [(1, 16, 1), (3, 32, 7), (40, 128, 19)] {
+            let width = heads * head;
+            let what = format!("{rows} rows of {heads} heads of {head}, fp8 {fp8}");
+            let (all, all64) = pair(&[rows, 3 * width], 1.0, dtype, device);
+            let (wq, wq64) = pair(&[width], 1.0, dtype, device);
+            let (wk, wk64) = pair(&[width], 1.0, dtype, device);
+            let groups = [Group::frames(5, 1, 1, rows)];
+            let rope = Rope::new(&groups, head, Rounding::Half, device).unwrap();
+            let table = wide(rope.table());
+            let rope64 = Rope::from_table(table).unwrap();
+            let part = |t: &Tensor, i: usize| t.narrow(1, i * width, width).unwrap();
+            let values = part(&all, 2).contiguous().unwrap();
+            let memory = Memory::new(&values, 3 * rows + 2, fp8, 1.0).unwrap();
+            let slot = Slot { at: rows + 1, keys: 2 * rows + 1, card: None }.on(device, rows).unwrap();
+            let q = memory.store([&part(&all, 0), &part(&all, 1), &part(&all, 2)], [&wq, &wk], 1e-6, &rope, &slot).unwrap();
+            let turned = |i: usize, w: &Tensor| {
+                plain::rotate(&plain::rms_norm(&part(&all64, i).contiguous().unwrap(), w, 1e-6).unwrap(), &rope64).unwrap()
+            };
+            let limit = bound(if fp8 { Form::Scaled } else { Form::Plain(dtype) });
+            let q = if fp8 {
+                nn::fp8::restore(&q, &Tensor::ones(rows, DType::F32, device).unwrap()).unwrap()
+            } else {
+                q
+            };
+            close(&what, &q, &turned(0, &wq64), limit);
+            let (k, v) = memory.part(rows + 1, rows).unwrap();
+            close(&what, &k, &turned(1, &wk64), limit);
+            close(&what, &v, &part(&all64, 2), limit);
+            for (from, n) in [(0, rows + 1), (2 * rows + 1, rows + 1)] {
+                let (k, v) = memory.part(from, n).unwrap();
+                for t in [k, v] {
+                    let most = wide(&t).abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
+                    assert_eq!(most, 0.0, "{what}: rows beside the slot were written");
+                }
+            }
+        }
+    }
+}
+
+fn few_keys(device: &Device) {
+    let cpu = matches!(device, Device::Cpu);
+    for (frames, n, count, heads, head) in [(1, 1, 1, 1, 8), (3, 11, 5, 40, 128), (2, 5, 8, 5, 24)] {
+        let (dtype, forms) = if cpu {
+            (DType::F32, vec![Form::Plain(DType::F32)])
+        } else {
+            (DType::BF16, vec![Form::Plain(DType::BF16), Form::Scaled])
+        };
+        let width = heads * head;
+        let (q, q64) = pair(&[frames * n, width], 1.0, dtype, device);
+        let (w, w64) = pair(&[width], 1.0, dtype, device);
+        let (k, k64) = pair(&[frames * count, width], 1.0, dtype, device);
+        let (v, v64) = pair(&[frames * count, width], 1.0, dtype, device);
+        let q64 = plain::rms_norm(&q64, &w64, 1e-6).unwrap();
+        let want = attention64(&q64, &k64, &v64, heads, frames);
+        for form in forms {
+            let got = nn::attention_to_few(&q, &w, &k, &v, heads, frames, 1e-6, form).unwrap().plain().unwrap();
+            close(&format!("{frames}·{n} over {count}, {heads}·{head} {form:?}"), &got, &want, bound(form));
+        }
+    }
+}
+
+fn attention64(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize) -> Tensor {
+    let (rows, dim) = q.dims2().unwrap();
+    let split = |t: &Tensor| {
+        let t = t.reshape((groups, t.dim(0).unwrap() / groups, heads, dim / heads)).unwrap();
+        t.transpose(1, 2).unwrap().contiguous().unwrap()
+    };
+    let (q, k, v) = (split(q), split(k), split(v));
+    let scores = (q.matmul(&k.transpose(2, 3).unwrap().contiguous().unwrap()).unwrap() / ((dim / heads) as f64).sqrt()).unwrap();
+    let scores = candle_nn::ops::softmax(&scores, 3).unwrap();
+    scores.matmul(&v).unwrap().transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, dim)).unwrap()
+}
+
+#[test]
+fn cpu_and_plain_operations_agree() {
+    residual_and_norm(&Device::Cpu);
+    memory(&Device::Cpu);
+    few_keys(&Device::Cpu);
+}
+
+#[test]
+fn card_residual_and_norm() {
+    residual_and_norm(&card());
+}
+
+#[test]
+fn card_memory() {
+    memory(&card());
+}
+
+#[test]
+fn card_few_keys() {
+    few_keys(&card());
+}
+
+#[test]
+fn card_quantises_rows() {
+    for (n, width) in [(1, 8), (7, 136), (33, 5120), (3, 13824)] {
+        for gelu in [false, true] {
+            let (x, x64) = pair(&[n, width], 2.0, DType::BF16, &card());
+            let (stored, units) = rows::quantise(&x, gelu).unwrap();
+            let want = if gelu { x64.gelu().unwrap() } else { x64 };
+            close("quantise", &nn::fp8::restore(&stored, &units).unwrap(), &want, bound(Form::Scaled));
+            let (twin, _) = nn::fp8::quantise_rows(&want.to_dtype(DType::F32).unwrap()).unwrap();
+            let (twin, stored) = (twin.flatten_all().unwrap().to_vec1::<u8>().unwrap(), stored.flatten_all().unwrap());
+            let apart = stored.to_vec1::<u8>().unwrap().iter().zip(&twin).filter(|(a, b)| a != b).count();
+            // A tie may fall either way when a sum was rounded differently.
+            assert!(apart * 50 <= twin.len(), "{apart} of {} bytes differ from the twin's", twin.len());
+        }
+    }
+}
+
+#[test]
+fn card_products() {
+    for (n, width, out) in [(1, 16, 16), (33, 64, 144), (130, 1536, 528), (257, 5120, 640)] {
+        for (has_bias, gelu) in [(false, false), (true, false), (true, true)] {
+            let (x, x64) = pair(&[n, width], 1.0, DType::BF16, &card());
+            let (w, w64) = pair(&[out, width], 0.05, DType::BF16, &card());
+            let (b, b64) = pair(&[out], 0.5, DType::BF16, &card());
+            let bias = has_bias.then_some(&b);
+            let finish = |y: Tensor| {
+                let y = if has_bias { y.broadcast_add(&b64).unwrap() } else { y };
+                if gelu { y.gelu().unwrap() } else { y }
+            };
+            let what = format!("[{n}, {width}] · [{out}, {width}], bias {has_bias}, gelu {gelu}");
+            let got = gemm::product(&gemm::Product { x: &x, weight: &w, scales: None, bias, gelu }).unwrap();
+            close(&what, &got, &finish(x64.matmul(&w64.t().unwrap()).unwrap()), 5e-3);
+
+            let ((x8, xu), (w8, wu)) = (rows::quantise(&x, false).unwrap(), rows::quantise(&w, false).unwrap());
+            let p = gemm::Product { x: &x8, weight: &w8, scales: Some((&xu, &wu)), bias, gelu };
+            if gelu && !gemm::possible(&p).unwrap() {
+                println!("{what}: cuBLASLt has no e4m3 product with this epilogue, and none is used");
+                continue;
+            }
+            let restored = |s: &Tensor, u: &Tensor| wide(&nn::fp8::restore(s, u).unwrap());
+            let want = restored(&x8, &xu).matmul(&restored(&w8, &wu).t().unwrap()).unwrap();
+            close(&format!("e4m3 {what}"), &gemm::product(&p).unwrap(), &finish(want), 1e-2);
+        }
+    }
+}
+
+#[test]
+fn card_attention() {
+    for (batch, heads, head, queries, keys, counted) in
+        [(1, 2, 128, 70, 256, 201), (3, 4, 64, 17, 128, 128), (1, 40, 128, 130, 384, 300)]
+    {
+        let dim = heads * head;
+        let device = card();
+        let (q, q64) = pair(&[batch * queries, dim], 1.0, DType::BF16, &device);
+        let (k, k64) = pair(&[batch * keys, dim], 1.0, DType::BF16, &device);
+        let (v, v64) = pair(&[batch * keys, dim], 1.0, DType::BF16, &device);
+        let what = format!("{batch} · {heads} · {head}, {queries} over {counted} of {keys}");
+        if batch > 1 {
+            let got = attention::attention(&q, &k, &v, heads, batch, None, None).unwrap();
+            close(&what, &got, &attention64(&q64, &k64, &v64, heads, batch), 8e-3);
+            continue;
+        }
+        let valid = Tensor::new(&[queries as u32, counted as u32], &device).unwrap();
+        let cut = |t: &Tensor| t.narrow(0, 0, counted).unwrap();
+        let want = attention64(&q64, &cut(&k64), &cut(&v64), heads, 1);
+        let got = attention::attention(&q, &k, &v, heads, 1, Some(&valid), None).unwrap();
+        close(&what, &got, &want, 8e-3);
+
+        let memory = Memory::new(&v, keys, true, 4.0).unwrap();
+        memory.place(&k, &v).unwrap();
+        let ones = Tensor::ones(dim, DType::BF16, &device).unwrap();
+        let q8 = memory.queries(&q, &ones, 1e-6).unwrap();
+        let slot = Slot { at: 0, keys: counted, card: None }.on(&device, queries).unwrap();
+        let got = memory.attend(&q8, heads, Some(&slot)).unwrap();
+        assert!(matches!(got, Rows::Scaled { .. }));
+        let normed = plain::rms_norm(&q64, &wide(&ones), 1e-6).unwrap();
+        let want = attention64(&normed, &cut(&k64), &cut(&v64), heads, 1);
+        // Independent numbers make a flat softmax: the worst case for a mean of quantised values.
+        close(&format!("e4m3 {what}"), &got.plain().unwrap(), &want, 8e-2);
+    }
+}
