@@ -48,6 +48,10 @@ pub trait Source: Send + Sync {
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
     /// The tensor in the stored element type (quantised rows come back as f32), on the CPU.
     fn load(&self, name: &str) -> Result<Tensor>;
+    /// The tensor made on `device` itself, by a source that need not read it from anywhere.
+    fn made_on(&self, _name: &str, _device: &Device) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// What error messages call this checkpoint, usually its path.
     fn origin(&self) -> String;
     /// A matrix as it is stored, where that is a quantised form that is kept so in memory; on the CPU.
@@ -231,7 +235,10 @@ impl Weights {
         if !self.note(&full, shape.dims()) {
             return Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?);
         }
-        let t = self.source.load(&full)?;
+        let t = match self.source.made_on(&full, &self.device)? {
+            Some(made) => made,
+            None => self.source.load(&full)?,
+        };
         // Convert on the CPU only when that makes the transfer smaller.
         let t = if t.dtype().size_in_bytes() > self.dtype.size_in_bytes() { t.to_dtype(self.dtype)? } else { t };
         let t = t.to_device(&self.device)?.to_dtype(self.dtype)?;

@@ -6,6 +6,7 @@
 //! | [`gemm`] | matrix products by cuBLASLt: bf16 with epilogues, e4m3 with a scale per row and per channel |
 //! | `cudnn.cpp`, [`attention`] | scaled dot-product attention by cuDNN: bf16 and e4m3 |
 //! | [`graph`] | a sequence of launches recorded once and replayed |
+//! | [`time`] | time by the card's events, memory |
 //!
 //! Kernels are C functions in a static library that the build script makes; they take addresses and a stream. Tensors
 //! stay candle's: results are allocated on the device's own stream, so their memory is reused in stream order. All work
@@ -17,6 +18,7 @@ pub mod graph;
 pub mod rows;
 #[cfg(test)]
 mod tests;
+pub mod time;
 
 use std::{
     collections::HashMap,

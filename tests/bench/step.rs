@@ -1,0 +1,238 @@
+//! One denoising step of LiveAvatar's 14B transformer on an NVIDIA card: random weights of the true shapes, device events.
+//!
+//! `cargo bench --features cuda --bench step [-- SIZES [PRECISIONS [WHAT]]]`, for example `704x384,480x832 fp8,bf16 step`.
+//! WHAT: `step` (the whole step, by graph and by launches), `parts` (its products, attentions and row passes one by one),
+//! `error` (fp8 and bf16 against f32 of the same weights at reduced depth). One JSON line per figure, then a table.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use loquent::model::{
+    Result,
+    dit::{Config, Dit, Opening, Trace},
+    kernels::cuda::{self, gemm, rows, time},
+    nn::{Memory, Slot},
+    weights::{
+        Fp8, Weights,
+        synth::{imagined, preset},
+    },
+};
+
+const RUNS: usize = 9;
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let list = |i: usize, or: &str| -> Vec<String> {
+        words.get(i).map_or(or, String::as_str).split(',').map(str::to_string).collect()
+    };
+    let sizes: Vec<(usize, usize)> = list(0, "704x384,480x832")
+        .iter()
+        .filter_map(|s| s.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?))))
+        .collect();
+    let (precisions, what) = (list(1, "fp8,bf16"), list(2, "parts,step,error"));
+    let device = cuda::open(0)?;
+    let (name, driver) = time::name(&device)?;
+    println!("{name}, CUDA {}.{}", driver / 1000, driver % 1000 / 10);
+    let wants = |w: &str| what.iter().any(|x| x == w);
+    if wants("parts") {
+        for &size in &sizes {
+            parts(&device, size)?;
+        }
+    }
+    if wants("error") {
+        errors(&device)?;
+    }
+    if wants("step") {
+        for precision in &precisions {
+            steps(&device, precision, &sizes)?;
+        }
+    }
+    Ok(())
+}
+
+fn report(what: &str, size: (usize, usize), precision: &str, all: &[f32], tflop: f64) {
+    let ms = all[all.len() / 2];
+    println!(
+        "{}",
+        serde_json::json!({
+            "what": what, "size": format!("{}x{}", size.0, size.1), "precision": precision,
+            "ms": ms, "least": all[0], "most": all[all.len() - 1], "tflops": tflop / f64::from(ms) * 1e3,
+        })
+    );
+}
+
+/// Tokens of a latent frame.
+fn frame((h, w): (usize, usize)) -> usize {
+    (h / 16) * (w / 16)
+}
+
+fn fp8(precision: &str) -> Fp8 {
+    match precision {
+        "fp8" => Fp8::All,
+        "fp8-linears" => Fp8::Linears,
+        _ => Fp8::Off,
+    }
+}
+
+fn load(device: &Device, precision: &str, config: Config) -> Result<Dit> {
+    device.set_seed(20260101)?;
+    let dtype = if precision == "f32" { DType::F32 } else { DType::BF16 };
+    let weights = Weights::new(imagined(preset("s2v-14b")?, 7)?, device, dtype).with_fp8(fp8(precision));
+    Dit::load(config, &weights)
+}
+
+struct Inputs {
+    reference: Tensor,
+    text: Tensor,
+    audio: Tensor,
+    noise: Tensor,
+}
+
+fn inputs(device: &Device, (h, w): (usize, usize)) -> Result<Inputs> {
+    let random = |shape: &[usize]| -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?.to_device(device)?)
+    };
+    Ok(Inputs {
+        reference: random(&[16, 1, h / 8, w / 8])?,
+        text: random(&[64, 4096])?,
+        audio: random(&[25, 1024, 12])?,
+        noise: random(&[16, 3, h / 8, w / 8])?,
+    })
+}
+
+fn steps(device: &Device, precision: &str, sizes: &[(usize, usize)]) -> Result<()> {
+    let before = time::memory(device)?.0;
+    let dit = load(device, precision, Config::default())?;
+    device.synchronize()?;
+    println!("{precision}: weights {:.1} GiB", (before - time::memory(device)?.0) as f64 / (1u64 << 30) as f64);
+    let schedule = Arc::new(dit.schedule_of(4)?);
+    for &size in sizes {
+        let x = inputs(device, size)?;
+        let n = frame(size) as f64;
+        let text = Arc::new(dit.text(&x.text)?);
+        let mut state =
+            dit.open(&Opening { reference: &x.reference, motion: None, text: Some(text) }, &schedule)?;
+        let audio = dit.audio(&x.audio)?;
+        let step = |state: &mut _| dit.forward(state, &x.noise, 0, &audio, None, 30, &mut Trace::off());
+        // Four blocks fill the ring; the first runs by launches, the others by the graph.
+        for _ in 0..3 {
+            step(&mut state)?;
+            state.advance(3);
+        }
+        state.use_graphs(false);
+        let eager = step(&mut state)?;
+        let all = time::milliseconds(device, 1, RUNS, || step(&mut state).map(drop))?;
+        // products and audio, attention, text: tokens times channels times channels
+        let q = 3.0 * n;
+        let tflop = (2.0 * q * (6.0 * 5120.0 * 5120.0 + 2.0 * 5120.0 * 13824.0) * 40.0
+            + 2.0 * q * 2.0 * 5120.0 * 5120.0 * 12.0
+            + 4.0 * q * (14.5 * n + 512.0) * 5120.0 * 40.0)
+            / 1e12;
+        report("step by launches", size, precision, &all, tflop);
+        state.use_graphs(true);
+        let replayed = step(&mut state)?;
+        let apart = (&eager - &replayed)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        println!("graph and launches differ by {apart:e}");
+        let all = time::milliseconds(device, 1, RUNS, || step(&mut state).map(drop))?;
+        report("step by graph", size, precision, &all, tflop);
+        let all = time::milliseconds(device, 1, 3, || (0..8).try_for_each(|_| step(&mut state).map(drop)))?;
+        report("eight steps by graph", size, precision, &all, 8.0 * tflop);
+        let finite = replayed.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        let (free, total) = time::memory(device)?;
+        println!(
+            "largest prediction {finite}; memory used with one ring {:.1} GiB",
+            (total - free) as f64 / (1u64 << 30) as f64
+        );
+    }
+    Ok(())
+}
+
+/// What one step computes, piece by piece, on tensors of its own.
+fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
+    let q = 3 * frame(size);
+    let (d, f) = (5120usize, 13824usize);
+    let random = |shape: &[usize], deviation: f32| -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, deviation, shape, device)?.to_dtype(DType::BF16)?)
+    };
+    for (name, width, out) in [("qkv", d, 3 * d), ("o", d, d), ("ffn.0", d, f), ("ffn.2", f, d)] {
+        let (x, w, b) = (random(&[q, width], 1.0)?, random(&[out, width], 0.015)?, random(&[out], 0.1)?);
+        let tflop = 2.0 * (q * width * out) as f64 / 1e12;
+        let plain = gemm::Product { x: &x, weight: &w, scales: None, bias: Some(&b), gelu: false };
+        let all = time::milliseconds(device, 3, RUNS, || gemm::product(&plain).map(drop))?;
+        report(&format!("product {name}"), size, "bf16", &all, tflop);
+        let ((x8, xu), (w8, wu)) = (rows::quantise(&x, false)?, rows::quantise(&w, false)?);
+        let scaled = gemm::Product { x: &x8, weight: &w8, scales: Some((&xu, &wu)), bias: Some(&b), gelu: false };
+        match time::milliseconds(device, 3, RUNS, || gemm::product(&scaled).map(drop)) {
+            Ok(all) => report(&format!("product {name}"), size, "fp8", &all, tflop),
+            Err(e) => println!("product {name} in fp8: {e}"),
+        }
+        let all = time::milliseconds(device, 3, RUNS, || rows::quantise(&x, true).map(drop))?;
+        report(&format!("gelu+quantise {q}x{width}"), size, "fp8", &all, 0.0);
+    }
+    let keys = 29 * frame(size) / 2;
+    for (name, keys, counted) in [("ring", keys + 128, keys), ("text", 512, 512)] {
+        for fp8 in [false, true] {
+            let v = random(&[keys, d], 1.0)?;
+            let memory = Memory::new(&v, keys, fp8, 4.0)?;
+            let k = random(&[counted, d], 1.0)?;
+            memory.place(&k, &v.narrow(0, 0, counted)?.contiguous()?)?;
+            let ones = Tensor::ones(d, DType::BF16, device)?;
+            let queries = memory.queries(&random(&[q, d], 1.0)?, &ones, 1e-6)?;
+            let slot = Slot { at: 0, keys: counted, card: None }.on(device, q)?;
+            let slot = (name == "ring").then_some(&slot);
+            let precision = if fp8 { "fp8" } else { "bf16" };
+            match time::milliseconds(device, 3, RUNS, || memory.attend(&queries, 40, slot).map(drop)) {
+                Ok(all) => {
+                    report(&format!("attention {name}"), size, precision, &all, 4.0 * (q * counted * d) as f64 / 1e12);
+                }
+                Err(e) => println!("attention {name} in {precision}: {e}"),
+            }
+        }
+    }
+    let (x, y) = (random(&[q, d], 1.0)?, random(&[q, d], 1.0)?);
+    let (gate, row) = (Tensor::randn(0f32, 0.1, (1, d), device)?, Tensor::randn(0f32, 1.0, (1, d), device)?);
+    let runs = [q];
+    for out in [DType::F8E4M3, DType::BF16] {
+        let sum = rows::Sum { y: &y, gate: Some((&gate, &runs)) };
+        let norm = rows::Norm { scale: &row, shift: &row, runs: &runs, eps: 1e-6, out };
+        let all = time::milliseconds(device, 3, RUNS, || rows::residual_norm(&x, Some(&sum), Some(&norm)).map(drop))?;
+        report(&format!("sum+norm → {out:?}"), size, "-", &all, 0.0);
+    }
+    Ok(())
+}
+
+/// Relative error of a step's prediction, block after block of a stream, at a tenth of the depth.
+fn errors(device: &Device) -> Result<()> {
+    let config = Config { num_layers: 5, audio_inject_layers: vec![0, 4], ..Config::default() };
+    let size = (256, 256);
+    let x = inputs(device, size)?;
+    let mut all: Vec<(String, Vec<Tensor>)> = Vec::new();
+    for precision in ["f32", "bf16", "fp8-linears", "fp8"] {
+        let dit = load(device, precision, config.clone())?;
+        let schedule = Arc::new(dit.schedule_of(4)?);
+        let text = Arc::new(dit.text(&x.text)?);
+        let opening = Opening { reference: &x.reference, motion: None, text: Some(text) };
+        let mut state = dit.open(&opening, &schedule)?;
+        let audio = dit.audio(&x.audio)?;
+        let mut out = Vec::new();
+        for _ in 0..5 {
+            out.push(dit.forward(&mut state, &x.noise, 0, &audio, None, 30, &mut Trace::off())?);
+            state.advance(3);
+        }
+        all.push((precision.into(), out));
+    }
+    let relative = |a: &[Tensor], b: &[Tensor]| -> Result<Vec<f32>> {
+        let norm = |t: &Tensor| -> Result<f32> { Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()) };
+        a.iter().zip(b).map(|(a, b)| Ok(norm(&(a - b)?)? / norm(b)?)).collect()
+    };
+    for (i, j) in [(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)] {
+        let errors = relative(&all[i].1, &all[j].1)?;
+        println!(
+            "{}",
+            serde_json::json!({"what": "relative error of a prediction, five blocks", "layers": 5,
+                "of": all[i].0, "against": all[j].0, "errors": errors})
+        );
+    }
+    Ok(())
+}
+
