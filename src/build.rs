@@ -103,12 +103,14 @@ fn cuda() -> Result<(), String> {
         .flatten()
         .find(|home| home.join("bin/nvcc").is_file())
         .ok_or("feature `cuda` needs the CUDA 13 toolkit; set CUDA_HOME to the folder that holds bin/nvcc")?;
-    let roots: Vec<PathBuf> = named("CUDNN_HOME").into_iter().chain([home.clone(), "/usr".into(), "/usr/local".into()]).collect();
+    let roots: Vec<PathBuf> =
+        named("CUDNN_HOME").into_iter().chain([home.clone(), "/usr".into(), "/usr/local".into()]).collect();
     let holding = |header: &str| {
         let near = ["include", "include/x86_64-linux-gnu", "include/aarch64-linux-gnu"];
         roots.iter().flat_map(|r| near.map(|n| r.join(n))).find(|folder| folder.join(header).is_file())
     };
-    let cudnn = holding("cudnn.h").ok_or("feature `cuda` needs cuDNN 9; set CUDNN_HOME to the folder that holds include/cudnn.h")?;
+    let cudnn = holding("cudnn.h")
+        .ok_or("feature `cuda` needs cuDNN 9; set CUDNN_HOME to the folder that holds include/cudnn.h")?;
     let frontend = named("CUDNN_FRONTEND_INCLUDE")
         .filter(|folder| folder.join("cudnn_frontend.h").is_file())
         .or_else(|| holding("cudnn_frontend.h"))

@@ -89,9 +89,8 @@ struct Inputs {
 }
 
 fn inputs(device: &Device, (h, w): (usize, usize)) -> Result<Inputs> {
-    let random = |shape: &[usize]| -> Result<Tensor> {
-        Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?.to_device(device)?)
-    };
+    let random =
+        |shape: &[usize]| -> Result<Tensor> { Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?.to_device(device)?) };
     Ok(Inputs {
         reference: random(&[16, 1, h / 8, w / 8])?,
         text: random(&[64, 4096])?,
@@ -110,8 +109,7 @@ fn steps(device: &Device, precision: &str, sizes: &[(usize, usize)]) -> Result<(
         let x = inputs(device, size)?;
         let n = frame(size) as f64;
         let text = Arc::new(dit.text(&x.text)?);
-        let mut state =
-            dit.open(&Opening { reference: &x.reference, motion: None, text: Some(text) }, &schedule)?;
+        let mut state = dit.open(&Opening { reference: &x.reference, motion: None, text: Some(text) }, &schedule)?;
         let audio = dit.audio(&x.audio)?;
         let step = |state: &mut _| dit.forward(state, &x.noise, 0, &audio, None, 30, &mut Trace::off());
         // Four blocks fill the ring; the first runs by launches, the others by the graph.
@@ -235,4 +233,3 @@ fn errors(device: &Device) -> Result<()> {
     }
     Ok(())
 }
-

@@ -25,7 +25,15 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize
     #[cfg(feature = "cuda")]
     if matches!(q.device(), Device::Cuda(_)) && q.dtype() == DType::BF16 && super::memory::cuda_takes(q, heads) {
         let like = |t: &Tensor| t.to_dtype(DType::BF16)?.contiguous();
-        return crate::model::kernels::cuda::attention::attention(&like(q)?, &like(k)?, &like(v)?, heads, groups, None, None);
+        return crate::model::kernels::cuda::attention::attention(
+            &like(q)?,
+            &like(k)?,
+            &like(v)?,
+            heads,
+            groups,
+            None,
+            None,
+        );
     }
     plain(q, k, v, heads, groups)
 }

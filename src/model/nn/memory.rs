@@ -223,8 +223,7 @@ impl Memory {
     fn place_fused(&self, x: &Tensor, rope: Option<&Rope>, target: &Tensor, row: usize) -> Result<()> {
         let out = target.narrow(0, row, x.dim(0)?)?;
         let unit = if rope.is_none() && target.id() == self.v.id() { self.units.as_ref() } else { None };
-        let lane =
-            cuda::rows::Lane { input: x, weight: None, rotate: rope.is_some(), out: &out, unit, slot: false };
+        let lane = cuda::rows::Lane { input: x, weight: None, rotate: rope.is_some(), out: &out, unit, slot: false };
         cuda::rows::norm_rotate(&[lane], rope.map(Rope::table), None, 0.0)
     }
 }

@@ -1,6 +1,9 @@
 //! One block alone, with the modulation boundary at several places.
 
-use loquent::model::{dit::Trace, nn::{Residual, Rope}};
+use loquent::model::{
+    dit::Trace,
+    nn::{Residual, Rope},
+};
 
 use super::{text, transformer};
 use crate::data::{Check, Golden};

@@ -45,7 +45,13 @@ impl Units {
         let device = value.device();
         let value = value.reshape(1)?;
         let fixed = |v: &[f32]| Tensor::new(v, device);
-        let parts = [fixed(&[1.0, 1.0])?, value.clone(), fixed(&[1.0 / LARGEST, LARGEST])?, value.recip()?, fixed(&[0.0, 0.0])?];
+        let parts = [
+            fixed(&[1.0, 1.0])?,
+            value.clone(),
+            fixed(&[1.0 / LARGEST, LARGEST])?,
+            value.recip()?,
+            fixed(&[0.0, 0.0])?,
+        ];
         Ok(Self { rows: Arc::default(), table: Tensor::cat(&parts, 0)?.contiguous()? })
     }
 
@@ -82,7 +88,13 @@ pub fn attention(
     let ((queries, dim), (keys, _)) = (q.dims2()?, k.dims2()?);
     let dtype = if units.is_some() { DType::F8E4M3 } else { DType::BF16 };
     if [q, k, v].iter().any(|t| t.dtype() != dtype) || k.dims() != v.dims() || k.dim(1)? != dim {
-        return Err(Error::Input(format!("attention of {:?} {:?} over {:?} {:?}", q.dims(), q.dtype(), k.dims(), k.dtype())));
+        return Err(Error::Input(format!(
+            "attention of {:?} {:?} over {:?} {:?}",
+            q.dims(),
+            q.dtype(),
+            k.dims(),
+            k.dtype()
+        )));
     }
     let c = context(q.device())?;
     let width = dim / heads;

@@ -8,10 +8,13 @@ use std::{collections::HashMap, ffi::c_void, sync::Mutex};
 
 use candle_core::{
     DType, Tensor,
-    cuda_backend::{WrapErr, cudarc::{
-        cublaslt::{result, sys},
-        driver::sys::CUevent_flags,
-    }},
+    cuda_backend::{
+        WrapErr,
+        cudarc::{
+            cublaslt::{result, sys},
+            driver::sys::CUevent_flags,
+        },
+    },
 };
 
 use super::{Context, WORKSPACE, address, context, empty};
@@ -112,14 +115,16 @@ impl Call {
         let operand = if key.fp8 { Type::CUDA_R_8F_E4M3 } else { Type::CUDA_R_16BF };
         let (out, n, width) = (key.out as u64, key.n as u64, key.width as u64);
         let call = Self {
-            operation: result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F).checked()?,
+            operation: result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)
+                .checked()?,
             weight: result::create_matrix_layout(operand, width, out, width as i64).checked()?,
             x: result::create_matrix_layout(operand, width, n, width as i64).checked()?,
             y: result::create_matrix_layout(Type::CUDA_R_16BF, out, n, out as i64).checked()?,
         };
         let set = |at: At, value: &[u8]| {
             // SAFETY: `value` is the attribute's type as bytes, of its size.
-            unsafe { result::set_matmul_desc_attribute(call.operation, at, value.as_ptr().cast(), value.len()) }.checked()
+            unsafe { result::set_matmul_desc_attribute(call.operation, at, value.as_ptr().cast(), value.len()) }
+                .checked()
         };
         set(At::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED.to_ne_bytes())?;
         use sys::cublasLtEpilogue_t as Epilogue;
@@ -135,7 +140,8 @@ impl Call {
             set(At::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(Type::CUDA_R_16BF as i32).to_ne_bytes())?;
         }
         if let Some((x, weight)) = p.scales {
-            let rows = (sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32).to_ne_bytes();
+            let rows =
+                (sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32).to_ne_bytes();
             set(At::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
             set(At::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
             set(At::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &address(weight)?.to_ne_bytes())?;
@@ -160,17 +166,31 @@ impl Call {
             )
             .checked()?;
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
-                handle, self.operation, self.weight, self.x, self.y, self.y, preference,
-                CANDIDATES as i32, found.as_mut_ptr(), &mut count,
+                handle,
+                self.operation,
+                self.weight,
+                self.x,
+                self.y,
+                self.y,
+                preference,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
+                &mut count,
             );
             found.set_len(count.max(0) as usize);
             let _ = result::destroy_matmul_pref(preference);
             status
         };
-        if status != sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && status != sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+        if status != sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && status != sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
+        {
             return Err(Error::Config(format!("cuBLASLt: {status:?}")));
         }
-        Ok(found.into_iter().filter(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS).map(|f| f.algo).collect())
+        Ok(found
+            .into_iter()
+            .filter(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS)
+            .map(|f| f.algo)
+            .collect())
     }
 
     fn run(&self, c: &Context, p: &Product, y: &Tensor, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<()> {
@@ -181,9 +201,22 @@ impl Call {
         // memory is reused in stream order.
         unsafe {
             result::matmul(
-                c.products.handle, self.operation, one, zero, at(p.weight)?, self.weight, at(p.x)?, self.x,
-                at(y)?, self.y, address(y)? as *mut c_void, self.y, algorithm,
-                address(&c.workspace)? as *mut c_void, WORKSPACE, c.stream().cast(),
+                c.products.handle,
+                self.operation,
+                one,
+                zero,
+                at(p.weight)?,
+                self.weight,
+                at(p.x)?,
+                self.x,
+                at(y)?,
+                self.y,
+                address(y)? as *mut c_void,
+                self.y,
+                algorithm,
+                address(&c.workspace)? as *mut c_void,
+                WORKSPACE,
+                c.stream().cast(),
             )
         }
         .checked()?;

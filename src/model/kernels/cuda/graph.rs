@@ -2,7 +2,10 @@
 
 use candle_core::{
     Device,
-    cuda_backend::{WrapErr, cudarc::driver::{CudaGraph, sys}},
+    cuda_backend::{
+        WrapErr,
+        cudarc::driver::{CudaGraph, sys},
+    },
 };
 
 use crate::model::{Error, Result};

@@ -28,7 +28,10 @@ use std::{
 
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor,
-    cuda_backend::{CudaDType, DeviceId, WrapErr, cudarc::driver::{self, DevicePtr, sys}},
+    cuda_backend::{
+        CudaDType, DeviceId, WrapErr,
+        cudarc::driver::{self, DevicePtr, sys},
+    },
     op::BackpropOp,
 };
 
@@ -218,7 +221,14 @@ impl Context {
         let _one_at_a_time = self.plans.lock().unwrap_or_else(|e| e.into_inner());
         // SAFETY: plan and handle are live; addresses were given by tensors that the caller holds.
         let status = unsafe {
-            lq_plan_run(self.cudnn.0, plan.0, uid.as_ptr(), address.as_ptr(), uid.len() as i32, self::address(room)? as *mut c_void)
+            lq_plan_run(
+                self.cudnn.0,
+                plan.0,
+                uid.as_ptr(),
+                address.as_ptr(),
+                uid.len() as i32,
+                self::address(room)? as *mut c_void,
+            )
         };
         if status != 0 {
             return Err(Error::Config(format!("cuDNN failed: {}", cudnn_error())));

@@ -123,13 +123,20 @@ pub fn residual_norm(x: &Tensor, sum: Option<&Sum>, norm: Option<&Norm>) -> Resu
     let c = context(device)?;
     let all = [rows];
     let f32s = |t: &Tensor, runs: &[usize]| {
-        t.dims() == [runs.len(), width] && t.dtype() == DType::F32 && runs.iter().sum::<usize>() == rows && runs.len() <= MOST_RUNS
+        t.dims() == [runs.len(), width]
+            && t.dtype() == DType::F32
+            && runs.iter().sum::<usize>() == rows
+            && runs.len() <= MOST_RUNS
     };
     let bad = sum.is_some_and(|s| {
         s.y.dims() != [rows, width] || s.y.dtype() != DType::BF16 || s.gate.is_some_and(|(g, r)| !f32s(g, r))
     }) || norm.is_some_and(|n| !f32s(n.scale, n.runs) || !f32s(n.shift, n.runs));
     if bad || (sum.is_none() && norm.is_none()) || x.dtype() == DType::F8E4M3 {
-        return Err(Error::Input(format!("a residual norm of {:?} {:?} whose operands do not fit", x.dims(), x.dtype())));
+        return Err(Error::Input(format!(
+            "a residual norm of {:?} {:?} whose operands do not fit",
+            x.dims(),
+            x.dtype()
+        )));
     }
     let out = norm.map(|n| empty(device, (rows, width), n.out)).transpose()?;
     let scales = match norm {
@@ -237,7 +244,15 @@ pub fn quantise(x: &Tensor, gelu: bool) -> Result<(Tensor, Tensor)> {
     let (out, scales) = (empty(x.device(), (rows, width), DType::F8E4M3)?, empty(x.device(), rows, DType::F32)?);
     // SAFETY: shapes and types were checked.
     let status = unsafe {
-        lq_quantise(i32::from(gelu), address(x)?, address(&out)?, address(&scales)?, rows as i32, width as i32, c.stream())
+        lq_quantise(
+            i32::from(gelu),
+            address(x)?,
+            address(&out)?,
+            address(&scales)?,
+            rows as i32,
+            width as i32,
+            c.stream(),
+        )
     };
     launched("quantisation", status)?;
     Ok((out, scales))
@@ -257,7 +272,12 @@ pub fn few_keys(
 ) -> Result<(Tensor, Option<Tensor>)> {
     let ((rows, width), (all, _)) = (q.dims2()?, keys.dims2()?);
     let bf16 = [q, weight, keys, values].iter().all(|t| t.dtype() == DType::BF16);
-    if !bf16 || keys.dims() != values.dims() || keys.dim(1)? != width || weight.dims() != [width] || all % groups.max(1) != 0 {
+    if !bf16
+        || keys.dims() != values.dims()
+        || keys.dim(1)? != width
+        || weight.dims() != [width]
+        || all % groups.max(1) != 0
+    {
         return Err(Error::Input(format!("attention of {:?} over the few keys {:?}", q.dims(), keys.dims())));
     }
     let c = context(q.device())?;

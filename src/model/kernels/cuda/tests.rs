@@ -5,11 +5,11 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{attention, gemm, rows};
 use crate::model::{
+    nn::rope::{Group, Rounding},
     nn::{
         self, Form, Memory, Residual, Rope, Rows, Slot,
         norm::{Affine, plain},
     },
-    nn::rope::{Group, Rounding},
 };
 
 /// The card, and what its operations are compared on.
@@ -102,8 +102,11 @@ fn residual_and_norm(device: &Device) {
 
 /// Keys, values and queries into a memory, and nothing beside their rows.
 fn memory(device: &Device) {
-    let types: &[(DType, bool)] =
-        if matches!(device, Device::Cpu) { &[(DType::F32, false)] } else { &[(DType::BF16, false), (DType::BF16, true)] };
+    let types: &[(DType, bool)] = if matches!(device, Device::Cpu) {
+        &[(DType::F32, false)]
+    } else {
+        &[(DType::BF16, false), (DType::BF16, true)]
+    };
     for &(dtype, fp8) in types {
         for (heads, head, rows) in [(1, 16, 1), (3, 32, 7), (40, 128, 19)] {
             let width = heads * head;
@@ -119,16 +122,15 @@ fn memory(device: &Device) {
             let values = part(&all, 2).contiguous().unwrap();
             let memory = Memory::new(&values, 3 * rows + 2, fp8, 1.0).unwrap();
             let slot = Slot { at: rows + 1, keys: 2 * rows + 1, card: None }.on(device, rows).unwrap();
-            let q = memory.store([&part(&all, 0), &part(&all, 1), &part(&all, 2)], [&wq, &wk], 1e-6, &rope, &slot).unwrap();
+            let q =
+                memory.store([&part(&all, 0), &part(&all, 1), &part(&all, 2)], [&wq, &wk], 1e-6, &rope, &slot).unwrap();
             let turned = |i: usize, w: &Tensor| {
-                plain::rotate(&plain::rms_norm(&part(&all64, i).contiguous().unwrap(), w, 1e-6).unwrap(), &rope64).unwrap()
+                plain::rotate(&plain::rms_norm(&part(&all64, i).contiguous().unwrap(), w, 1e-6).unwrap(), &rope64)
+                    .unwrap()
             };
             let limit = bound(if fp8 { Form::Scaled } else { Form::Plain(dtype) });
-            let q = if fp8 {
-                nn::fp8::restore(&q, &Tensor::ones(rows, DType::F32, device).unwrap()).unwrap()
-            } else {
-                q
-            };
+            let q =
+                if fp8 { nn::fp8::restore(&q, &Tensor::ones(rows, DType::F32, device).unwrap()).unwrap() } else { q };
             close(&what, &q, &turned(0, &wq64), limit);
             let (k, v) = memory.part(rows + 1, rows).unwrap();
             close(&what, &k, &turned(1, &wk64), limit);
@@ -136,7 +138,8 @@ fn memory(device: &Device) {
             for (from, n) in [(0, rows + 1), (2 * rows + 1, rows + 1)] {
                 let (k, v) = memory.part(from, n).unwrap();
                 for t in [k, v] {
-                    let most = wide(&t).abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
+                    let most =
+                        wide(&t).abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
                     assert_eq!(most, 0.0, "{what}: rows beside the slot were written");
                 }
             }
@@ -173,7 +176,8 @@ fn attention64(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize) 
         t.transpose(1, 2).unwrap().contiguous().unwrap()
     };
     let (q, k, v) = (split(q), split(k), split(v));
-    let scores = (q.matmul(&k.transpose(2, 3).unwrap().contiguous().unwrap()).unwrap() / ((dim / heads) as f64).sqrt()).unwrap();
+    let scores =
+        (q.matmul(&k.transpose(2, 3).unwrap().contiguous().unwrap()).unwrap() / ((dim / heads) as f64).sqrt()).unwrap();
     let scores = candle_nn::ops::softmax(&scores, 3).unwrap();
     scores.matmul(&v).unwrap().transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, dim)).unwrap()
 }

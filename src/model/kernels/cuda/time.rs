@@ -12,7 +12,12 @@ use crate::model::{Error, Result};
 
 /// Milliseconds of `runs` runs of `work`, sorted, after `warm` that do not count. Between two events on the stream, so the
 /// host's own time shows only where it keeps the card waiting.
-pub fn milliseconds(device: &Device, warm: usize, runs: usize, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f32>> {
+pub fn milliseconds(
+    device: &Device,
+    warm: usize,
+    runs: usize,
+    mut work: impl FnMut() -> Result<()>,
+) -> Result<Vec<f32>> {
     let Device::Cuda(device) = device else {
         return Err(Error::Input("only an NVIDIA card has events".into()));
     };
