@@ -94,6 +94,10 @@ impl<T> Latest<T> {
         drop(slot);
         self.wake.notify_one();
     }
+    /// Throws away what waits.
+    pub fn clear(&self) {
+        self.slot.lock().unwrap_or_else(|e| e.into_inner()).0 = None;
+    }
     /// The next item; `None` once closed and empty.
     pub async fn take(&self) -> Option<T> {
         loop {

@@ -35,6 +35,11 @@ impl Intake {
         Ok(())
     }
 
+    /// Forgets what came after the first `samples`.
+    pub fn rewind(&mut self, samples: u64) {
+        self.samples = self.samples.min(samples);
+    }
+
     /// No more speech will come.
     pub fn finish(&mut self) {
         self.finished = true;

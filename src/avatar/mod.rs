@@ -111,6 +111,11 @@ pub trait Stream: Send {
     fn push(&mut self, audio: &AudioBlock) -> Result<()>;
     /// The next block, or `None`: more audio, please.
     fn pull(&mut self) -> Result<Option<FrameBlock>>;
+    /// An interruption: forgets speech of which no block was made, so that what is pushed next, continuing in time from
+    /// the start of the next block, is all that block shows. The face stays as it is. `false`: this stream cannot.
+    fn cut(&mut self) -> bool {
+        false
+    }
     /// Speech ended: what is held back for look-ahead may be completed with silence. The last block is padded with
     /// silence to its full length.
     fn finish(&mut self) -> Result<()>;

@@ -110,6 +110,12 @@ impl Stream for Card {
         }))
     }
 
+    fn cut(&mut self) -> bool {
+        self.speech.clear();
+        self.intake.rewind(self.geometry.first_frame(self.next) * SAMPLES_PER_FRAME as u64);
+        true
+    }
+
     fn finish(&mut self) -> Result<()> {
         self.intake.finish();
         Ok(())

@@ -15,7 +15,7 @@ use std::{
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, mpsc::SyncSender},
+    sync::{Arc, atomic::AtomicU32, mpsc::SyncSender},
     task::Poll,
     time::Instant,
 };
@@ -268,8 +268,9 @@ impl Device {
                 let (speech, input) = mpsc::channel(INPUT_BLOCKS);
                 // One place more than blocks may wait: it is kept for the last event.
                 let (output, events) = mpsc::channel(OUTPUT_BLOCKS + 1);
-                let track = Track::new(Guarded(Some(stream)), input, output, seat);
-                if reply.send(Ok(Lane { input: LaneInput(speech), output: events })).is_ok() {
+                let epoch = Arc::<AtomicU32>::default();
+                let track = Track::new(Guarded(Some(stream)), input, output, epoch.clone(), seat);
+                if reply.send(Ok(Lane { input: LaneInput { speech, epoch }, output: events })).is_ok() {
                     tracks.push(track);
                 }
                 Ok(())
@@ -292,6 +293,7 @@ impl Device {
         if track.output.is_closed() {
             return Ok(false);
         }
+        self.interrupt(geometry, track)?;
         if track.room.is_none() {
             track.room = track.output.clone().try_reserve_owned().ok();
         }
@@ -305,12 +307,26 @@ impl Device {
         Ok(true)
     }
 
+    /// Begins a new epoch if one was raised.
+    fn interrupt(&self, geometry: &Geometry, track: &mut Track) -> Result<(), Fault> {
+        if let Some(epoch) = track.raised() {
+            let forgot = track.stream.call(|s| Ok(s.cut()))?;
+            track.raise(geometry, epoch, forgot);
+        }
+        Ok(())
+    }
+
     fn hear(&self, geometry: &Geometry, track: &mut Track, speech: Option<Speech>) -> Result<(), Fault> {
         match speech {
-            Some(Speech::Audio(audio, handed_over)) => {
+            Some(Speech::Audio(audio, handed_over, epoch)) => {
+                self.interrupt(geometry, track)?;
+                if epoch != track.splice.epoch() {
+                    return Ok(());
+                }
+                let audio = track.splice.audio(audio);
                 track.stream.call(|s| s.push(&audio))?;
                 self.meter.heard(audio.samples.len());
-                track.heard(geometry, audio.samples.len(), handed_over);
+                track.heard(geometry, handed_over);
             }
             Some(Speech::Finish) | None => {
                 track.stream.call(|s| s.finish())?;
@@ -325,7 +341,7 @@ impl Device {
     /// Makes the next block of a lane that has room. `Ok(false)`: the stream is complete.
     fn make(&self, geometry: &Geometry, track: &mut Track) -> Result<bool, Fault> {
         let began = Instant::now();
-        let Some(block) = track.stream.call(|s| s.pull())? else {
+        let Some(mut block) = track.stream.call(|s| s.pull())? else {
             track.nothing_yet();
             return Ok(!track.finishing);
         };
@@ -337,6 +353,7 @@ impl Device {
         metrics.stage("generation", block.stages.generation);
         metrics.stage("decode", block.stages.decode);
         metrics.stage("total", now - began);
+        track.splice.block(&mut block);
         if let Some(permit) = track.room.take() {
             permit.send(LaneEvent::Block(block));
         }

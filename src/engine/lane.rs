@@ -1,9 +1,13 @@
 //! The two ends of a lane: what a session holds and what the device thread holds.
 
-use super::{Seat, device::Guarded};
-use crate::media::{AudioBlock, FrameBlock, Geometry, MediaTime, SPEECH_RATE};
+use super::{Seat, Splice, device::Guarded};
+use crate::media::{AudioBlock, Epoch, FrameBlock, Geometry, MediaTime, SPEECH_RATE};
 use std::{
     collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::mpsc;
@@ -47,30 +51,42 @@ pub enum TryPush {
 
 pub(super) enum Speech {
     /// When it was handed over: waiting for room counts as lag.
-    Audio(AudioBlock, Instant),
+    Audio(AudioBlock, Instant, Epoch),
     Finish,
 }
 
 /// The speech half of a lane.
 #[derive(Clone)]
-pub struct LaneInput(pub(super) mpsc::Sender<Speech>);
+pub struct LaneInput {
+    pub(super) speech: mpsc::Sender<Speech>,
+    pub(super) epoch: Arc<AtomicU32>,
+}
 
 impl LaneInput {
+    /// An interruption: what was pushed in older epochs and is not yet in a block is forgotten, blocks of older epochs
+    /// say so ([`FrameBlock::epoch`]), and what is pushed from here on may go on at any time. The device sees it before
+    /// it begins another block.
+    pub fn raise(&self, epoch: Epoch) {
+        self.epoch.store(epoch.0, Ordering::Release);
+    }
+    fn audio(&self, audio: AudioBlock) -> Speech {
+        Speech::Audio(audio, Instant::now(), Epoch(self.epoch.load(Ordering::Acquire)))
+    }
     /// Hands over speech; waits while the device is more than two blocks behind.
     pub async fn push(&self, audio: AudioBlock) -> Result<(), LaneClosed> {
-        self.0.send(Speech::Audio(audio, Instant::now())).await.map_err(|_| LaneClosed)
+        self.speech.send(self.audio(audio)).await.map_err(|_| LaneClosed)
     }
     /// Hands over speech or says at once why not.
     pub fn try_push(&self, audio: AudioBlock) -> Result<(), TryPush> {
-        self.0.try_send(Speech::Audio(audio, Instant::now())).map_err(|e| match e {
-            mpsc::error::TrySendError::Full(Speech::Audio(audio, _)) => TryPush::Full(audio),
+        self.speech.try_send(self.audio(audio)).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(Speech::Audio(audio, ..)) => TryPush::Full(audio),
             _ => TryPush::Closed,
         })
     }
     /// Speech ended: what is held back is completed with silence, then [`LaneEvent::Finished`] comes.
     pub async fn finish(&self) {
         // A closed lane is already finished.
-        let _ = self.0.send(Speech::Finish).await;
+        let _ = self.speech.send(Speech::Finish).await;
     }
 }
 
@@ -86,8 +102,9 @@ pub(super) struct Track {
     /// The next block is complete in the stream as far as we know: worth a `pull`.
     pub(super) worth_a_pull: bool,
     pub(super) finishing: bool,
+    pub(super) splice: Splice,
+    epoch: Arc<AtomicU32>,
     next: u64,
-    samples: u64,
     opened_at: Option<Instant>,
     /// When the speech for block `next`, `next + 1`… was complete.
     complete_since: VecDeque<Instant>,
@@ -100,6 +117,7 @@ impl Track {
         stream: Guarded,
         input: mpsc::Receiver<Speech>,
         output: mpsc::Sender<LaneEvent>,
+        epoch: Arc<AtomicU32>,
         seat: Seat,
     ) -> Track {
         let last_word = output.clone().try_reserve_owned().ok();
@@ -111,8 +129,9 @@ impl Track {
             room: None,
             worth_a_pull: false,
             finishing: false,
+            splice: Splice::default(),
+            epoch,
             next: 0,
-            samples: 0,
             opened_at: None,
             complete_since: VecDeque::new(),
             _seat: seat,
@@ -124,10 +143,29 @@ impl Track {
         !self.finishing && self.complete_since.len() < 2
     }
 
-    pub(super) fn heard(&mut self, geometry: &Geometry, samples: usize, handed_over: Instant) {
-        self.samples += samples as u64;
-        self.opened_at.get_or_insert(handed_over);
-        let have = MediaTime::from_units(self.samples as i64, SPEECH_RATE);
+    /// The epoch that was raised, if it is newer than the one at work.
+    pub(super) fn raised(&self) -> Option<Epoch> {
+        let epoch = Epoch(self.epoch.load(Ordering::Acquire));
+        (epoch != self.splice.epoch()).then_some(epoch)
+    }
+
+    /// A new epoch begins with the next block; `forgot` is what the stream said to [`Stream::cut`].
+    ///
+    /// [`Stream::cut`]: crate::avatar::Stream::cut
+    pub(super) fn raise(&mut self, geometry: &Geometry, epoch: Epoch, forgot: bool) {
+        let made = MediaTime::from_units(geometry.first_frame(self.next) as i64, geometry.fps);
+        self.splice.raise(epoch, forgot.then_some(made.units(SPEECH_RATE) as u64));
+        if forgot {
+            self.nothing_yet();
+            self.opened_at = None;
+        }
+    }
+
+    /// More speech was pushed into the stream.
+    pub(super) fn heard(&mut self, geometry: &Geometry, handed_over: Instant) {
+        let made = MediaTime::from_units(geometry.first_frame(self.next) as i64, geometry.fps).as_duration();
+        self.opened_at.get_or_insert(handed_over.checked_sub(made).unwrap_or(handed_over));
+        let have = MediaTime::from_units(self.splice.samples() as i64, SPEECH_RATE);
         loop {
             let block = self.next + self.complete_since.len() as u64;
             let end = MediaTime::from_units(geometry.first_frame(block + 1) as i64, geometry.fps);

@@ -12,9 +12,11 @@
 
 mod device;
 mod lane;
+mod splice;
 mod stats;
 
 pub use lane::{INPUT_BLOCKS, Lane, LaneClosed, LaneEvent, LaneInput, OUTPUT_BLOCKS, TryPush};
+pub use splice::Splice;
 pub use stats::{BLOCK_BUCKETS, EngineStats};
 
 use crate::{

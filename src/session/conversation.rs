@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     codec::{CodecError, VoiceEncoder, rgb_to_i420, scale_i420},
-    media::{AudioBlock, Frame, FrameBlock, Geometry, I420, MediaTime, Portrait, SPEECH_RATE},
+    media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, I420, MediaTime, Portrait, SPEECH_RATE},
 };
 use bytes::Bytes;
 use std::{
@@ -26,6 +26,8 @@ pub enum Effect {
     Keyframe,
     /// Encode and send this picture.
     Show(Job),
+    /// What waits to be encoded is of the past.
+    Discard,
     /// Tell the page.
     Message(String),
     /// Tell whoever listens.
@@ -66,13 +68,29 @@ struct Stage {
     /// Stream time from which media time is this much ahead of it: speech that was skipped.
     skips: Vec<(MediaTime, MediaTime)>,
     origin: MediaTime,
-    floor: MediaTime,
     shown: bool,
 }
 
 impl Stage {
     fn skipped(&self) -> MediaTime {
         self.skips.last().map_or(MediaTime::ZERO, |s| s.1)
+    }
+    /// An interruption. The time between what is played now and what is heard now is made once more, from silence, and
+    /// pictures of it are shown from the first moment at which they can be there.
+    fn begin_anew(&mut self, making: Duration, span: MediaTime, fps: u32, now: Instant) {
+        let head = self.ingest.head();
+        let end = self.media(self.feed_at) + MediaTime::from_units(self.feed.len() as i64, SPEECH_RATE);
+        let soonest = self.playout.playhead(now) + MediaTime::from_duration(making);
+        // On the grid of the pictures, and not after the speech that is there.
+        let slots = (soonest - self.origin).units(fps) + 1;
+        let most = (end - self.origin).units(fps);
+        let from = self.origin + MediaTime::from_ticks(span.ticks() * slots.min(most).max(0));
+        self.playout.interrupt(head, from);
+        self.ingest.hush();
+        self.feed.clear();
+        self.feed.resize((end - from).units(SPEECH_RATE).max(0) as usize, 0.0);
+        (self.feed_at, self.received) = (from, from);
+        self.skips.clear();
     }
     fn media(&self, stream: MediaTime) -> MediaTime {
         let after = self.skips.partition_point(|s| s.0 <= stream);
@@ -191,7 +209,6 @@ impl Conversation {
             hopeless: false,
             skips: Vec::new(),
             origin,
-            floor: origin,
             shown: false,
         });
         Ok(())
@@ -247,6 +264,10 @@ impl Conversation {
     /// A block from the engine.
     pub fn block(&mut self, mut block: FrameBlock, now: Instant) {
         let Some(stage) = &mut self.stage else { return };
+        if block.epoch != self.machine.epoch() {
+            self.metrics.blocks_stale += 1;
+            return;
+        }
         let span = self.geometry.block_span(block.index);
         if let Some(last) = block.frames.last() {
             stage.received = stage.received.max(last.at + self.geometry.frame_span());
@@ -254,14 +275,12 @@ impl Conversation {
         for frame in &mut block.frames {
             frame.at = stage.media(frame.at);
         }
-        let whole_is_stale = block.frames.last().is_some_and(|f| f.at < stage.floor);
         let needed = stage.playout.block(block.frames, now);
         let bound = f64::from(self.config.playout_max_ms) / 1e3 * HOPELESS;
         stage.hopeless = needed.as_secs_f64() > if stage.hopeless { bound * 0.6 } else { bound };
         let lag = needed.saturating_sub((span + self.geometry.look_ahead).as_duration()).as_secs_f64() * 1e3;
         let m = &mut self.metrics;
         m.blocks += 1;
-        m.blocks_stale += u64::from(whole_is_stale);
         m.lag_ms = lag;
         if m.blocks > 2 {
             m.worst_lag_ms = m.worst_lag_ms.max(lag);
@@ -271,6 +290,11 @@ impl Conversation {
         smooth(&mut m.generation_ms, ms(block.stages.generation), SMOOTH);
         smooth(&mut m.decode_ms, ms(block.stages.decode), SMOOTH);
         self.machine.handle(Input::Prepared, now);
+    }
+
+    /// What belongs to an older one is of no use any more.
+    pub fn epoch(&self) -> Epoch {
+        self.machine.epoch()
     }
 
     /// Speech for the engine's lane, 20 ms at a time.
@@ -436,11 +460,13 @@ impl Conversation {
                 }
                 Output::Hide => {}
                 Output::Raise(_) => {
+                    let m = &self.metrics;
+                    let making = Duration::from_secs_f64((m.features_ms + m.generation_ms + m.decode_ms) / 1e3);
+                    let (span, fps) = (self.geometry.frame_span(), self.geometry.fps);
                     if let Some(stage) = &mut self.stage {
-                        stage.floor = stage.ingest.head();
-                        stage.playout.interrupt(stage.floor);
-                        stage.feed.iter_mut().for_each(|s| *s = 0.0);
+                        stage.begin_anew(making, span, fps, now);
                     }
+                    self.effects.push_back(Effect::Discard);
                 }
                 Output::BeginDraining => {
                     self.speech.close();

@@ -89,6 +89,11 @@ impl Encoder {
         self.shared.jobs.put(job);
     }
 
+    /// The picture that waits is of the past: it is not encoded.
+    pub fn discard(&self) {
+        self.shared.jobs.clear();
+    }
+
     /// The next picture will be a keyframe.
     pub fn want_keyframe(&self) {
         self.shared.keyframe.store(true, Ordering::Release);

@@ -119,6 +119,8 @@ pub struct Ingest {
     arrivals: VecDeque<(u64, u32, Instant)>,
     activity: Activity,
     said: Vec<(u64, MediaTime, MediaTime)>,
+    /// What is given out before this was interrupted: silence.
+    hushed: MediaTime,
     stats: IngestStats,
 }
 
@@ -154,6 +156,7 @@ impl Ingest {
             arrivals: VecDeque::new(),
             activity: Activity::default(),
             said: Vec::new(),
+            hushed: origin,
             stats: IngestStats::default(),
         })
     }
@@ -228,11 +231,24 @@ impl Ingest {
         while self.arrivals.front().is_some_and(|(.., at)| now.saturating_duration_since(*at).as_secs() >= 8) {
             self.arrivals.pop_front();
         }
+        let hush = |samples: &mut [f32], at: MediaTime, rate: u32| {
+            let old = (self.hushed - at).units(rate).clamp(0, samples.len() as i64) as usize;
+            samples[..old].fill(0.0);
+        };
+        hush(&mut self.voice, self.voice_at, OPUS_RATE);
+        hush(&mut self.speech, self.speech_at, SPEECH_RATE);
         let voice = Pcm { at: self.voice_at, rate: OPUS_RATE, samples: std::mem::take(&mut self.voice) };
         self.voice_at = voice.end();
         let speech = AudioBlock { at: self.speech_at, samples: std::mem::take(&mut self.speech) };
         self.speech_at = speech.end();
         Ok(Heard { voice, speech, said: std::mem::take(&mut self.said) })
+    }
+
+    /// Silence now: what the filters still hold is not given out, and whoever speaks must be heard anew.
+    pub fn hush(&mut self) {
+        let held = self.drift.pending() + self.drift.delay();
+        self.hushed = self.head() + MediaTime::from_units(held as i64, OPUS_RATE);
+        self.activity = Activity { floor: self.activity.floor, ..Activity::default() };
     }
 
     /// Milliseconds by which the head of the timeline is ahead of now.

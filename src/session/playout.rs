@@ -81,6 +81,8 @@ pub struct Playout {
     begun_showing: bool,
     /// Pictures before this belong to what was interrupted.
     floor: MediaTime,
+    /// Pictures before this make up for an interruption and say nothing about how late blocks are.
+    counted: MediaTime,
     stats: PlayoutStats,
 }
 
@@ -115,6 +117,7 @@ impl Playout {
             slot_filled: false,
             begun_showing: false,
             floor: origin,
+            counted: origin,
             stats: PlayoutStats::default(),
         }
     }
@@ -163,11 +166,14 @@ impl Playout {
     }
 
     /// Takes the pictures of one block, made at `now`; times rise. Returns how long after its own time (without
-    /// delay) the first one came: what the delay must cover.
+    /// delay) the first one came: what the delay must cover; zero for pictures that make up for an interruption.
     pub fn block(&mut self, frames: Vec<Frame>, now: Instant) -> Duration {
         let Some(first) = frames.first() else { return Duration::ZERO };
         let needed = now.saturating_duration_since(self.bare(first.at));
-        self.remember(needed, now);
+        let counts = first.at >= self.counted;
+        if counts {
+            self.remember(needed, now);
+        }
         for frame in frames {
             let passed = frame.at < self.slot || (frame.at == self.slot && self.slot_filled);
             let stale = frame.at < self.floor;
@@ -183,18 +189,20 @@ impl Playout {
         if self.free {
             self.delay = self.wanted();
         }
-        needed
+        if counts { needed } else { Duration::ZERO }
     }
 
-    /// Silences everything before `until` and drops its pictures, come or to come. The voice fades within 5 ms.
-    pub fn interrupt(&mut self, until: MediaTime) {
-        self.floor = self.floor.max(until);
+    /// Silences the voice before `until`, fading within 5 ms, and drops every picture that waits. Others are made for
+    /// the time from `pictures` on; they are shown as soon as they are there.
+    pub fn interrupt(&mut self, until: MediaTime, pictures: MediaTime) {
+        self.floor = pictures;
+        self.counted = self.counted.max(until);
         let old = (until - self.voice_at).units(OPUS_RATE).clamp(0, self.voice.len() as i64) as usize;
         let fade = 240;
         for (i, s) in self.voice.iter_mut().take(old).enumerate() {
             *s *= 1.0 - (i as f32 / fade as f32).min(1.0);
         }
-        self.frames.retain(|f| f.at >= until);
+        self.frames.clear();
     }
 
     /// What is due, one thing at a time; the voice first. `None`: come back at [`Playout::deadline`].

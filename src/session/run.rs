@@ -121,6 +121,7 @@ async fn converse(
             conversation.order(Input::Close(Reason::CodecFailed(error.to_string())), now);
         }
         if let Face::Open(lane) = &face {
+            lane.input.raise(conversation.epoch());
             while let Some(speech) = conversation.next_speech() {
                 match lane.input.try_push(speech) {
                     Ok(()) => {}
@@ -195,6 +196,7 @@ fn perform(
     while let Some(effect) = conversation.effect() {
         match effect {
             Effect::Voice(audio, wall) => out.audio(audio, wall),
+            Effect::Discard => encoder.discard(),
             Effect::Keyframe => encoder.want_keyframe(),
             Effect::Show(job) => encoder.put(job),
             Effect::Message(text) => out.message(text),

@@ -437,7 +437,7 @@ fn an_interruption_silences_what_is_in_flight() {
     p.voice(&pcm);
     p.block((0..4).map(|i| frame(MediaTime::from_units(i, 25))).collect(), begun + ms(300));
     p.listen(begun + ms(300));
-    p.interrupt(MediaTime::from_millis(500));
+    p.interrupt(MediaTime::from_millis(500), MediaTime::from_millis(500));
     p.block((4..16).map(|i| frame(MediaTime::from_units(i, 25))).collect(), begun + ms(310));
     let (mut voice, mut frames) = (vec![], vec![]);
     for t in 0..1000 {

@@ -4,8 +4,8 @@
 use crate::session::{Sender, ms};
 use loquent::{
     avatar::{self, OpenOptions, Stream},
-    engine::{self, Engine},
-    media::{FrameBlock, MediaTime, Portrait},
+    engine::{self, Engine, Splice},
+    media::{FrameBlock, Geometry, MediaTime, Pcm, Portrait},
     session::{
         Config, Conversation, Effect, EncodedAudio, EncodedVideo, EncoderReport, Input, Job, Line, LinkEvent, LinkOut,
         LinkStats, Picture, Reason, Registry, SessionEvent, SessionId, SessionSpec, SpeechQueue, State, run,
@@ -27,7 +27,11 @@ struct World {
     now: Instant,
     begun: Instant,
     talk: Conversation,
+    geometry: Geometry,
     stream: Box<dyn Stream>,
+    splice: Splice,
+    made: u64,
+    loud: Vec<(Instant, bool)>,
     /// Blocks being made: when they will be there.
     making: VecDeque<(Instant, FrameBlock)>,
     free_at: Instant,
@@ -58,7 +62,11 @@ impl World {
             now,
             begun: now,
             talk,
+            geometry,
             stream,
+            splice: Splice::default(),
+            made: 0,
+            loud: vec![],
             making: VecDeque::new(),
             free_at: now,
             block_takes: ms(60),
@@ -83,13 +91,22 @@ impl World {
 
     fn advance(&mut self) {
         self.talk.advance(Line::default(), self.now).unwrap();
-        // The engine: takes whatever it is given, makes one block at a time.
+        // The engine: takes whatever it is given, makes one block at a time, cuts at an interruption.
+        if self.talk.epoch() != self.splice.epoch() {
+            let made = self.geometry.first_frame(self.made) * 640;
+            let kept = self.stream.cut().then_some(made);
+            self.splice.raise(self.talk.epoch(), kept);
+        }
         while let Some(speech) = self.talk.next_speech() {
-            self.stream.push(&speech).unwrap();
-            while let Some(block) = self.stream.pull().unwrap() {
-                self.free_at = self.free_at.max(self.now) + self.block_takes;
-                self.making.push_back((self.free_at, block));
-            }
+            self.stream.push(&self.splice.audio(speech)).unwrap();
+        }
+        while self.free_at <= self.now
+            && let Some(mut block) = self.stream.pull().unwrap()
+        {
+            self.made += 1;
+            self.splice.block(&mut block);
+            self.free_at = self.now + self.block_takes;
+            self.making.push_back((self.free_at, block));
         }
         while let Some(effect) = self.talk.effect() {
             match effect {
@@ -98,10 +115,16 @@ impl World {
                     self.voices.push((audio.at, self.now));
                 }
                 Effect::Show(Job { at, wall, spoken, picture, .. }) => {
+                    if let Picture::Rgb(frame) = &picture {
+                        // The level meter at −12 dB.
+                        let lit = frame.rgb[3 * (65 * 256 + 26) + 1] > 100;
+                        self.loud.push((self.now, lit));
+                    }
                     assert!(wall <= self.now);
                     assert!(self.jobs.last().is_none_or(|j| j.0 < at), "picture times rise");
                     self.jobs.push((at, self.now, matches!(picture, Picture::Rgb(_)), spoken));
                 }
+                Effect::Discard => {}
                 Effect::Keyframe => self.keyframes += 1,
                 Effect::Message(text) => self.messages.push(text),
                 Effect::Tell(event) => self.events.push((event, self.now)),
@@ -238,6 +261,50 @@ fn sixty_simulated_seconds_with_everything_that_happens() {
     assert_eq!(w.closed, Some(Reason::ServiceClosing));
     assert!(w.seconds() > 56.2 && w.seconds() < 57.0, "drained after {:.2} s", w.seconds() - 56.0);
     assert!(w.messages.last().unwrap().contains("\"closed\""), "{:?}", w.messages.last());
+}
+
+/// The sound of a program that interrupts itself a hundred times, on engines fast and slow.
+#[test]
+fn a_hundred_interruptions_without_a_picture_of_what_was_cut_off() {
+    for (takes, most) in [(20, 130), (80, 200)] {
+        let mut w = World::new(Config::default());
+        w.block_takes = ms(takes);
+        w.muted = true;
+        w.talk.link(LinkEvent::Connected, w.now);
+        w.talk.opened(w.now).unwrap();
+        w.run_until(3.0);
+        let port = w.speech.port();
+        let (mut delays, mut said) = (vec![], vec![]);
+        for k in 0..100 {
+            let samples = (0..24_000 * 6).map(|i| 0.9 * (i as f32 * 0.1).sin()).collect();
+            let push = port.push(Pcm { at: MediaTime::ZERO, rate: 24_000, samples });
+            said.push(futures::executor::block_on(push).unwrap());
+            w.run_until(w.seconds() + 0.8 + 0.0137 * f64::from(k % 29));
+            assert!(w.loud.last().unwrap().1, "it speaks");
+            let (cut, shown, heard) = (w.now, w.loud.len(), w.voices.len());
+            w.speech.interrupt();
+            w.run_until(w.seconds() + 0.7);
+            let after = &w.loud[shown..];
+            assert!(after.iter().all(|f| !f.1), "interruption {k}: a picture of what was cut off");
+            delays.push(after[0].0.duration_since(cut));
+            assert!(w.voices.len() - heard >= 34, "the voice goes on as silence");
+            assert!(after.len() >= 12, "{} pictures in 0.7 s", after.len());
+        }
+        delays.sort_unstable();
+        println!("{takes} ms a block: new silence after {:?} (median), {:?} (worst)", delays[50], delays[99]);
+        assert!(delays[99] <= ms(most), "{delays:?}");
+        let m = w.metrics();
+        assert_eq!((m.interruptions, m.blocks_skipped), (100, 0), "{m:?}");
+        assert!(m.playout_delay_ms < 450.0, "interruptions do not make it slower: {m:?}");
+        let ends = w.events.iter().filter_map(|(event, _)| match event {
+            SessionEvent::SpeakEnded { segment, position, interrupted: true } => Some((*segment, *position)),
+            _ => None,
+        });
+        let ends: Vec<_> = ends.collect();
+        assert_eq!(ends.iter().map(|e| e.0).collect::<Vec<_>>(), said);
+        // Spoken into at the start; heard from one playout delay later to the cut.
+        assert!(ends.iter().all(|e| (ms(300)..ms(1000)).contains(&e.1)), "{ends:?}");
+    }
 }
 
 #[test]

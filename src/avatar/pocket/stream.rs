@@ -165,6 +165,23 @@ impl Stream for Face {
         Ok(Some(FrameBlock { epoch: Epoch::default(), index: block, frames, stages, controls }))
     }
 
+    fn cut(&mut self) -> bool {
+        if self.complete {
+            return false;
+        }
+        // Hearing begins anew, as at the start of a stream; picture, noise and liveliness go on.
+        let s = &self.shared;
+        (self.mel, self.hearing) = (MelState::default(), s.net.start());
+        (self.mel_frames, self.wanted) = (0, 2 * FRAMES + s.mel_ahead);
+        self.waiting.clear();
+        self.features.clear();
+        self.partial = (0, 0.0);
+        self.levels.clear();
+        let each = u64::from(SPEECH_RATE / s.geometry.fps);
+        self.intake.rewind(s.geometry.first_frame(self.index) * each);
+        true
+    }
+
     fn finish(&mut self) -> Result<()> {
         if self.intake.is_finished() {
             return Ok(());
