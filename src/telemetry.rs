@@ -98,6 +98,10 @@ pub struct Metrics {
     pub connections_refused: IntCounter,
     /// HTTP connections open now.
     pub connections: IntGauge,
+    /// WebSockets open now.
+    pub websockets: IntGauge,
+    /// Their messages by `kind`: `sound`, `control`, `refused`.
+    pub websocket_messages: IntCounterVec,
 }
 
 impl Metrics {
@@ -135,6 +139,11 @@ impl Metrics {
                 "http_connections_refused_total",
                 "HTTP connections closed at once because too many were open",
             )?,
+            websockets: IntGauge::new("websockets", "WebSockets open now")?,
+            websocket_messages: IntCounterVec::new(
+                Opts::new("websocket_messages_total", "Messages that programs sent over WebSockets, by kind"),
+                &["kind"],
+            )?,
             connections: IntGauge::new("http_connections", "HTTP connections open now")?,
             registry: registry.clone(),
         };
@@ -145,6 +154,11 @@ impl Metrics {
         registry.register(Box::new(m.http_requests.clone()))?;
         registry.register(Box::new(m.connections_refused.clone()))?;
         registry.register(Box::new(m.connections.clone()))?;
+        registry.register(Box::new(m.websockets.clone()))?;
+        registry.register(Box::new(m.websocket_messages.clone()))?;
+        for kind in ["sound", "control", "refused"] {
+            m.websocket_messages.with_label_values(&[kind]);
+        }
         // A series that does not exist yet reads as "no data"; one that exists reads as zero.
         for stage in ["features", "generation", "decode", "encode", "total"] {
             m.block_seconds.with_label_values(&[stage]);
@@ -171,6 +185,11 @@ impl Metrics {
     /// Notes `n` speech packets with one outcome.
     pub fn speech(&self, outcome: &str, n: u64) {
         self.speech_packets.with_label_values(&[outcome]).inc_by(n);
+    }
+
+    /// Notes a message of a WebSocket.
+    pub fn websocket_message(&self, kind: &str) {
+        self.websocket_messages.with_label_values(&[kind]).inc();
     }
 
     /// Everything counted so far in Prometheus' text format (version 0.0.4).

@@ -27,6 +27,8 @@ pub struct Config {
     pub portraits_kept: usize,
     /// How long an uploaded picture is kept after it was last used.
     pub portrait_ttl_s: u64,
+    /// How long a session's token opens it to new connections.
+    pub session_token_ttl_s: u64,
     /// How long conversations may take to end after the service was told to stop.
     pub drain_timeout_s: u64,
     /// What to do when the engine has failed.
@@ -56,6 +58,7 @@ impl Default for Config {
             portrait_max_mb: 10,
             portraits_kept: 16,
             portrait_ttl_s: 1800,
+            session_token_ttl_s: 3600,
             drain_timeout_s: 5,
             engine_failure: EngineFailure::Exit,
         }
@@ -94,13 +97,14 @@ impl Config {
     /// A sentence that names the key, its value and what is allowed.
     pub fn validate(&self) -> Result<(), String> {
         self.address()?;
-        let at_least_one: [(&str, u64); 6] = [
+        let at_least_one: [(&str, u64); 7] = [
             ("max_connections", self.max_connections as u64),
             ("header_timeout_s", self.header_timeout_s),
             ("request_timeout_s", self.request_timeout_s),
             ("portrait_max_mb", self.portrait_max_mb as u64),
             ("portraits_kept", self.portraits_kept as u64),
             ("portrait_ttl_s", self.portrait_ttl_s),
+            ("session_token_ttl_s", self.session_token_ttl_s),
         ];
         for (key, value) in at_least_one {
             if value == 0 {

@@ -91,8 +91,15 @@ fn sampled(service: &Service, text: &mut String) {
     page.head("packets_lost_total", "counter", help);
     page.line("packets_lost_total", &[("direction", "in")], c.lost_in as f64);
     page.line("packets_lost_total", &[("direction", "out")], c.lost_out as f64);
+    let help = "Pictures that slow or joining sinks did not get";
+    page.one("sink_pictures_dropped_total", "counter", help, &[], c.sink_pictures_dropped as f64);
+    page.one("sinks_slowed_total", "counter", "Times a sink became too slow", &[], c.sinks_slowed as f64);
+    page.one("interruptions_total", "counter", "Times speech was cut off by order", &[], c.interruptions as f64);
     let live = service.rooms.sessions.snapshots();
     let sum = |f: fn(&session::Metrics) -> f64| live.iter().map(|s| f(&s.metrics)).sum::<f64>();
+    page.one("sinks", "gauge", "Pages, players and recorders attached", &[], sum(|m| m.sinks as f64));
+    let help = "Speech that waits to be spoken";
+    page.one("speech_buffered_seconds", "gauge", help, &[], sum(|m| m.speech_buffered_ms / 1e3));
     let help = "Bits per second of pictures sent to all visitors";
     page.one("video_bitrate", "gauge", help, &[], sum(|m| m.bitrate as f64));
     let help = "Bits per second that the estimates of all visitors' lines allow";

@@ -4,8 +4,12 @@
 //! | --- | --- |
 //! | `GET /` and the page's files | the page |
 //! | `GET /v1/info` | what the page needs before it starts |
+//! | `GET /v1/openapi.json` | all of this for machines |
 //! | `POST /v1/live?presenter=ID` | an SDP offer → 201, answer, `Location`, `ETag` |
 //! | `PATCH`, `DELETE /v1/live/{id}` | trickle or ICE restart; the end |
+//! | `POST`, `GET /v1/sessions`; `GET`, `PATCH`, `DELETE /v1/sessions/{id}` | sessions of programs |
+//! | `POST /v1/sessions/{id}/token`, `…/interrupt`, `…/live` | a new token; silence now; a two-way page joins |
+//! | `GET /v1/sessions/{id}/ws` | a WebSocket: speech in, events out |
 //! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
 //! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
 //! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
@@ -19,10 +23,13 @@ mod health;
 mod info;
 mod listen;
 mod live;
+mod openapi;
 mod pages;
 mod portraits;
 mod presenters;
 mod rtc;
+mod sessions;
+mod ws;
 
 pub use config::{Config, EngineFailure};
 pub use presenters::Presenter;
@@ -72,6 +79,9 @@ pub struct Service {
     config: Config,
     rooms: Rooms,
     peers: rtc::Peers,
+    sessions: sessions::Sessions,
+    /// Places for WebSockets, which leave the count of connections when they begin.
+    sockets: Arc<Semaphore>,
     portraits: portraits::Portraits,
     decoders: Semaphore,
     draining: AtomicBool,
@@ -86,6 +96,8 @@ impl Service {
             decoders: Semaphore::new(DECODERS),
             draining: AtomicBool::new(false),
             peers: rtc::Peers::default(),
+            sessions: sessions::Sessions::default(),
+            sockets: Arc::new(Semaphore::new(config.max_connections)),
             rooms,
             config,
         })
@@ -111,8 +123,15 @@ impl Service {
             .route("/", get(pages::index))
             .route("/{file}", get(pages::file))
             .route("/v1/info", get(info::info))
+            .route("/v1/openapi.json", get(openapi::document))
             .route("/v1/live", post(live::offer).options(rtc::options).get(rtc::nothing))
             .route("/v1/live/{id}", one.clone())
+            .route("/v1/sessions", post(sessions::begin).get(sessions::list))
+            .route("/v1/sessions/{id}", get(sessions::one).patch(sessions::change).delete(sessions::end))
+            .route("/v1/sessions/{id}/token", post(sessions::token))
+            .route("/v1/sessions/{id}/interrupt", post(sessions::interrupt))
+            .route("/v1/sessions/{id}/live", post(sessions::join).options(rtc::options).get(rtc::nothing))
+            .route("/v1/sessions/{id}/ws", get(ws::open))
             .route("/v1/presenters", get(presenters::list))
             .route("/v1/presenters/{file}", get(presenters::picture))
             .route("/v1/portraits", post(presenters::upload))

@@ -609,7 +609,7 @@ impl Conversation {
         m.interruptions = self.interrupts;
         m.speech_buffered_ms = self.speech.buffered().as_secs_f64() * 1e3;
         if self.machine.flowing() {
-            self.effects.push_back(Effect::Message(line(&self.metrics)));
+            self.effects.push_back(Effect::Message(self.metrics.wire().to_string()));
         }
         self.effects.push_back(Effect::Tell(SessionEvent::Metrics(Arc::new(self.metrics.clone()))));
     }
@@ -617,42 +617,6 @@ impl Conversation {
 
 fn smooth(mean: &mut f64, new: f64, share: f64) {
     *mean = if *mean == 0.0 { new } else { *mean + share * (new - *mean) };
-}
-
-/// One metrics line for the page; tenths are enough.
-fn line(m: &Metrics) -> String {
-    let tenth = |v: f64| (v * 10.0).round() / 10.0;
-    serde_json::json!({
-        "type": "metrics",
-        "fps": tenth(m.fps),
-        "nominal_fps": m.nominal_fps,
-        "delay_ms": m.delay_ms.map(tenth),
-        "delay_server_ms": m.delay_server_ms.map(tenth),
-        "playout_delay_ms": tenth(m.playout_delay_ms),
-        "stages": {
-            "ingest": tenth(m.ingest_ms),
-            "features": tenth(m.features_ms),
-            "generation": tenth(m.generation_ms),
-            "decode": tenth(m.decode_ms),
-            "encode": tenth(m.encode_ms),
-        },
-        "frames_sent": m.frames_sent,
-        "frames_held": m.frames_held,
-        "frames_skipped": m.frames_skipped,
-        "blocks": m.blocks,
-        "blocks_skipped": m.blocks_skipped,
-        "lost_in": m.lost_in,
-        "lost_out": m.lost_out,
-        "bitrate": m.bitrate,
-        "target_bitrate": m.target_bitrate,
-        "width": m.width,
-        "height": m.height,
-        "real_time_factor": (m.real_time_factor * 1000.0).round() / 1000.0,
-        "lag_ms": tenth(m.lag_ms),
-        "drift_ppm": tenth(m.drift_ppm),
-        "round_trip_ms": m.round_trip_ms.map(tenth),
-    })
-    .to_string()
 }
 
 /// The portrait cut to the frame's shape about its middle, as the encoder wants it.

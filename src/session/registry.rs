@@ -100,6 +100,9 @@ pub struct Counts {
     pub frames_skipped: u64,
     pub lost_in: u64,
     pub lost_out: u64,
+    pub sink_pictures_dropped: u64,
+    pub sinks_slowed: u64,
+    pub interruptions: u64,
 }
 
 #[derive(Default)]
@@ -213,6 +216,9 @@ impl Counts {
         self.frames_skipped += m.frames_skipped;
         self.lost_in += m.lost_in;
         self.lost_out += m.lost_out;
+        self.sink_pictures_dropped += m.sink_pictures_dropped;
+        self.sinks_slowed += m.sinks_slowed;
+        self.interruptions += m.interruptions;
     }
 }
 

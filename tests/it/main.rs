@@ -16,4 +16,5 @@ mod s2v;
 mod server;
 mod session;
 mod session_loop;
+mod sessions;
 mod tidy;

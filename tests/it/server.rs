@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 const CARD: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/web/card.png"));
 
 /// A running service with the test card; ends when dropped.
-struct House {
-    address: SocketAddr,
+pub(crate) struct House {
+    pub(crate) address: SocketAddr,
     service: Arc<Service>,
     stop: CancellationToken,
     http: Option<JoinHandle<()>>,
@@ -38,7 +38,7 @@ impl Drop for House {
     }
 }
 
-async fn house(change: impl FnOnce(&mut Config)) -> House {
+pub(crate) async fn house(change: impl FnOnce(&mut Config)) -> House {
     house_with(change, || Ok(avatar::test_card())).await
 }
 
@@ -73,24 +73,24 @@ async fn house_with(
     House { address, service, stop, http }
 }
 
-struct Answer {
-    status: u16,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
     headers: BTreeMap<String, String>,
     body: Vec<u8>,
 }
 
 impl Answer {
-    fn json(&self) -> serde_json::Value {
+    pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("no JSON ({e}): {}", self.text()))
     }
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
-    fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", String::as_str)
     }
     /// The code of an error answer, whose message must be a sentence.
-    fn code(&self) -> String {
+    pub(crate) fn code(&self) -> String {
         let error = &self.json()["error"];
         let message = error["message"].as_str().unwrap();
         assert!(message.ends_with('.') && message.starts_with(char::is_uppercase), "no sentence: {message}");
@@ -99,7 +99,7 @@ impl Answer {
 }
 
 impl House {
-    async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    pub(crate) async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
         let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n");
         if !body.is_empty() {
             head += &format!("Content-Length: {}\r\n", body.len());
@@ -115,10 +115,10 @@ impl House {
         tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut bytes)).await.unwrap().unwrap();
         parse(&bytes)
     }
-    async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.ask("GET", path, &[], b"").await
     }
-    async fn post(&self, path: &str, kind: &str, body: &[u8]) -> Answer {
+    pub(crate) async fn post(&self, path: &str, kind: &str, body: &[u8]) -> Answer {
         self.ask("POST", path, &[("Content-Type", kind)], body).await
     }
 }

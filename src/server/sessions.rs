@@ -1,0 +1,447 @@
+//! `/v1/sessions`: sessions that programs begin, see, change and end, and the tokens that open one to its users.
+//!
+//! Two rights: the control API (begin, list, end) is for whoever runs the service; a session's token is for one
+//! session's media and speech, and may be given to a page. It is random, kept as its SHA-256 only, expires, and is
+//! taken from `Authorization: Bearer` or, for pages and WebSockets that cannot send headers, from `?token=`.
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | sessions | `engine.sessions` | 503 with `Retry-After` |
+//! | ends that are remembered, for whoever asks later | 256 | the oldest leaves |
+
+use super::{Service, error::ApiError, live, presenters, rtc};
+use crate::{
+    avatar::OpenOptions,
+    session::{self, Handle, Reason, SessionId, SessionSpec, SinkRole, Snapshot},
+};
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, RawQuery, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use futures::FutureExt;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::{
+    collections::{HashMap, VecDeque},
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+/// Largest JSON body of the control API.
+const MAX_JSON: usize = 64 * 1024;
+/// Longest prompt, characters.
+const MAX_PROMPT: usize = 4000;
+const REMEMBERED: usize = 256;
+/// How long `DELETE` waits for the place to be free.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Tokens of live sessions and the ends of past ones.
+#[derive(Clone, Default)]
+pub(super) struct Sessions(Arc<Mutex<Inner>>);
+
+#[derive(Default)]
+struct Inner {
+    live: HashMap<SessionId, Entry>,
+    ended: VecDeque<(SessionId, Reason)>,
+}
+
+struct Entry {
+    /// SHA-256 of the token.
+    token: [u8; 32],
+    expires: Instant,
+}
+
+impl Sessions {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// A new token; an older one is worth nothing any more.
+    fn issue(&self, id: &SessionId, ttl: Duration, now: Instant) -> String {
+        let token = format!("{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>());
+        self.lock().live.insert(id.clone(), Entry { token: digest(&token), expires: now + ttl });
+        token
+    }
+
+    fn check(&self, id: &SessionId, token: &str, now: Instant) -> Result<(), ApiError> {
+        let inner = self.lock();
+        // Hashes are compared: how long that takes says nothing about the token.
+        match inner.live.get(id) {
+            Some(entry) if entry.token != digest(token) => Err(unauthorised(
+                "wrong_token",
+                "This token does not open this session. Use the newest one that the session was given.",
+            )),
+            Some(entry) if now >= entry.expires => {
+                Err(unauthorised("expired_token", "This token has expired. Ask for a new one: POST …/token."))
+            }
+            Some(_) => Ok(()),
+            None => Err(unauthorised("wrong_token", "No token opens this session.")),
+        }
+    }
+
+    fn end(&self, id: &SessionId, reason: Reason) {
+        let mut inner = self.lock();
+        inner.live.remove(id);
+        inner.ended.push_back((id.clone(), reason));
+        if inner.ended.len() > REMEMBERED {
+            inner.ended.pop_front();
+        }
+    }
+
+    fn gone(&self, id: &SessionId) -> ApiError {
+        let ended = self.lock().ended.iter().find(|e| e.0 == *id).map(|e| e.1.clone());
+        let Some(reason) = ended else {
+            return ApiError::not_found("no_such_session", "This session has ended, or never was. Begin a new one.");
+        };
+        let status = StatusCode::from_u16(reason.status()).unwrap_or(StatusCode::GONE);
+        ApiError::new(status, reason.label(), reason.message())
+    }
+}
+
+fn digest(token: &str) -> [u8; 32] {
+    Sha256::digest(token.as_bytes()).into()
+}
+
+fn unauthorised(code: &'static str, message: &str) -> ApiError {
+    ApiError::new(StatusCode::UNAUTHORIZED, code, message)
+}
+
+/// Who may use the control API: for now whoever reaches it. Keys are checked here, and nowhere else, once there are
+/// any.
+pub(super) fn control(_service: &Service, _headers: &HeaderMap) -> Result<(), ApiError> {
+    Ok(())
+}
+
+/// The live session `id`, for whoever shows its token.
+///
+/// # Errors
+/// 401 without a good token; 404, 410 or 503 for a session that is over.
+pub(super) fn access(
+    service: &Service,
+    headers: &HeaderMap,
+    query: Option<&str>,
+    id: &str,
+) -> Result<Handle, ApiError> {
+    let id = SessionId::from(id);
+    let handle = service.rooms.sessions.get(&id).ok_or_else(|| service.sessions.gone(&id))?;
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| {
+        let (scheme, token) = v.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+    });
+    let asked = || query?.split('&').find_map(|pair| pair.strip_prefix("token="));
+    let token = bearer.or_else(asked).ok_or_else(|| {
+        let how = "Show the session's token: Authorization: Bearer TOKEN, or ?token=TOKEN.";
+        unauthorised("no_token", how)
+    })?;
+    service.sessions.check(&id, token, Instant::now())?;
+    Ok(handle)
+}
+
+/// Asks the control API for a live session.
+fn controlled(service: &Service, headers: &HeaderMap, id: &str) -> Result<Handle, ApiError> {
+    control(service, headers)?;
+    let id = SessionId::from(id);
+    service.rooms.sessions.get(&id).ok_or_else(|| service.sessions.gone(&id))
+}
+
+/// A JSON body.
+///
+/// # Errors
+/// 415, 413, and 400 with a sentence that says what is wrong with it.
+pub(super) async fn json<T: DeserializeOwned>(headers: &HeaderMap, body: Body) -> Result<T, ApiError> {
+    if super::media_type(headers) != "application/json" {
+        return Err(ApiError::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "wrong_content_type",
+            "Send JSON with Content-Type: application/json.",
+        ));
+    }
+    let too_large = || format!("The request is larger than {} KiB.", MAX_JSON / 1024);
+    let bytes = super::read_body(body, MAX_JSON, too_large).await?;
+    let bytes = if bytes.is_empty() { &b"{}"[..] } else { &bytes };
+    serde_json::from_slice(bytes)
+        .map_err(|e| ApiError::bad_request("wrong_json", presenters::sentence(&format!("The request cannot be read: {e}"))))
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Wanted {
+    /// A built-in presenter's name or `portrait:ID`; none is the default one.
+    presenter: Option<String>,
+    prompt: Option<String>,
+    /// The engine that is expected here; another one is an error.
+    engine: Option<String>,
+    profile: Option<String>,
+    seed: Option<u64>,
+    background: Option<String>,
+    limits: Limits,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Limits {
+    max_session_s: Option<u64>,
+    idle_timeout_s: Option<u64>,
+}
+
+/// What is asked for within what the service allows; 0 stands for no limit.
+fn limited(key: &str, asked: Option<u64>, allowed: u64) -> Result<u64, ApiError> {
+    match asked {
+        None => Ok(allowed),
+        Some(0) if allowed > 0 => Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}."))),
+        Some(s) if allowed > 0 && s > allowed => {
+            Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}.")))
+        }
+        Some(s) => Ok(s),
+    }
+}
+
+/// What of this the engine cannot do, as a sentence.
+fn possible(service: &Service, wanted: &Wanted) -> Result<(), ApiError> {
+    let name = service.rooms.engine_name;
+    let cannot = |code, text: String| Err(ApiError::unusable(code, text));
+    if let Some(engine) = wanted.engine.as_deref().filter(|e| *e != name) {
+        return cannot("no_such_engine", format!("This service runs the engine `{name}`, not `{}`.", printable(engine)));
+    }
+    if let Some(profile) = wanted.profile.as_deref().filter(|p| *p != "default") {
+        return cannot("no_such_profile", format!("There is no profile `{}`; the only one is `default`.", printable(profile)));
+    }
+    if wanted.background.is_some() {
+        return cannot("no_background", format!("The engine `{name}` keeps the background of its portrait."));
+    }
+    if let Some(prompt) = &wanted.prompt {
+        if !reads(name) {
+            return cannot("no_prompt", format!("The engine `{name}` does not read prompts; leave `prompt` out."));
+        }
+        if prompt.chars().count() > MAX_PROMPT {
+            return cannot("prompt_too_long", format!("A prompt may have at most {MAX_PROMPT} characters."));
+        }
+    }
+    Ok(())
+}
+
+/// Whether an engine's pictures follow a prompt.
+fn reads(engine: &str) -> bool {
+    !matches!(engine, "pocket" | "card")
+}
+
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(40).collect()
+}
+
+/// `POST /v1/sessions`
+pub(super) async fn begin(
+    State(service): State<Arc<Service>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    control(&service, &headers)?;
+    let wanted: Wanted = json(&headers, body).await?;
+    possible(&service, &wanted)?;
+    let mut config = service.rooms.session_config.clone();
+    config.max_session_s = limited("max_session_s", wanted.limits.max_session_s, config.max_session_s)?;
+    config.idle_timeout_s = limited("idle_timeout_s", wanted.limits.idle_timeout_s, config.idle_timeout_s)?;
+    let slot = service.rooms.engine.admit().map_err(live::refused)?;
+    let (presenter, portrait) = presenters::portrait(&service, wanted.presenter.as_deref()).await?;
+
+    let id = SessionId::random();
+    let mut options = OpenOptions { steps: service.rooms.steps, prompt: wanted.prompt, ..OpenOptions::default() };
+    options.seed = wanted.seed.unwrap_or(options.seed);
+    let geometry = service.rooms.engine.geometry().clone();
+    let now = Instant::now();
+    let ttl = Duration::from_secs(service.config.session_token_ttl_s);
+    let token = service.sessions.issue(&id, ttl, now);
+    let control = service.rooms.sessions.enter(id.clone(), &presenter, now);
+    let spec = SessionSpec { id: id.clone(), portrait, presenter, options, geometry };
+    let sessions = service.sessions.clone();
+    let own = id.clone();
+    tokio::spawn(async move {
+        let talk = session::host(spec, slot, control, config);
+        let reason = AssertUnwindSafe(talk).catch_unwind().await.unwrap_or_else(|_| {
+            tracing::error!(session = own.short(), "a session's task panicked; this is a bug");
+            Reason::Abandoned
+        });
+        sessions.end(&own, reason);
+    });
+
+    let Some(handle) = service.rooms.sessions.get(&id) else { return Err(service.sessions.gone(&id)) };
+    let mut told = told(&service, &handle.snapshot(), handle.sinks());
+    told.token = Some(token.clone());
+    told.token_expires_in_s = Some(ttl.as_secs());
+    told.urls = urls(&id, &token);
+    let mut response = (StatusCode::CREATED, Json(told)).into_response();
+    if let Ok(location) = HeaderValue::from_str(&format!("/v1/sessions/{}", id.as_str())) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
+}
+
+/// Where everything of a session is, relative to this service.
+fn urls(id: &SessionId, token: &str) -> serde_json::Value {
+    let at = format!("/v1/sessions/{}", id.as_str());
+    let page = format!("session={}&token={token}", id.as_str());
+    json!({
+        "session": at,
+        "live": format!("{at}/live"),
+        "whip": format!("{at}/whip"),
+        "whep": format!("{at}/whep"),
+        "websocket": format!("{at}/ws?token={token}"),
+        "overlay": format!("/overlay?{page}"),
+        "bot": format!("/bot?{page}"),
+    })
+}
+
+#[derive(Serialize)]
+struct Told {
+    id: String,
+    state: &'static str,
+    presenter: String,
+    engine: &'static str,
+    age_s: u64,
+    sinks: usize,
+    width: u32,
+    height: u32,
+    fps: u32,
+    speech_buffered_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_expires_in_s: Option<u64>,
+    #[serde(skip_serializing_if = "serde_json::Value::is_null")]
+    urls: serde_json::Value,
+}
+
+fn told(service: &Service, s: &Snapshot, sinks: usize) -> Told {
+    let g = service.rooms.engine.geometry();
+    Told {
+        id: s.id.as_str().into(),
+        state: s.state.label(),
+        presenter: s.presenter.clone(),
+        engine: service.rooms.engine_name,
+        age_s: s.since.elapsed().as_secs(),
+        sinks,
+        width: g.width,
+        height: g.height,
+        fps: g.fps,
+        speech_buffered_ms: s.metrics.speech_buffered_ms.round(),
+        token: None,
+        token_expires_in_s: None,
+        urls: serde_json::Value::Null,
+    }
+}
+
+/// `GET /v1/sessions`
+pub(super) async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Result<Response, ApiError> {
+    control(&service, &headers)?;
+    let all: Vec<Told> = service
+        .rooms
+        .sessions
+        .snapshots()
+        .iter()
+        .map(|s| told(&service, s, s.metrics.sinks as usize))
+        .collect();
+    Ok(Json(json!({ "sessions": all })).into_response())
+}
+
+/// `GET /v1/sessions/{id}`
+pub(super) async fn one(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let handle = controlled(&service, &headers, &id)?;
+    Ok(Json(told(&service, &handle.snapshot(), handle.sinks())).into_response())
+}
+
+/// `DELETE /v1/sessions/{id}`: answers when the place is free.
+pub(super) async fn end(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<StatusCode, ApiError> {
+    let handle = controlled(&service, &headers, &id)?;
+    let mut events = handle.events();
+    handle.close(Reason::Stopped);
+    let over = async { while events.recv().await.is_ok_and(|e| !matches!(e, session::SessionEvent::Closed(_))) {} };
+    let _ = tokio::time::timeout(GOODBYE, over).await;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `PATCH /v1/sessions/{id}`: what can be changed while it lives.
+pub(super) async fn change(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    #[derive(Default, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Change {
+        presenter: Option<String>,
+        prompt: Option<String>,
+        background: Option<String>,
+    }
+    let handle = controlled(&service, &headers, &id)?;
+    let Change { presenter, prompt, background } = json(&headers, body).await?;
+    let what = [("presenter", presenter.is_some()), ("prompt", prompt.is_some()), ("background", background.is_some())];
+    if let Some((key, _)) = what.iter().find(|w| w.1) {
+        let name = service.rooms.engine_name;
+        let text = format!("The engine `{name}` cannot change the {key} of a session that has begun; begin a new one.");
+        return Err(ApiError::new(StatusCode::CONFLICT, "cannot_change", text));
+    }
+    Ok(Json(told(&service, &handle.snapshot(), handle.sinks())).into_response())
+}
+
+/// `POST /v1/sessions/{id}/token`: a new token; the one before opens nothing any more. What is connected stays so.
+pub(super) async fn token(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let handle = controlled(&service, &headers, &id)?;
+    let ttl = Duration::from_secs(service.config.session_token_ttl_s);
+    let token = service.sessions.issue(handle.id(), ttl, Instant::now());
+    let urls = urls(handle.id(), &token);
+    let told = json!({ "token": token, "token_expires_in_s": ttl.as_secs(), "urls": urls });
+    Ok((StatusCode::CREATED, Json(told)).into_response())
+}
+
+/// `POST /v1/sessions/{id}/interrupt`: silence now.
+pub(super) async fn interrupt(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Result<StatusCode, ApiError> {
+    access(&service, &headers, query.as_deref(), &id)?.interrupt();
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/sessions/{id}/live`: a two-way page joins; its microphone is the one that is heard from now on.
+pub(super) async fn join(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let handle = access(&service, &headers, query.as_deref(), &id)?;
+    let offer = rtc::offer(&headers, body).await?;
+    let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(rtc::net_error)?;
+    let path = format!("/v1/live/{}", SessionId::random().as_str());
+    let peer = Arc::new(peer);
+    let etag = peer.etag();
+    let listed = service.peers.enter(&path, &peer, None);
+    let place = handle.attach(out, SinkRole::Peer);
+    handle.listen(events);
+    tokio::spawn(async move {
+        peer.ended().await;
+        drop((place, listed));
+    });
+    Ok(rtc::created(&service, &path, &etag, answer))
+}

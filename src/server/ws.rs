@@ -1,0 +1,300 @@
+//! `GET /v1/sessions/{id}/ws`: speech in and events out for programs, over one WebSocket.
+//!
+//! Binary messages are mono PCM16, little-endian, at the rate that `?rate=` or `set` declared. Text messages are JSON:
+//!
+//! | from the client | what |
+//! | --- | --- |
+//! | `{"type":"set","rate":24000}` (`start` is the same) | the rate of the sound that follows |
+//! | `{"type":"speak_end"}` | the segment is complete |
+//! | `{"type":"interrupt"}` | silence now; what follows is new |
+//! | `{"type":"ping","t":1}` | answered by `pong` with the same `t` |
+//!
+//! | to the client | what |
+//! | --- | --- |
+//! | `state` {state} | where the session stands; the first message |
+//! | `speak_started` {segment}, `speak_ended` {segment, position, interrupted} | `position`: seconds truly played |
+//! | `metrics` | once a second, as on the page's data channel, and `speech_buffered_ms` |
+//! | `error` {code, message} | a message was not understood; the connection stays |
+//! | `closed` {reason, message} | the session is over; the last message |
+//!
+//! | close code | why |
+//! | --- | --- |
+//! | 1000 | the session was stopped |
+//! | 1001 | the service is closing |
+//! | 1008 | 100 messages that could not be understood, or a client that does not read |
+//! | 1009 | a message above 1 MiB |
+//! | 1011 | the engine or a codec failed |
+//! | 4000 | the session ended otherwise (idle, longest time…); the text is the reason |
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | sound → session | `session.speech_buffer_s`, then 1 MiB here | nothing more is read: TCP makes the client wait |
+//! | events → client | 256 | the oldest are missed; an `error` says how many |
+//! | sockets | `server.max_connections` | 503 |
+//!
+//! An interruption overtakes all sound that was read. A client that sends further ahead than these bounds can use
+//! `POST …/interrupt`, which nothing delays.
+
+use super::{Service, error::ApiError, sessions};
+use crate::{
+    media::{MediaTime, Pcm},
+    session::{Handle, Reason, SessionEvent, SpeechClosed, SpeechPort},
+    telemetry::metrics,
+};
+use axum::{
+    extract::{
+        Path, RawQuery, State, WebSocketUpgrade,
+        ws::{CloseFrame, Message, Utf8Bytes, WebSocket, rejection::WebSocketUpgradeRejection},
+    },
+    http::{HeaderMap, StatusCode},
+    response::Response,
+};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use serde::Deserialize;
+use serde_json::json;
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+use tokio::sync::broadcast::error::RecvError;
+
+/// Largest message.
+const MAX_MESSAGE: usize = 1 << 20;
+/// Sound read but not yet in the session's buffer.
+const AHEAD: usize = 1 << 20;
+/// Messages that are not understood before the connection is given up.
+const PATIENCE: u32 = 100;
+/// A client that takes no message for so long is gone, and so is one that is not heard for three of these.
+const ALIVE: Duration = Duration::from_secs(20);
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Said {
+    #[serde(alias = "start")]
+    Set {
+        rate: u32,
+    },
+    SpeakEnd,
+    Interrupt,
+    Ping {
+        #[serde(default)]
+        t: serde_json::Value,
+    },
+}
+
+/// `GET /v1/sessions/{id}/ws`
+pub(super) async fn open(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Result<Response, ApiError> {
+    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
+    let upgrade = upgrade.map_err(|_| {
+        let text = "This address is for WebSockets: connect to it with ws:// or wss://.";
+        ApiError::new(StatusCode::UPGRADE_REQUIRED, "no_websocket", text)
+    })?;
+    let asked = query.as_deref().and_then(|q| q.split('&').find_map(|pair| pair.strip_prefix("rate=")));
+    let rate = asked.map(|r| r.parse().ok().and_then(rate)).map(|r| r.ok_or_else(wrong_rate)).transpose()?;
+    let Ok(place) = service.sockets.clone().try_acquire_owned() else {
+        let text = "As many WebSockets are open as server.max_connections allows.";
+        return Err(ApiError::unavailable("full", text, Duration::from_secs(5)));
+    };
+    Ok(upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE).on_upgrade(move |socket| async move {
+        metrics().websockets.inc();
+        serve(socket, handle, rate).await;
+        metrics().websockets.dec();
+        drop(place);
+    }))
+}
+
+fn rate(rate: u32) -> Option<u32> {
+    (8_000..=192_000).contains(&rate).then_some(rate)
+}
+
+fn wrong_rate() -> ApiError {
+    ApiError::bad_request("wrong_rate", "A rate is samples per second, from 8000 to 192000.")
+}
+
+/// In the order in which it came.
+enum Sound {
+    Pcm(Pcm, usize),
+    End,
+}
+
+type Pushing<'a> = BoxFuture<'a, Result<u64, SpeechClosed>>;
+
+/// What a message asks for besides what was done at once.
+enum Then {
+    Nothing,
+    Reply(serde_json::Value),
+    Complain(&'static str, String),
+}
+
+struct Talk<'a> {
+    handle: &'a Handle,
+    rate: Option<u32>,
+    waiting: VecDeque<Sound>,
+    bytes: usize,
+}
+
+async fn serve(mut socket: WebSocket, handle: Handle, rate: Option<u32>) {
+    let port = handle.speech();
+    let mut events = handle.events();
+    let mut talk = Talk { handle: &handle, rate, waiting: VecDeque::new(), bytes: 0 };
+    let mut pushing: Option<(Pushing<'_>, usize)> = None;
+    let (mut complaints, mut alive) = (0, tokio::time::interval(ALIVE));
+    let mut silent = 0;
+    let first = json!({ "type": "state", "state": handle.snapshot().state.label() });
+    if !send(&mut socket, Message::text(first.to_string())).await {
+        return;
+    }
+    loop {
+        if pushing.is_none() {
+            pushing = talk.next(&port);
+        }
+        let step = tokio::select! {
+            pushed = async { match &mut pushing { Some((push, _)) => push.await, None => std::future::pending().await } } => {
+                talk.bytes -= pushing.take().map_or(0, |p| p.1);
+                match pushed {
+                    Ok(_) => Then::Nothing,
+                    // The last event says why.
+                    Err(SpeechClosed::Over) => Then::Nothing,
+                    Err(e) => Then::Complain("speech_refused", super::presenters::sentence(&e.to_string())),
+                }
+            },
+            event = events.recv() => match event {
+                Ok(SessionEvent::Closed(reason)) => return close(socket, &reason).await,
+                Ok(event) => wire(&event).map_or(Then::Nothing, Then::Reply),
+                Err(RecvError::Lagged(n)) => Then::Complain("missed", format!("{n} events were missed; read faster.")),
+                Err(RecvError::Closed) => return,
+            },
+            message = socket.recv(), if talk.bytes < AHEAD => {
+                silent = 0;
+                match message {
+                    Some(Ok(Message::Text(text))) => talk.text(&text),
+                    Some(Ok(Message::Binary(sound))) => talk.sound(&sound),
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => Then::Nothing,
+                    Some(Ok(Message::Close(_))) | None => return,
+                    Some(Err(e)) => {
+                        let too_large = e.to_string().to_ascii_lowercase().contains("too l");
+                        let (code, text) = if too_large { (1009, "message above 1 MiB") } else { (1002, "not a WebSocket message") };
+                        return goodbye(socket, code, text).await;
+                    }
+                }
+            },
+            _ = alive.tick() => {
+                silent += 1;
+                if silent > 3 && talk.bytes < AHEAD {
+                    return goodbye(socket, 1008, "nothing was heard from you").await;
+                }
+                if !send(&mut socket, Message::Ping(Bytes::new())).await {
+                    return;
+                }
+                Then::Nothing
+            },
+        };
+        let reply = match step {
+            Then::Nothing => continue,
+            Then::Reply(reply) => reply,
+            Then::Complain(code, message) => {
+                metrics().websocket_message("refused");
+                complaints += 1;
+                if complaints >= PATIENCE {
+                    return goodbye(socket, 1008, "too many messages that could not be understood").await;
+                }
+                json!({ "type": "error", "code": code, "message": message })
+            }
+        };
+        if !send(&mut socket, Message::text(reply.to_string())).await {
+            return;
+        }
+    }
+}
+
+impl Talk<'_> {
+    fn next<'p>(&mut self, port: &'p SpeechPort) -> Option<(Pushing<'p>, usize)> {
+        loop {
+            match self.waiting.pop_front()? {
+                Sound::End => port.end(),
+                Sound::Pcm(pcm, bytes) => return Some((Box::pin(port.push(pcm)), bytes)),
+            }
+        }
+    }
+
+    fn sound(&mut self, bytes: &Bytes) -> Then {
+        let Some(rate) = self.rate else {
+            let text = "Say at which rate the sound is first: {\"type\":\"set\",\"rate\":24000}.";
+            return Then::Complain("no_rate", text.into());
+        };
+        if bytes.len() % 2 != 0 {
+            return Then::Complain("odd_bytes", "Sound is 16-bit samples: an even number of bytes.".into());
+        }
+        metrics().websocket_message("sound");
+        let samples = bytes.chunks_exact(2).map(|b| f32::from(i16::from_le_bytes([b[0], b[1]])) / 32768.0).collect();
+        self.bytes += bytes.len();
+        self.waiting.push_back(Sound::Pcm(Pcm { at: MediaTime::ZERO, rate, samples }, bytes.len()));
+        Then::Nothing
+    }
+
+    fn text(&mut self, text: &str) -> Then {
+        let said = match serde_json::from_str(text) {
+            Ok(said) => said,
+            Err(e) => return Then::Complain("wrong_message", super::presenters::sentence(&e.to_string())),
+        };
+        metrics().websocket_message("control");
+        match said {
+            Said::Set { rate: asked } => match rate(asked) {
+                Some(rate) => self.rate = Some(rate),
+                None => return Then::Complain("wrong_rate", wrong_rate().message),
+            },
+            Said::SpeakEnd => self.waiting.push_back(Sound::End),
+            Said::Interrupt => {
+                let gone: usize = self.waiting.drain(..).map(|s| if let Sound::Pcm(_, n) = s { n } else { 0 }).sum();
+                self.bytes -= gone;
+                self.handle.interrupt();
+            }
+            Said::Ping { t } => return Then::Reply(json!({ "type": "pong", "t": t })),
+        }
+        Then::Nothing
+    }
+}
+
+/// An event as the client reads it.
+fn wire(event: &SessionEvent) -> Option<serde_json::Value> {
+    Some(match event {
+        SessionEvent::State(state) => json!({ "type": "state", "state": state.label() }),
+        SessionEvent::SpeakStarted { segment } => json!({ "type": "speak_started", "segment": segment }),
+        SessionEvent::SpeakEnded { segment, position, interrupted } => {
+            let position = (position.as_secs_f64() * 1000.0).round() / 1000.0;
+            json!({ "type": "speak_ended", "segment": segment, "position": position, "interrupted": interrupted })
+        }
+        SessionEvent::Metrics(m) => m.wire(),
+        SessionEvent::Closed(_) => return None,
+    })
+}
+
+/// False: the client is gone, or does not read.
+async fn send(socket: &mut WebSocket, message: Message) -> bool {
+    matches!(tokio::time::timeout(ALIVE, socket.send(message)).await, Ok(Ok(())))
+}
+
+/// The session is over: says why, twice.
+async fn close(mut socket: WebSocket, reason: &Reason) {
+    let told = json!({ "type": "closed", "reason": reason.label(), "message": reason.message() });
+    if send(&mut socket, Message::text(told.to_string())).await {
+        let code = match reason {
+            Reason::Stopped => 1000,
+            Reason::ServiceClosing => 1001,
+            Reason::EngineFailed(_) | Reason::CodecFailed(_) | Reason::Abandoned => 1011,
+            _ => 4000,
+        };
+        goodbye(socket, code, reason.label()).await;
+    }
+}
+
+async fn goodbye(mut socket: WebSocket, code: u16, why: &'static str) {
+    send(&mut socket, Message::Close(Some(CloseFrame { code, reason: Utf8Bytes::from_static(why) }))).await;
+    // The other side answers with a close of its own; what it sent before may be read away.
+    let rest = async { while matches!(socket.recv().await, Some(Ok(_))) {} };
+    let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
+}
