@@ -66,7 +66,8 @@ async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, st
     let mut builder = http1::Builder::new();
     // The timer runs from when a head is awaited, so it also ends idle connections.
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(64 * 1024);
-    let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app)).with_upgrades());
+    let mut serving =
+        std::pin::pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app)).with_upgrades());
     let done = tokio::select! {
         done = serving.as_mut() => done,
         () = stop.cancelled() => {

@@ -77,23 +77,36 @@ const FRAGMENT: &str = "application/trickle-ice-sdpfrag";
 fn offers(post: Op) -> Vec<Op> {
     vec![
         post.takes(SDP, text()),
-        op("options", "What may be posted (Accept-Post), and ICE servers (Link)", &[(200, "Headers only", "", json!(0))]),
-        op("get", "Nothing to see, which is no error", &[(204, "Nothing", "", json!(0)), (200, "Nothing", "", json!(0))]),
+        op(
+            "options",
+            "What may be posted (Accept-Post), and ICE servers (Link)",
+            &[(200, "Headers only", "", json!(0))],
+        ),
+        op(
+            "get",
+            "Nothing to see, which is no error",
+            &[(204, "Nothing", "", json!(0)), (200, "Nothing", "", json!(0))],
+        ),
     ]
 }
 
 /// A connection that an offer made (RFC 9725).
 fn connection() -> Vec<Op> {
     vec![
-        op("patch", "Adds ICE candidates (If-Match: the ETag) or restarts ICE (If-Match: *)", &[
-            (204, "Candidates taken", "", json!(0)),
-            (200, "Restarted: our new credentials", FRAGMENT, text()),
-        ])
+        op(
+            "patch",
+            "Adds ICE candidates (If-Match: the ETag) or restarts ICE (If-Match: *)",
+            &[(204, "Candidates taken", "", json!(0)), (200, "Restarted: our new credentials", FRAGMENT, text())],
+        )
         .header("If-Match", "The connection's ETag, or *", true)
         .takes(FRAGMENT, text()),
         op("delete", "Ends the connection", &[(200, "Ended", "", json!(0))]),
         op("options", "What may be patched", &[(200, "Headers only", "", json!(0))]),
-        op("get", "Nothing to see, which is no error", &[(204, "Nothing", "", json!(0)), (200, "Nothing", "", json!(0))]),
+        op(
+            "get",
+            "Nothing to see, which is no error",
+            &[(204, "Nothing", "", json!(0)), (200, "Nothing", "", json!(0))],
+        ),
     ]
 }
 
@@ -103,58 +116,114 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
     let page = |what| op("get", what, &[(200, "The page", "text/html", text()), (304, "Unchanged", "", json!(0))]);
     vec![
         ("/", vec![page("The page")]),
-        ("/{file}", vec![op("get", "A file of the page", &[
-            (200, "The file", "*/*", json!({})),
-            (304, "Unchanged", "", json!(0)),
-        ])]),
-        ("/v1/info", vec![op("get", "What a page needs to know before it starts", &[(200, "Facts", JSON, schema("Info"))])]),
-        ("/v1/openapi.json", vec![op("get", "This document", &[(200, "OpenAPI 3.1", JSON, json!({ "type": "object" }))])]),
-        ("/v1/live", offers(
-            op("post", "Begins a two-way conversation of one page", &answer)
-                .query("presenter", text(), "A presenter's id, or portrait:ID of an uploaded picture")
-                .query("seed", json!({ "type": "integer", "minimum": 0 }), "Same seed, same movements for the same voice"),
-        )),
+        (
+            "/{file}",
+            vec![op(
+                "get",
+                "A file of the page",
+                &[(200, "The file", "*/*", json!({})), (304, "Unchanged", "", json!(0))],
+            )],
+        ),
+        (
+            "/v1/info",
+            vec![op("get", "What a page needs to know before it starts", &[(200, "Facts", JSON, schema("Info"))])],
+        ),
+        (
+            "/v1/openapi.json",
+            vec![op("get", "This document", &[(200, "OpenAPI 3.1", JSON, json!({ "type": "object" }))])],
+        ),
+        (
+            "/v1/live",
+            offers(
+                op("post", "Begins a two-way conversation of one page", &answer)
+                    .query("presenter", text(), "A presenter's id, or portrait:ID of an uploaded picture")
+                    .query(
+                        "seed",
+                        json!({ "type": "integer", "minimum": 0 }),
+                        "Same seed, same movements for the same voice",
+                    ),
+            ),
+        ),
         ("/v1/live/{id}", connection()),
-        ("/v1/sessions", vec![
-            op("post", "Begins a session", &[(201, "It has begun", JSON, schema("Begun"))]).takes(JSON, schema("Wanted")),
-            op("get", "Sessions that live", &[(200, "All of them", JSON, schema("Sessions"))]),
-        ]),
-        ("/v1/sessions/{id}", vec![
-            op("get", "One session", &[(200, "As it is now", JSON, schema("Session"))]),
-            op("patch", "Changes what the engine can change live; 409 says what it cannot", &[
-                (200, "As it is now", JSON, schema("Session")),
-            ])
-            .takes(JSON, schema("Change")),
-            op("delete", "Ends it; answers when its place is free", &[(204, "Ended", "", json!(0))]),
-        ]),
-        ("/v1/sessions/{id}/token", vec![op("post", "A new token; the one before is worth nothing any more", &[
-            (201, "The token", JSON, schema("Token")),
-        ])]),
-        ("/v1/sessions/{id}/interrupt", vec![
-            op("post", "Silence now: queued speech is dropped", &[(204, "Done", "", json!(0))]).token(),
-        ]),
-        ("/v1/sessions/{id}/live", offers(
-            op("post", "A two-way page joins; its microphone is heard from now on", &answer).token(),
-        )),
-        ("/v1/sessions/{id}/ws", vec![
-            op("get", "A WebSocket: PCM16 and JSON in, events out (protocol: docs of the server's module ws)", &[
-                (101, "It is open", "", json!(0)),
-            ])
-            .query("rate", json!({ "type": "integer", "minimum": 8000, "maximum": 192_000 }), "Samples per second of the sound")
-            .token(),
-        ]),
+        (
+            "/v1/sessions",
+            vec![
+                op("post", "Begins a session", &[(201, "It has begun", JSON, schema("Begun"))])
+                    .takes(JSON, schema("Wanted")),
+                op("get", "Sessions that live", &[(200, "All of them", JSON, schema("Sessions"))]),
+            ],
+        ),
+        (
+            "/v1/sessions/{id}",
+            vec![
+                op("get", "One session", &[(200, "As it is now", JSON, schema("Session"))]),
+                op(
+                    "patch",
+                    "Changes what the engine can change live; 409 says what it cannot",
+                    &[(200, "As it is now", JSON, schema("Session"))],
+                )
+                .takes(JSON, schema("Change")),
+                op("delete", "Ends it; answers when its place is free", &[(204, "Ended", "", json!(0))]),
+            ],
+        ),
+        (
+            "/v1/sessions/{id}/token",
+            vec![op(
+                "post",
+                "A new token; the one before is worth nothing any more",
+                &[(201, "The token", JSON, schema("Token"))],
+            )],
+        ),
+        (
+            "/v1/sessions/{id}/interrupt",
+            vec![op("post", "Silence now: queued speech is dropped", &[(204, "Done", "", json!(0))]).token()],
+        ),
+        (
+            "/v1/sessions/{id}/live",
+            offers(op("post", "A two-way page joins; its microphone is heard from now on", &answer).token()),
+        ),
+        (
+            "/v1/sessions/{id}/ws",
+            vec![
+                op(
+                    "get",
+                    "A WebSocket: PCM16 and JSON in, events out (protocol: docs of the server's module ws)",
+                    &[(101, "It is open", "", json!(0))],
+                )
+                .query(
+                    "rate",
+                    json!({ "type": "integer", "minimum": 8000, "maximum": 192_000 }),
+                    "Samples per second of the sound",
+                )
+                .token(),
+            ],
+        ),
         ("/v1/presenters", vec![op("get", "Who can be shown", &[(200, "Presenters", JSON, schema("Presenters"))])]),
-        ("/v1/presenters/{file}", vec![op("get", "A presenter's picture: ID.png", &[(200, "The picture", "image/png", json!({}))])]),
-        ("/v1/portraits", vec![
-            op("post", "Keeps a picture of one's own for a while", &[(201, "Kept", JSON, schema("Portrait"))])
-                .query("consent", text(), "The statement that the person shown agreed; stored with the picture. Required")
-                .takes("image/*", json!({ "type": "string", "contentEncoding": "binary" })),
-        ]),
+        (
+            "/v1/presenters/{file}",
+            vec![op("get", "A presenter's picture: ID.png", &[(200, "The picture", "image/png", json!({}))])],
+        ),
+        (
+            "/v1/portraits",
+            vec![
+                op("post", "Keeps a picture of one's own for a while", &[(201, "Kept", JSON, schema("Portrait"))])
+                    .query(
+                        "consent",
+                        text(),
+                        "The statement that the person shown agreed; stored with the picture. Required",
+                    )
+                    .takes("image/*", json!({ "type": "string", "contentEncoding": "binary" })),
+            ],
+        ),
         ("/healthz", vec![op("get", "The process answers", &[(200, "ok", "text/plain", text())])]),
-        ("/readyz", vec![op("get", "New sessions can be had", &[
-            (200, "Ready", JSON, schema("Ready")),
-            (503, "Not now", JSON, schema("Ready")),
-        ])]),
+        (
+            "/readyz",
+            vec![op(
+                "get",
+                "New sessions can be had",
+                &[(200, "Ready", JSON, schema("Ready")), (503, "Not now", JSON, schema("Ready"))],
+            )],
+        ),
         ("/metrics", vec![op("get", "Counters in Prometheus' text format", &[(200, "Numbers", "text/plain", text())])]),
     ]
 }
@@ -179,16 +248,20 @@ fn schemas() -> Value {
         "presenter": string, "engine": string, "age_s": whole, "sinks": whole, "width": whole, "height": whole,
         "fps": whole, "speech_buffered_ms": number,
     });
-    let names = ["id", "state", "presenter", "engine", "age_s", "sinks", "width", "height", "fps", "speech_buffered_ms"];
+    let names =
+        ["id", "state", "presenter", "engine", "age_s", "sinks", "width", "height", "fps", "speech_buffered_ms"];
     let token = json!({ "token": string, "token_expires_in_s": whole, "urls": { "type": "object", "additionalProperties": string } });
     let mut begun = session.clone();
     for (key, value) in token.as_object().into_iter().flatten() {
         begun[key] = value.clone();
     }
     let token_names = ["token", "token_expires_in_s", "urls"];
-    let presenter = object(&["id", "name", "description", "thumbnail"], json!({
-        "id": string, "name": string, "description": string, "thumbnail": string,
-    }));
+    let presenter = object(
+        &["id", "name", "description", "thumbnail"],
+        json!({
+            "id": string, "name": string, "description": string, "thumbnail": string,
+        }),
+    );
     json!({
         "Error": object(&["error"], json!({
             "error": object(&["code", "message"], json!({ "code": string, "message": string })),

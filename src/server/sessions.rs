@@ -164,8 +164,9 @@ pub(super) async fn json<T: DeserializeOwned>(headers: &HeaderMap, body: Body) -
     let too_large = || format!("The request is larger than {} KiB.", MAX_JSON / 1024);
     let bytes = super::read_body(body, MAX_JSON, too_large).await?;
     let bytes = if bytes.is_empty() { &b"{}"[..] } else { &bytes };
-    serde_json::from_slice(bytes)
-        .map_err(|e| ApiError::bad_request("wrong_json", presenters::sentence(&format!("The request cannot be read: {e}"))))
+    serde_json::from_slice(bytes).map_err(|e| {
+        ApiError::bad_request("wrong_json", presenters::sentence(&format!("The request cannot be read: {e}")))
+    })
 }
 
 #[derive(Default, Deserialize)]
@@ -193,7 +194,9 @@ struct Limits {
 fn limited(key: &str, asked: Option<u64>, allowed: u64) -> Result<u64, ApiError> {
     match asked {
         None => Ok(allowed),
-        Some(0) if allowed > 0 => Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}."))),
+        Some(0) if allowed > 0 => {
+            Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}.")))
+        }
         Some(s) if allowed > 0 && s > allowed => {
             Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}.")))
         }
@@ -206,10 +209,16 @@ fn possible(service: &Service, wanted: &Wanted) -> Result<(), ApiError> {
     let name = service.rooms.engine_name;
     let cannot = |code, text: String| Err(ApiError::unusable(code, text));
     if let Some(engine) = wanted.engine.as_deref().filter(|e| *e != name) {
-        return cannot("no_such_engine", format!("This service runs the engine `{name}`, not `{}`.", printable(engine)));
+        return cannot(
+            "no_such_engine",
+            format!("This service runs the engine `{name}`, not `{}`.", printable(engine)),
+        );
     }
     if let Some(profile) = wanted.profile.as_deref().filter(|p| *p != "default") {
-        return cannot("no_such_profile", format!("There is no profile `{}`; the only one is `default`.", printable(profile)));
+        return cannot(
+            "no_such_profile",
+            format!("There is no profile `{}`; the only one is `default`.", printable(profile)),
+        );
     }
     if wanted.background.is_some() {
         return cannot("no_background", format!("The engine `{name}` keeps the background of its portrait."));
@@ -338,13 +347,8 @@ fn told(service: &Service, s: &Snapshot, sinks: usize) -> Told {
 /// `GET /v1/sessions`
 pub(super) async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Result<Response, ApiError> {
     control(&service, &headers)?;
-    let all: Vec<Told> = service
-        .rooms
-        .sessions
-        .snapshots()
-        .iter()
-        .map(|s| told(&service, s, s.metrics.sinks as usize))
-        .collect();
+    let all: Vec<Told> =
+        service.rooms.sessions.snapshots().iter().map(|s| told(&service, s, s.metrics.sinks as usize)).collect();
     Ok(Json(json!({ "sessions": all })).into_response())
 }
 

@@ -176,38 +176,38 @@ impl Metrics {
     /// As pages and programs are told, once a second; tenths are enough.
     pub fn wire(&self) -> serde_json::Value {
         let m = self;
-    let tenth = |v: f64| (v * 10.0).round() / 10.0;
-    serde_json::json!({
-        "type": "metrics",
-        "fps": tenth(m.fps),
-        "nominal_fps": m.nominal_fps,
-        "delay_ms": m.delay_ms.map(tenth),
-        "delay_server_ms": m.delay_server_ms.map(tenth),
-        "playout_delay_ms": tenth(m.playout_delay_ms),
-        "stages": {
-            "ingest": tenth(m.ingest_ms),
-            "features": tenth(m.features_ms),
-            "generation": tenth(m.generation_ms),
-            "decode": tenth(m.decode_ms),
-            "encode": tenth(m.encode_ms),
-        },
-        "frames_sent": m.frames_sent,
-        "frames_held": m.frames_held,
-        "frames_skipped": m.frames_skipped,
-        "blocks": m.blocks,
-        "blocks_skipped": m.blocks_skipped,
-        "lost_in": m.lost_in,
-        "lost_out": m.lost_out,
-        "bitrate": m.bitrate,
-        "target_bitrate": m.target_bitrate,
-        "width": m.width,
-        "height": m.height,
-        "real_time_factor": (m.real_time_factor * 1000.0).round() / 1000.0,
-        "lag_ms": tenth(m.lag_ms),
-        "drift_ppm": tenth(m.drift_ppm),
-        "sinks": m.sinks,
-        "speech_buffered_ms": m.speech_buffered_ms.round(),
-        "round_trip_ms": m.round_trip_ms.map(tenth),
-    })
-}
+        let tenth = |v: f64| (v * 10.0).round() / 10.0;
+        serde_json::json!({
+            "type": "metrics",
+            "fps": tenth(m.fps),
+            "nominal_fps": m.nominal_fps,
+            "delay_ms": m.delay_ms.map(tenth),
+            "delay_server_ms": m.delay_server_ms.map(tenth),
+            "playout_delay_ms": tenth(m.playout_delay_ms),
+            "stages": {
+                "ingest": tenth(m.ingest_ms),
+                "features": tenth(m.features_ms),
+                "generation": tenth(m.generation_ms),
+                "decode": tenth(m.decode_ms),
+                "encode": tenth(m.encode_ms),
+            },
+            "frames_sent": m.frames_sent,
+            "frames_held": m.frames_held,
+            "frames_skipped": m.frames_skipped,
+            "blocks": m.blocks,
+            "blocks_skipped": m.blocks_skipped,
+            "lost_in": m.lost_in,
+            "lost_out": m.lost_out,
+            "bitrate": m.bitrate,
+            "target_bitrate": m.target_bitrate,
+            "width": m.width,
+            "height": m.height,
+            "real_time_factor": (m.real_time_factor * 1000.0).round() / 1000.0,
+            "lag_ms": tenth(m.lag_ms),
+            "drift_ppm": tenth(m.drift_ppm),
+            "sinks": m.sinks,
+            "speech_buffered_ms": m.speech_buffered_ms.round(),
+            "round_trip_ms": m.round_trip_ms.map(tenth),
+        })
+    }
 }
