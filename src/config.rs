@@ -4,7 +4,7 @@
 //! file and a list of [`Change`]s, so that everything below works from one value that was complete before anything
 //! started.
 
-use crate::{engine, net, server, session, telemetry};
+use crate::{avatar::s2v, engine, net, server, session, telemetry};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -14,6 +14,7 @@ use serde_json::Value;
 pub struct Config {
     pub server: server::Config,
     pub engine: engine::Config,
+    pub s2v: s2v::Config,
     pub session: session::Config,
     pub net: net::Config,
     pub log: telemetry::Config,
@@ -104,6 +105,7 @@ impl Config {
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.server.validate().map_err(ConfigError::Invalid)?;
         self.net.check().map_err(|e| ConfigError::Invalid(format!("[net] {e}")))?;
+        self.s2v.validate().map_err(ConfigError::Invalid)?;
         self.log.validate().map_err(|e| ConfigError::Invalid(e.to_string()))?;
         if !(1..=64).contains(&self.engine.sessions) {
             let value = self.engine.sessions;
@@ -148,7 +150,7 @@ impl Config {
 }
 
 /// Settings that may be absent and whose default is absence; serialising leaves them out.
-const OPTIONAL: [&str; 1] = ["engine.steps"];
+const OPTIONAL: [&str; 5] = ["engine.steps", "s2v.guidance", "s2v.shift", "s2v.solver", "s2v.clip_frames"];
 
 /// The whole as a tree in which every key exists.
 fn tree(config: &Config) -> Result<Value, ConfigError> {

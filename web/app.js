@@ -467,8 +467,9 @@ window.loquent = { numbers, get live() { return live; } };
     const response = await fetch('/v1/info');
     if (response.ok) info = await response.json();
     stage.style.setProperty('--aspect', String(info.engine.width / info.engine.height));
-    put('n-block', `(a block lasts ${info.engine.block_ms} ms)`);
+    put('n-block', `(${info.engine.name} engine; a block lasts ${info.engine.block_ms} ms)`);
     if (info.engine.name === 'card') $('own-note').textContent = 'The service runs its test card: no face is made, and a picture only appears in its corner.';
+    if (info.engine.name === 's2v') $('own-note').textContent = `The large model (Wan2.2-S2V) moves photographs and drawings of one person; a picture is cropped to ${info.engine.width} by ${info.engine.height}.`;
     await loadPresenters();
   } catch {
     $('presenters').innerHTML = '<p class="quiet">The server does not answer. Is it still running? Reload this page when it is.</p>';

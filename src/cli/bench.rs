@@ -1,10 +1,12 @@
 //! `loquent bench`: measure the engine on this machine.
 
 use super::{
-    engines::Choice,
+    engines::{Choice, Wanted},
+    large, loading,
     machine::Machine,
     measure::{Measured, measure},
 };
+use crate::avatar::s2v;
 use serde::Serialize;
 
 #[derive(clap::Args)]
@@ -12,6 +14,8 @@ pub(super) struct Args {
     /// What is measured.
     #[arg(long, value_enum, default_value_t = Choice::Pocket)]
     engine: Choice,
+    #[command(flatten)]
+    large: large::Flags,
     /// Thread counts to try, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     threads: Vec<usize>,
@@ -35,10 +39,14 @@ struct Report {
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let steps: Vec<Option<usize>> =
         if args.steps.is_empty() { vec![None] } else { args.steps.iter().copied().map(Some).collect() };
+    let large = args.large.over(args.engine, s2v::Config::default())?;
+    // The large model takes no count of threads.
+    let threads = if args.engine == Choice::S2v { vec![0] } else { args.threads };
     let mut runs = Vec::new();
-    for &threads in &args.threads {
+    for threads in threads {
+        let wanted = Wanted { choice: args.engine, threads, large: large.clone(), watcher: loading::shown() };
         for &steps in &steps {
-            runs.push(measure(args.engine, threads, steps, args.seconds)?);
+            runs.push(measure(&wanted, steps, args.seconds)?);
         }
     }
     let report = Report { machine: Machine::look(), runs };

@@ -3,7 +3,8 @@
 //! Looks, tries the ports, runs each engine for a moment. Ends with exit code 1 when the live service could not work.
 
 use super::{
-    engines::Choice,
+    engines::{Choice, Wanted},
+    loading,
     machine::Machine,
     measure::{encoder_ms, measure},
 };
@@ -52,7 +53,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     ports(&config.server, &config.net, &mut findings);
     line("Microphone", "not needed on this machine: the visitor's browser has one");
     if args.seconds > 0 {
-        engines(&config.engine, args.seconds, &machine, &mut findings);
+        engines(&config, args.seconds, &machine, &mut findings);
     }
     println!();
     for hint in &findings.hints {
@@ -168,10 +169,14 @@ fn own_address() -> Option<IpAddr> {
     socket.local_addr().ok().map(|a| a.ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback())
 }
 
-fn engines(config: &engine::Config, seconds: u32, machine: &Machine, findings: &mut Findings) {
-    for choice in [Choice::Pocket, Choice::Card] {
-        let chosen = choice.name() == engine_name(config.generator);
-        match measure(choice, config.threads, config.steps, seconds) {
+fn engines(config: &Config, seconds: u32, machine: &Machine, findings: &mut Findings) {
+    // The large engine is measured when it is set up.
+    let large = !config.s2v.checkpoint.is_empty() || config.engine.generator == engine::Kind::S2v;
+    for choice in [Choice::Pocket, Choice::Card].into_iter().chain(large.then_some(Choice::S2v)) {
+        let chosen = choice.name() == engine_name(config.engine.generator);
+        let threads = config.engine.threads;
+        let wanted = Wanted { choice, threads, large: config.s2v.clone(), watcher: loading::shown() };
+        match measure(&wanted, config.engine.steps, seconds) {
             Ok(m) => {
                 let threads = if m.threads == 0 { machine.cores } else { m.threads.min(machine.cores) };
                 // What it would be with the machine to itself: its processor time spread over its threads.
@@ -208,7 +213,9 @@ fn engines(config: &engine::Config, seconds: u32, machine: &Machine, findings: &
             }
         }
     }
-    line("Engine", "Wan2.2-S2V and LiveAvatar (14B): need a GPU of 48 GB or more; not measured");
+    if !large {
+        line("Engine", "s2v (Wan2.2-S2V, LiveAvatar, 14B): not set up; needs a checkpoint and a GPU of 48 GB or more");
+    }
 }
 
 fn people(n: usize) -> String {
@@ -219,5 +226,6 @@ fn engine_name(kind: engine::Kind) -> &'static str {
     match kind {
         engine::Kind::Pocket => "pocket",
         engine::Kind::Card => "card",
+        engine::Kind::S2v => "s2v",
     }
 }

@@ -1,7 +1,7 @@
 //! The engines a command can be pointed at, and where their faces come from.
 
 use crate::{
-    avatar::{self, Generator},
+    avatar::{self, Generator, s2v},
     codec::picture::{PictureLimits, decode_portrait},
     media::Portrait,
 };
@@ -15,6 +15,19 @@ pub(super) enum Choice {
     Pocket,
     /// A test card with a time code and a level meter; no model.
     Card,
+    /// The large model (Wan2.2-S2V, LiveAvatar) from a checkpoint on disk.
+    S2v,
+}
+
+/// An engine and what it is loaded with.
+#[derive(Clone)]
+pub(super) struct Wanted {
+    pub(super) choice: Choice,
+    /// For the arithmetic; 0 = all cores.
+    pub(super) threads: usize,
+    /// Used by the large engine only.
+    pub(super) large: s2v::Config,
+    pub(super) watcher: s2v::Watcher,
 }
 
 impl Choice {
@@ -22,15 +35,17 @@ impl Choice {
         match self {
             Choice::Pocket => "pocket",
             Choice::Card => "card",
+            Choice::S2v => "s2v",
         }
     }
 }
 
-/// Loads an engine's generator onto the calling thread. `threads` 0 = all cores.
-pub(super) fn load(choice: Choice, threads: usize) -> anyhow::Result<Box<dyn Generator>> {
-    match choice {
-        Choice::Pocket => Ok(avatar::pocket::load(threads)?),
+/// Loads an engine's generator onto the calling thread. `prompts`: what will be asked for, beside the configured one.
+pub(super) fn load(wanted: &Wanted, prompts: &[String]) -> anyhow::Result<Box<dyn Generator>> {
+    match wanted.choice {
+        Choice::Pocket => Ok(avatar::pocket::load(wanted.threads)?),
         Choice::Card => Ok(avatar::test_card()),
+        Choice::S2v => Ok(s2v::load(&wanted.large, prompts, wanted.watcher.clone())?),
     }
 }
 

@@ -1,6 +1,6 @@
 //! How fast an engine is on this machine: the pipeline of one conversation without its network, timed.
 
-use super::engines::{self, Choice};
+use super::engines::{self, Wanted};
 use crate::{
     avatar::OpenOptions,
     codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, rgb_to_i420},
@@ -42,13 +42,13 @@ pub(super) struct Measured {
 }
 
 /// Runs `seconds` of made-up speech through an engine. The first second warms it up and is not counted.
-pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seconds: u32) -> anyhow::Result<Measured> {
+pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> anyhow::Result<Measured> {
     let began = Instant::now();
-    let mut generator = engines::load(choice, threads)?;
+    let mut generator = engines::load(wanted, &[])?;
     let load = began.elapsed();
-    let geometry = generator.geometry();
-    let Geometry { width, height, fps, .. } = geometry;
     let portrait = generator.sample_portrait();
+    let geometry = generator.geometry_for(&portrait);
+    let Geometry { width, height, fps, .. } = geometry;
     let began = Instant::now();
     let mut stream = generator.open(&portrait, &OpenOptions { steps, ..OpenOptions::default() })?;
     let open = began.elapsed();
@@ -58,7 +58,9 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
 
     let (mut features, mut generation, mut decode, mut encode, mut whole) = (vec![], vec![], vec![], vec![], vec![]);
     let mut fed = MediaTime::ZERO;
-    let end = MediaTime::from_millis(i64::from(seconds + 1) * 1000);
+    let mut end = MediaTime::from_millis(i64::from(seconds + 1) * 1000);
+    // Two blocks at least, or there is nothing to count.
+    end = end.max(MediaTime::from_units(geometry.first_frame(2) as i64, fps) + geometry.look_ahead);
     let mut spent = Duration::ZERO;
     let mut shown = MediaTime::ZERO;
     let mut made = MediaTime::ZERO;
@@ -84,7 +86,8 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
             }
             let encoded = before.elapsed();
             made += span;
-            if made <= MediaTime::from_millis(1000) {
+            // At least one block warms up, however long blocks are.
+            if made <= MediaTime::from_millis(1000) || block.index == 0 {
                 pushed = Duration::ZERO;
                 used = processor_seconds();
                 continue;
@@ -105,8 +108,8 @@ pub(super) fn measure(choice: Choice, threads: usize, steps: Option<usize>, seco
     let factor = spent.as_secs_f64() / shown.as_secs_f64();
     let processor = processor_seconds().zip(used).map(|(end, begin)| (end - begin) / shown.as_secs_f64());
     Ok(Measured {
-        engine: choice.name(),
-        threads,
+        engine: wanted.choice.name(),
+        threads: wanted.threads,
         steps,
         width,
         height,
@@ -161,6 +164,13 @@ fn processor_seconds() -> Option<f64> {
     Some((user + system) / 100.0)
 }
 
+/// The most main memory this process has held, where the system tells.
+pub(super) fn memory_peak_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
+}
+
 /// Something like speech: a buzz whose pitch and loudness move, with pauses.
 fn babble(at: MediaTime, n: usize) -> Vec<f32> {
     let first = at.units(SPEECH_RATE);
@@ -178,7 +188,7 @@ fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1000.0
 }
 
-fn percentile(values: &mut [Duration], q: f64) -> f64 {
+pub(super) fn percentile(values: &mut [Duration], q: f64) -> f64 {
     values.sort_unstable();
     values.get(((values.len() as f64 * q) as usize).min(values.len().saturating_sub(1))).map_or(0.0, |d| ms(*d))
 }

@@ -8,10 +8,13 @@ mod config_cmd;
 mod doctor;
 mod engines;
 mod generate;
+mod large;
+mod loading;
 mod machine;
 mod measure;
 mod model;
 mod serve;
+mod windows;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -1,6 +1,10 @@
 //! `loquent serve`: the live service.
 
-use super::{config_cmd::Source, engines};
+use super::{
+    config_cmd::Source,
+    engines::{self, Wanted},
+    large, loading,
+};
 use crate::{
     avatar,
     config::{Change, Config},
@@ -24,7 +28,7 @@ pub(super) struct Args {
     /// Allow an address that other machines can reach.
     #[arg(long)]
     allow_remote: bool,
-    /// What makes the picture: pocket (the built-in model) or card (a test card) [default: pocket].
+    /// What makes the picture: pocket (the built-in model), s2v (the large model) or card (a test card) [default: pocket].
     #[arg(long, value_name = "NAME")]
     engine: Option<String>,
     /// Conversations at once [default: 1].
@@ -33,6 +37,8 @@ pub(super) struct Args {
     /// Serve the page from this folder instead of from the program.
     #[arg(long, value_name = "DIR")]
     web_dir: Option<String>,
+    #[command(flatten)]
+    large: large::Flags,
     /// End by itself after so many seconds (for tests).
     #[arg(long, value_name = "SECONDS", hide = true)]
     stop_after: Option<u64>,
@@ -66,7 +72,9 @@ macro_rules! say {
 
 /// Serves until told to stop, or until the engine has failed for good (which is an error).
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
-    let loaded = args.source.load(&args.changes())?;
+    let mut loaded = args.source.load(&args.changes())?;
+    loaded.config.s2v = args.large.over(choice(loaded.config.engine.generator), loaded.config.s2v)?;
+    loaded.config.validate()?;
     telemetry::init(&loaded.config.log)?;
     tracing::info!("settings: {}", loaded.from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -85,7 +93,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
     let net = Net::new(config.net.clone())?;
     let presenters = presenters(&config);
     let engine = {
-        let config = config.engine.clone();
+        let config = config.clone();
         tokio::task::spawn_blocking(move || build(&config)).await.context("the engine's start panicked")??
     };
     let sessions = Registry::new();
@@ -137,14 +145,17 @@ fn choice(kind: Kind) -> engines::Choice {
     match kind {
         Kind::Pocket => engines::Choice::Pocket,
         Kind::Card => engines::Choice::Card,
+        Kind::S2v => engines::Choice::S2v,
     }
 }
 
-/// Loads and warms up the generator on its own thread; takes seconds.
-fn build(config: &engine::Config) -> Result<Engine, engine::EngineError> {
-    let (choice, threads) = (choice(config.generator), config.threads);
-    Engine::start(choice.name(), config, move || {
-        engines::load(choice, threads).map_err(|e| avatar::AvatarError::Weights(format!("{e:#}")))
+/// Loads and warms up the generator on its own thread; takes seconds, with the large model minutes.
+fn build(config: &Config) -> Result<Engine, engine::EngineError> {
+    let choice = choice(config.engine.generator);
+    let (threads, large) = (config.engine.threads, config.s2v.clone());
+    let wanted = Wanted { choice, threads, large, watcher: loading::logged() };
+    Engine::start(choice.name(), &config.engine, move || {
+        engines::load(&wanted, &[]).map_err(|e| avatar::AvatarError::Weights(format!("{e:#}")))
     })
 }
 

@@ -44,13 +44,15 @@ pub enum Kind {
     Pocket,
     /// The test card: time code and level meter, no model.
     Card,
+    /// The large model from a checkpoint on disk; its settings are the section `[s2v]`.
+    S2v,
 }
 
 /// Settings of the engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Which generator is run: `pocket` or `card`.
+    /// Which generator is run: `pocket`, `card` or `s2v`.
     pub generator: Kind,
     /// Faces served at once; more people are told "full" at once.
     pub sessions: usize,

@@ -58,7 +58,7 @@ impl From<SolverName> for Solver {
 }
 
 /// `sample_neg_prompt` of wan/configs/wan_s2v_14B.py (Wan-Video/Wan2.2 at 42bf4cf).
-pub(super) const OFFICIAL_NEGATIVE_PROMPT: &str = "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走";
+const OFFICIAL_NEGATIVE_PROMPT: &str = "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走";
 
 /// Settings of the 14B engine. What is absent is the official program's for the model and mode.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ pub struct Config {
     /// See [`Size::parse`].
     pub size: String,
     pub prompt: String,
-    /// Clip mode with guidance only.
+    /// Clip mode with guidance only; empty = the official one.
     pub negative_prompt: String,
     /// Clip mode only.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -108,7 +108,7 @@ impl Default for Config {
             offload: Offload::None,
             size: "512x512".into(),
             prompt: "A person looks at the camera and speaks.".into(),
-            negative_prompt: OFFICIAL_NEGATIVE_PROMPT.into(),
+            negative_prompt: String::new(),
             guidance: None,
             shift: None,
             solver: None,
@@ -150,6 +150,11 @@ impl Config {
             return wrong("audio_ahead_ms", &self.audio_ahead_ms, "0 to 5000");
         }
         Ok(())
+    }
+
+    /// The negative prompt in effect.
+    pub(super) fn negative(&self) -> &str {
+        if self.negative_prompt.is_empty() { OFFICIAL_NEGATIVE_PROMPT } else { &self.negative_prompt }
     }
 
     pub(super) fn reach(&self) -> Reach {

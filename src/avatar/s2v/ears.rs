@@ -25,7 +25,7 @@ use crate::{
         vae::quiet,
         wav2vec2::{
             Wav2Vec2,
-            features::{FEATURE_RATE, SOURCE_RATE},
+            features::{self, FEATURE_RATE, SOURCE_RATE},
         },
     },
 };
@@ -44,13 +44,24 @@ pub struct Reach {
     pub context: usize,
     /// Beyond the last one; at least [`LEAST_AHEAD`].
     pub ahead: usize,
+    pub normalise: Normalise,
+}
+
+/// What a window's loudness is held against.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Normalise {
+    /// Everything heard up to its end.
+    #[default]
+    Running,
+    /// Itself: only to see what that does.
+    Window,
 }
 
 impl Reach {
     /// From milliseconds.
     pub fn from_millis(context: u32, ahead: u32) -> Reach {
         let samples = |ms: u32| ms as usize * SPEECH_RATE as usize / 1000;
-        Reach { context: samples(context), ahead: samples(ahead).max(LEAST_AHEAD) }
+        Reach { context: samples(context), ahead: samples(ahead).max(LEAST_AHEAD), normalise: Normalise::Running }
     }
 }
 
@@ -131,16 +142,20 @@ impl Ears {
         if end > self.counted {
             self.loudness.hear(&self.speech[at(self.counted)..at(end)]);
         }
-        let window = self.loudness.normalise(&self.speech[at(begin)..at(end)]);
+        let window = &self.speech[at(begin)..at(end)];
+        let window = match self.reach.normalise {
+            Normalise::Running => self.loudness.normalise(window),
+            Normalise::Window => features::normalise(window),
+        };
         self.counted = self.counted.max(end);
         let states = states(hearing, device, window)?;
-        let features = per_frame(&states, self.fps, first, frames, begin / STRIDE).at(|| "hearing")?;
+        let heard = per_frame(&states, self.fps, first, frames, begin / STRIDE).at(|| "hearing")?;
         // Nothing before the next window is needed any more, but what is not yet counted stays.
         let next = self.sample_of(first + frames as u64).saturating_sub(self.reach.context as u64) / STRIDE * STRIDE;
         let next = next.min(self.counted).max(self.start);
         self.speech.drain(..(next - self.start) as usize);
         self.start = next;
-        Ok(features)
+        Ok(heard)
     }
 }
 
@@ -173,7 +188,15 @@ fn per_frame(states: &Tensor, fps: u32, first: u64, frames: usize, before: u64) 
 /// Features of a whole voice at once, as [`Ears`] would give them if windows had no ends: what windows are held against.
 /// `[layers, channels, frames]`.
 pub fn whole(hearing: &Wav2Vec2, device: &Device, speech: &[f32], fps: u32) -> Result<Tensor> {
-    let states = states(hearing, device, crate::model::wav2vec2::features::normalise(speech))?;
+    let states = states(hearing, device, features::normalise(speech))?;
     let frames = (speech.len() as u64 * u64::from(fps) / u64::from(SPEECH_RATE)) as usize;
     per_frame(&states, fps, 0, frames, 0)
+}
+
+/// Features `[layers, channels, frames]` as the commands see them.
+pub type Features = Tensor;
+
+/// Their numbers, `[layers][channels][frames]`.
+pub fn numbers(features: &Features) -> Result<Vec<Vec<Vec<f32>>>> {
+    Ok(features.to_vec3()?)
 }

@@ -19,7 +19,7 @@ mod parts;
 mod words;
 
 pub use config::{Config, Mode, Offload, Place, Precision, Size, SolverName, adapter};
-pub use ears::{Ears, LEAST_AHEAD, Reach, whole};
+pub use ears::{Ears, Features, LEAST_AHEAD, Normalise, Reach, numbers, whole};
 pub use parts::{Loading, WANTED, Watcher};
 
 use std::{collections::HashMap, sync::Arc};
@@ -89,7 +89,7 @@ pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box
     }
     let mut reader = Reader::new(&parts, &device, dtype, &watcher).map_err(fits)?;
     let mut known: Vec<&str> = vec![&config.prompt];
-    known.extend(how.guided().then_some(config.negative_prompt.as_str()));
+    known.extend(how.guided().then_some(config.negative()));
     known.extend(prompts.iter().map(String::as_str));
     reader.learn(&known).map_err(fits)?;
     let studio = assemble(&parts, config, &how, transformer, &device, dtype, &watcher).map_err(fits)?;
@@ -154,6 +154,11 @@ fn how(config: &Config, live: bool) -> Result<How> {
     }
     if config.solver.is_some_and(|s| s != SolverName::Euler) {
         return refuse("block mode has no solver but euler: leave --solver out");
+    }
+    if !config.negative_prompt.is_empty() {
+        return refuse(
+            "block mode has no negative prompt (LiveAvatar is distilled without): leave --negative-prompt out",
+        );
     }
     if config.first_frame {
         return refuse("block mode has no --first-frame: it always begins with the picture as its motion");
@@ -263,7 +268,7 @@ impl Generator for S2v {
             How::Clip(settings) => {
                 let mut settings = settings.clone();
                 settings.steps = options.steps.unwrap_or(settings.steps);
-                let negative = options.negative_prompt.as_deref().unwrap_or(&self.config.negative_prompt);
+                let negative = options.negative_prompt.as_deref().unwrap_or(self.config.negative());
                 let negative = match self.how.guided() {
                     true => Some(self.reader.read(&studio.dit, negative).map_err(failed)?),
                     false => None,

@@ -255,6 +255,7 @@ impl Weights {
         let matrix = match stored {
             Some(stored) => {
                 self.note(&full, &[out, width]);
+                self.saw(out * width);
                 Matrix::new(stored.numbers, stored.side, self.dtype)?.moved(&self.device, self.dtype)?
             }
             None => Matrix::plain(at.get((out, width), "weight")?)?,

@@ -1,0 +1,207 @@
+//! `loquent generate`: render video files from a portrait and speech files.
+//!
+//! The live pipeline under a virtual clock: the same generator, the same colour conversion and encoders, no network.
+//! The same arguments (with `--date`, which the file tells) give the same file, bit for bit. Several files are a batch (`batch.rs`).
+
+mod batch;
+mod interruption;
+mod marking;
+mod progress;
+mod render;
+
+use super::{
+    engines::{self, Choice, Wanted},
+    large, loading,
+    measure::{memory_peak_mib, percentile},
+};
+use crate::{
+    avatar::{OpenOptions, s2v},
+    media::{Geometry, MediaTime},
+};
+use anyhow::bail;
+use interruption::Interruption;
+use render::{Made, Task, render};
+use std::{path::PathBuf, time::Instant};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The face: a PNG, JPEG or WebP picture.
+    #[arg(long, value_name = "PORTRAIT", conflicts_with = "presenter")]
+    image: Option<PathBuf>,
+    /// The face: a built-in presenter, by its id.
+    #[arg(long, value_name = "ID")]
+    presenter: Option<String>,
+    /// The voice: WAV, MP3, FLAC, Ogg (Vorbis, Opus) or M4A. Several give one video each, in the folder --out.
+    #[arg(long, value_name = "SPEECH", num_args = 1.., required_unless_present = "manifest")]
+    audio: Vec<PathBuf>,
+    /// One JSON object a line: audio, and if wanted out, image, presenter, prompt, negative_prompt, seed, steps. Paths are
+    /// relative to the manifest.
+    #[arg(long, value_name = "JOBS.jsonl", conflicts_with = "audio")]
+    manifest: Option<PathBuf>,
+    /// The video to write (H.264 and Opus in MP4); for several, the folder to write them to.
+    #[arg(long, value_name = "VIDEO.mp4|DIR", required_unless_present = "manifest")]
+    out: Option<PathBuf>,
+    /// In a batch, make videos again that are there already.
+    #[arg(long)]
+    force: bool,
+    /// Same seed, face, voice and date give the same file, bit for bit.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Denoising steps; the model's own default when left out. More is slower.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
+    steps: Option<u64>,
+    /// What makes the pictures.
+    #[arg(long, value_enum, default_value_t = Choice::Pocket)]
+    engine: Choice,
+    #[command(flatten)]
+    large: large::Flags,
+    /// End after so many clips (large engine).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    max_clips: Option<u64>,
+    /// Processor threads for the model; 0 = all cores.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Bits per second of the video; chosen by its size when left out.
+    #[arg(long)]
+    bitrate: Option<u32>,
+    /// Refuse speech longer than this many minutes.
+    #[arg(long, default_value_t = 240)]
+    longest: u64,
+    /// Also write one JSON line per frame: its index, time and control values.
+    #[arg(long, value_name = "T.jsonl")]
+    trace: Option<PathBuf>,
+    /// Also write the frames before encoding: RGB, 8 bits, row by row, one after another.
+    #[arg(long, value_name = "F.rgb")]
+    raw_frames: Option<PathBuf>,
+    #[command(flatten)]
+    marking: marking::Flags,
+    /// Say where the time went: loading, opening, stages; and the most memory that was used.
+    #[arg(long)]
+    timings: bool,
+    /// Say nothing but errors.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// What all files of a run share.
+struct Common {
+    bitrate: Option<u32>,
+    longest_minutes: u64,
+    max_clips: Option<u64>,
+    /// Frames of a clip as asked for.
+    clip_frames: Option<usize>,
+    engine: &'static str,
+    marking: marking::Flags,
+    quiet: bool,
+}
+
+impl Common {
+    /// The time that so many clips show.
+    fn clips_span(&self, geometry: &Geometry, clips: u64) -> MediaTime {
+        let lost = u64::from(geometry.block_frames - geometry.first_block_frames);
+        // In clip mode a block is a clip; in block mode a clip is several blocks, 48 frames unless asked otherwise.
+        let each = u64::from(geometry.block_frames).max(self.clip_frames.unwrap_or(48) as u64);
+        MediaTime::from_units((each * clips).saturating_sub(lost) as i64, geometry.fps)
+    }
+}
+
+impl Args {
+    fn common(&self, config: &s2v::Config) -> Common {
+        Common {
+            bitrate: self.bitrate,
+            longest_minutes: self.longest,
+            max_clips: self.max_clips,
+            clip_frames: config.clip_frames,
+            engine: self.engine.name(),
+            marking: self.marking.clone(),
+            quiet: self.quiet,
+        }
+    }
+
+    /// The task of one voice.
+    fn task(&self, audio: PathBuf, out: PathBuf) -> Task {
+        Task {
+            audio,
+            image: self.image.clone(),
+            presenter: self.presenter.clone(),
+            out,
+            options: OpenOptions { seed: self.seed, steps: self.steps.map(|n| n as usize), ..OpenOptions::default() },
+            trace: self.trace.clone(),
+            raw_frames: self.raw_frames.clone(),
+        }
+    }
+}
+
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let official = s2v::Config { size: "official".into(), ..s2v::Config::default() };
+    let config = args.large.over(args.engine, official)?;
+    if args.engine != Choice::S2v && args.max_clips.is_some() {
+        bail!("the {} engine makes no clips: --max-clips belongs to --engine s2v", args.engine.name());
+    }
+    let common = args.common(&config);
+    if !args.quiet {
+        args.marking.warn();
+    }
+    let watcher = if args.quiet { loading::unwatched() } else { loading::shown() };
+    let wanted = Wanted { choice: args.engine, threads: args.threads, large: config, watcher };
+    let several = args.manifest.is_some()
+        || args.audio.len() > 1
+        || args.out.as_ref().is_some_and(|out| out.as_os_str().to_string_lossy().ends_with('/'));
+    if several {
+        return batch::run(&args, &common, &wanted);
+    }
+    let (Some(audio), Some(out)) = (args.audio.first(), &args.out) else {
+        bail!("name a voice with --audio and a video with --out");
+    };
+    let task = args.task(audio.clone(), out.clone());
+    // A voice or a picture that cannot be read is told before a large model is loaded.
+    task.check()?;
+    let began = Instant::now();
+    let mut generator = engines::load(&wanted, &[])?;
+    let loaded = began.elapsed();
+    let made = render(&task, &common, generator.as_mut(), &Interruption::watch()?)?;
+    tell(&args, &task, &made);
+    if args.timings {
+        eprintln!("loaded in {:.1} s, face opened in {:.2} s", loaded.as_secs_f64(), made.opening.as_secs_f64());
+        timings(&made);
+    }
+    Ok(())
+}
+
+/// One line about a file.
+fn tell(args: &Args, task: &Task, made: &Made) {
+    if !args.quiet {
+        let took = made.took.as_secs_f64();
+        eprintln!(
+            "{}: {:.2} s, {} frames, made in {took:.1} s (real-time factor {:.2})",
+            task.out.display(),
+            made.length,
+            made.frames,
+            took / made.length
+        );
+    }
+}
+
+/// Medians of the stages, the first block apart (it pays for cold caches), and memory.
+fn timings(made: &Made) {
+    for (name, blocks) in [
+        ("first block", &made.blocks[..made.blocks.len().min(1)]),
+        ("later blocks", made.blocks.get(1..).unwrap_or(&[])),
+    ] {
+        if blocks.is_empty() {
+            continue;
+        }
+        let median = |stage: fn(&crate::media::StageTimes) -> std::time::Duration| {
+            percentile(&mut blocks.iter().map(stage).collect::<Vec<_>>(), 0.5)
+        };
+        eprintln!(
+            "{name}: features {:.1} ms, generation {:.1} ms, decode {:.1} ms",
+            median(|s| s.features),
+            median(|s| s.generation),
+            median(|s| s.decode)
+        );
+    }
+    if let Some(mib) = memory_peak_mib() {
+        eprintln!("main memory at most {mib} MiB");
+    }
+}
