@@ -45,6 +45,21 @@ class Voice(MediaStreamTrack):
         return frame
 
 
+class Checks:
+    """Counts what held and what did not, and says both."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def __call__(self, what, value, limit, held):
+        self.passed, self.failed = self.passed + bool(held), self.failed + (not held)
+        print(f"{'  ok  ' if held else 'FAILED'}  {what}: {value}   ({limit})", flush=True)
+
+    def end(self):
+        print(f"\n{self.passed} passed, {self.failed} failed")
+        return self.failed
+
+
 async def watch(track, seen):
     try:
         while True:
@@ -151,13 +166,7 @@ async def main(base, seconds, presenter):
     for task in tasks:
         task.cancel()
 
-    failed = passed = 0
-
-    def check(what, value, limit, held):
-        nonlocal failed, passed
-        passed, failed = passed + bool(held), failed + (not held)
-        print(f"{'  ok  ' if held else 'FAILED'}  {what}: {value}   ({limit})")
-
+    check = Checks()
     check(f"pictures in 3 s after {hostile} hostile messages and packets", unmoved, "at least 60", unmoved >= 60)
     pictures, voice = seen["pictures"][:calm], seen["voice"]
     check("answer", status, "201", status == 201)
@@ -177,8 +186,7 @@ async def main(base, seconds, presenter):
     length = sum(v[2] for v in voice)
     check("voice", f"{length:.1f} s, {len(loud)} of {len(voice)} frames loud", "at least a quarter loud", len(loud) > len(voice) / 4 > 10)
     check("messages", len(seen.get("messages", [])), "some", len(seen.get("messages", [])) > 0)
-    print(f"\n{passed} passed, {failed} failed")
-    return failed
+    return check.end()
 
 
 if __name__ == "__main__":

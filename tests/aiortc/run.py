@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
@@ -14,38 +15,36 @@ import time
 import client
 
 
-def main(binary, engine):
+@contextlib.contextmanager
+def service(binary, engine):
+    """A running Loquent; gives its address. Ends the program with a failure when it does not start or panics."""
     env = dict(os.environ, LOQUENT__NET__BIND="127.0.0.1")
-    command = [binary, "serve", "--engine", engine, "--listen", "127.0.0.1:0", "--stop-after", "120"]
-    service = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [binary, "serve", "--engine", engine, "--listen", "127.0.0.1:0", "--stop-after", "300"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = []
-    threading.Thread(target=lambda: log.extend(service.stderr), daemon=True).start()
+    threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
     try:
-        base = None
-        for line in service.stdout:
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
-            if found:
-                base = found.group(0)
-                break
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)
+        base = next((f.group(0) for f in found if f), None)
         if base is None:
             print(f"the service did not start: {''.join(log)[-2000:]}\n\n0 passed, 1 failed")
-            return 1
-        threading.Thread(target=lambda: [None for _ in service.stdout], daemon=True).start()
+            sys.exit(1)
+        threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True).start()
         time.sleep(0.5)
-        failed = asyncio.run(client.main(base, 8.0, ""))
+        yield base
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
         if "panicked" in "".join(log):
             print(f"the service panicked: {''.join(log)[-2000:]}\n\n0 passed, 1 failed")
-            return 1
-        return failed
-    finally:
-        service.terminate()
-        try:
-            service.wait(15)
-        except subprocess.TimeoutExpired:
-            service.kill()
+            sys.exit(1)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python tests/aiortc/run.py PATH/TO/loquent [card|pocket]")
-    sys.exit(1 if main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "card") else 0)
+    with service(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "card") as base:
+        sys.exit(1 if asyncio.run(client.main(base, 8.0, "")) else 0)

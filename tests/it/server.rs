@@ -27,7 +27,7 @@ const CARD: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/web/car
 /// A running service with the test card; ends when dropped.
 pub(crate) struct House {
     pub(crate) address: SocketAddr,
-    service: Arc<Service>,
+    pub(crate) service: Arc<Service>,
     stop: CancellationToken,
     http: Option<JoinHandle<()>>,
 }
@@ -42,15 +42,24 @@ pub(crate) async fn house(change: impl FnOnce(&mut Config)) -> House {
     house_with(change, || Ok(avatar::test_card())).await
 }
 
-async fn house_with(
+pub(crate) async fn house_with(
     change: impl FnOnce(&mut Config),
+    build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+) -> House {
+    house_of(change, |_| {}, build).await
+}
+
+pub(crate) async fn house_of(
+    change: impl FnOnce(&mut Config),
+    change_net: impl FnOnce(&mut net::Config),
     build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
     let mut config = Config { listen: "127.0.0.1:0".into(), ..Config::default() };
     change(&mut config);
     let settings = engine::Config::default();
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
-    let net = net::Config { bind: vec!["127.0.0.1".parse().unwrap()], ..net::Config::default() };
+    let mut net = net::Config { bind: vec!["127.0.0.1".parse().unwrap()], ..net::Config::default() };
+    change_net(&mut net);
     let rooms = Rooms {
         engine: engine.await.unwrap().unwrap(),
         engine_name: "card",
@@ -75,8 +84,8 @@ async fn house_with(
 
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    headers: BTreeMap<String, String>,
-    body: Vec<u8>,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Answer {
@@ -128,7 +137,12 @@ fn parse(bytes: &[u8]) -> Answer {
     let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
     let mut lines = head.lines();
     let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
-    let headers = lines.filter_map(|l| l.split_once(": ")).map(|(n, v)| (n.to_ascii_lowercase(), v.into())).collect();
+    let mut headers = BTreeMap::<String, String>::new();
+    for (name, value) in lines.filter_map(|l| l.split_once(": ")) {
+        // Repeated headers become one list, as they may.
+        let all = headers.entry(name.to_ascii_lowercase()).or_default();
+        *all = if all.is_empty() { value.into() } else { format!("{all}, {value}") };
+    }
     Answer { status, headers, body: bytes[end + 4..].to_vec() }
 }
 
@@ -153,8 +167,8 @@ fn offer() -> String {
     )
 }
 
-const SDP: &str = "application/sdp";
-const FRAGMENT: &str = "application/trickle-ice-sdpfrag";
+pub(crate) const SDP: &str = "application/sdp";
+pub(crate) const FRAGMENT: &str = "application/trickle-ice-sdpfrag";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_and_its_files_come_with_their_types_and_a_strict_policy() {

@@ -1,0 +1,182 @@
+//! `/v1/sessions/{id}/publish`: carries a session to other people's WHIP servers, which then show it to thousands.
+//!
+//! | route | what |
+//! | --- | --- |
+//! | `POST` `{"url", "token"}` | begins; 201 with `Location` and how it stands |
+//! | `GET` | all of this session, also those given up, until they are deleted or the session ends |
+//! | `GET`, `DELETE …/{publication}` | how one stands; ends it, tells the other server, and answers when it has |
+
+use super::{Service, error::ApiError, rtc, sessions};
+use crate::{
+    net::{Publication, PublishState, Target},
+    session::SessionId,
+};
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Instant,
+};
+
+/// Publications of one session at once, those given up included.
+const MOST: usize = 4;
+const MAX_BODY: usize = 16 * 1024;
+
+struct Entry {
+    url: String,
+    publication: Publication,
+}
+
+/// All publications, by session and their own id.
+#[derive(Default)]
+pub(super) struct Publications(Mutex<HashMap<SessionId, HashMap<String, Arc<Entry>>>>);
+
+impl Publications {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, HashMap<String, Arc<Entry>>>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Those of sessions that are over go with them.
+    fn sweep(&self, service: &Service) {
+        self.lock().retain(|id, _| service.rooms.sessions.get(id).is_some());
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    url: String,
+    #[serde(default)]
+    token: String,
+}
+
+/// How a publication stands.
+#[derive(Serialize)]
+struct Told<'a> {
+    id: &'a str,
+    url: &'a str,
+    /// `connecting`, `live`, `waiting` (tried again after a pause), `failed` (given up), `stopped`.
+    state: &'static str,
+    /// Why it waits or failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    /// Seconds in this state.
+    since_s: f64,
+    attempts: u32,
+}
+
+fn told<'a>(id: &'a str, entry: &'a Entry) -> Told<'a> {
+    let status = entry.publication.status();
+    let (state, reason) = match status.state {
+        PublishState::Connecting => ("connecting", None),
+        PublishState::Live => ("live", None),
+        PublishState::Waiting(why) => ("waiting", Some(why)),
+        PublishState::Failed(why) => ("failed", Some(why)),
+        PublishState::Stopped => ("stopped", None),
+    };
+    let since_s = (Instant::now().saturating_duration_since(status.since).as_secs_f64() * 10.0).round() / 10.0;
+    Told { id, url: &entry.url, state, reason, since_s, attempts: status.attempts }
+}
+
+/// `POST /v1/sessions/{id}/publish`
+pub(super) async fn begin(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let handle = sessions::authorised(&service, &id, &headers)?;
+    service.publications.sweep(&service);
+    let too_large = || format!("The request is larger than {} KiB.", MAX_BODY / 1024);
+    let body = super::read_body(body, MAX_BODY, too_large).await?;
+    let wanted: Wanted = serde_json::from_slice(&body).map_err(|e| {
+        ApiError::bad_request("malformed_json", format!("Send {{\"url\": …, \"token\": …}} as JSON: {e}."))
+    })?;
+    let url = target(&service, &wanted.url)?;
+    let mut all = service.publications.lock();
+    let of_session = all.entry(handle.id().clone()).or_default();
+    if of_session.len() >= MOST {
+        let why = format!("A session can have {MOST} publications. Delete one that is not needed any more.");
+        return Err(ApiError::new(StatusCode::CONFLICT, "too_many_publications", why));
+    }
+    // What is shown again has no credentials in it.
+    let mut shown = url.clone();
+    let _ = shown.set_password(None);
+    shown.set_query(None);
+    let target = Target { url, token: wanted.token };
+    let publication = service.rooms.net.publish(target, handle).map_err(rtc::net_error)?;
+    let name = format!("{:032x}", rand::random::<u128>());
+    let entry = Arc::new(Entry { url: shown.to_string(), publication });
+    of_session.insert(name.clone(), entry.clone());
+    drop(all);
+    let location = format!("/v1/sessions/{id}/publish/{name}");
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(told(&name, &entry))).into_response())
+}
+
+/// The address to publish to.
+fn target(service: &Service, url: &str) -> Result<url::Url, ApiError> {
+    let bad = |why: String| ApiError::unusable("bad_url", why);
+    let url: url::Url = url.parse().map_err(|e| bad(format!("The url cannot be read: {e}.")))?;
+    let host = url.host_str().unwrap_or_default();
+    if !["http", "https"].contains(&url.scheme()) || host.is_empty() {
+        return Err(bad("The url must begin with https:// or http:// and name a host.".into()));
+    }
+    if !service.config.publish_hosts.iter().any(|h| h == "*" || h.eq_ignore_ascii_case(host)) {
+        return Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "host_not_allowed",
+            format!("This service may not publish to {host}; server.publish_hosts names where it may."),
+        ));
+    }
+    Ok(url)
+}
+
+/// `GET /v1/sessions/{id}/publish`
+pub(super) async fn list(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let handle = sessions::authorised(&service, &id, &headers)?;
+    let all = service.publications.lock();
+    let mine = all.get(handle.id()).into_iter().flatten();
+    Ok(Json(mine.map(|(name, entry)| told(name, entry)).collect::<Vec<_>>()).into_response())
+}
+
+fn find(service: &Service, id: &SessionId, name: &str) -> Result<Arc<Entry>, ApiError> {
+    let found = service.publications.lock().get(id).and_then(|all| all.get(name)).cloned();
+    found.ok_or_else(|| ApiError::not_found("no_such_publication", "This session has no publication of this id."))
+}
+
+/// `GET /v1/sessions/{id}/publish/{publication}`
+pub(super) async fn one(
+    State(service): State<Arc<Service>>,
+    Path((id, name)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let handle = sessions::authorised(&service, &id, &headers)?;
+    let entry = find(&service, handle.id(), &name)?;
+    Ok(Json(told(&name, &entry)).into_response())
+}
+
+/// `DELETE /v1/sessions/{id}/publish/{publication}`
+pub(super) async fn end(
+    State(service): State<Arc<Service>>,
+    Path((id, name)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let handle = sessions::authorised(&service, &id, &headers)?;
+    let entry = find(&service, handle.id(), &name)?;
+    entry.publication.stop().await;
+    if let Some(all) = service.publications.lock().get_mut(handle.id()) {
+        all.remove(&name);
+    }
+    Ok(Json(told(&name, &entry)).into_response())
+}
