@@ -19,6 +19,7 @@ mod out;
 mod packetise;
 mod peer;
 mod ports;
+mod publish;
 mod sdp;
 mod shared;
 mod speech;
@@ -27,6 +28,8 @@ mod traffic;
 
 pub use config::{Config, IceServer};
 pub use error::NetError;
+pub use publish::{Publication, PublishState, PublishStatus, Target};
+pub use reqwest::Url;
 pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 
 use std::sync::Arc;

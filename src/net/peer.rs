@@ -23,6 +23,7 @@ use rtc::{
         transport::{RTCDtlsTransportState, RTCIceCandidateInit},
     },
     rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit, rtp_sender::RtpCodecKind},
+    statistics::StatsSelector,
 };
 use std::{
     future::Future,
@@ -72,7 +73,7 @@ pub type Link = (Peer, mpsc::Receiver<LinkEvent>, Arc<dyn LinkOut>);
 pub(super) async fn answer(config: &Config, lease: Lease, offer: Checked) -> Result<(Link, String), NetError> {
     // Parsed once before any socket is opened.
     guarded(async { RTCSessionDescription::offer(offer.text.clone()) }).await?.map_err(malformed)?;
-    let mut draft = Draft::new(config, &config.ice_servers, lease, offer.shape).await?;
+    let mut draft = Draft::new(config, &config.ice_servers, lease, (offer.shape, offer.dtls_client)).await?;
     let negotiated = guarded(draft.negotiate(&offer)).await.and_then(|result| result);
     let (agreed, answer) = draft.or_close(negotiated).await?;
     let mut answer = sdp::publish(&answer, &config.public_ips);
@@ -93,7 +94,7 @@ pub struct Offering {
 /// Opens a connection that offers voice and face, nothing back. `servers` are used beside the configured ones.
 pub(super) async fn offer(config: &Config, servers: &[IceServer], lease: Lease) -> Result<Offering, NetError> {
     let servers = [&config.ice_servers[..], servers].concat();
-    let mut draft = Draft::new(config, &servers, lease, Shape::Whep).await?;
+    let mut draft = Draft::new(config, &servers, lease, (Shape::Whep, false)).await?;
     let offered = draft.offer().await.map_err(NetError::stack);
     let (tracks, sdp) = draft.or_close(offered).await?;
     let sdp = sdp::publish(&sdp, &config.public_ips);
@@ -157,7 +158,12 @@ struct Draft {
 }
 
 impl Draft {
-    async fn new(config: &Config, servers: &[IceServer], lease: Lease, shape: Shape) -> Result<Draft, NetError> {
+    async fn new(
+        config: &Config,
+        servers: &[IceServer],
+        lease: Lease,
+        (shape, dtls_client): (Shape, bool),
+    ) -> Result<Draft, NetError> {
         let (events, event_rx) = Events::new();
         let random = || rand::rng().random::<u32>();
         // Nobody encodes for one viewer among many: its estimate only decides when it must go without, so it begins with
@@ -189,7 +195,7 @@ impl Draft {
             microphone: AtomicBool::new(shape == Shape::Whep),
             messages: Mutex::new(None),
         });
-        let pc = stack::build(config, servers, &lease, shape, shared.clone(), handler.clone()).await?;
+        let pc = stack::build(config, servers, &lease, (shape, dtls_client), shared.clone(), handler.clone()).await?;
         Ok(Draft {
             pc,
             face: track(RtpCodecKind::Video, h264(), shared.video.0, Some(shared.video_rtx)),
@@ -458,7 +464,7 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
 /// By what the other side's goodbye is seen.
 enum End {
     Sends(Arc<dyn RtpSender>),
-    /// The receiver exists once the first packet has come.
+    /// A receiver exists only once its first packet has come; the statistics know the transport from the start.
     Receives(Arc<dyn PeerConnection>),
 }
 
@@ -469,16 +475,17 @@ impl End {
         let mut ticks = tokio::time::interval(Duration::from_millis(250));
         loop {
             ticks.tick().await;
-            let transport = match &self {
-                End::Sends(sender) => sender.transport().await,
-                End::Receives(pc) => match pc.get_receivers().await.first() {
-                    Some(receiver) => receiver.transport().await,
-                    None => continue,
+            let state = match &self {
+                End::Sends(sender) => match sender.transport().await {
+                    Ok(Some(transport)) => transport.state().await.ok(),
+                    _ => None,
                 },
+                End::Receives(pc) => {
+                    let report = pc.get_stats(Instant::now(), StatsSelector::None).await;
+                    report.transport().map(|t| t.dtls_state)
+                }
             };
-            if let Ok(Some(transport)) = transport
-                && let Ok(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = transport.state().await
-            {
+            if let Some(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = state {
                 return;
             }
         }

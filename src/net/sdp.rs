@@ -34,6 +34,8 @@ pub(super) struct Checked {
     /// Whether we send a voice and a face.
     pub(super) voice: bool,
     pub(super) face: bool,
+    /// The offerer is a DTLS client only (`a=setup:active`, RFC 9725 §4.4.4).
+    pub(super) dtls_client: bool,
 }
 
 /// Checks that `offer` can become what `shape` says.
@@ -55,7 +57,8 @@ pub(super) fn check_offer(offer: &str, shape: Shape) -> Result<Checked, NetError
         (Shape::Whep, "a=sendrecv") => "a=recvonly",
         (_, line) => line,
     });
-    Ok(Checked { shape, text, voice, face })
+    let dtls_client = lines.contains(&"a=setup:active");
+    Ok(Checked { shape, text, voice, face, dtls_client })
 }
 
 /// The lines of a description that has what every one must have.
@@ -131,6 +134,10 @@ fn check_whip<'a>(sections: &[Section<'a>], session: &[&'a str]) -> Result<(bool
         return Err(NetError::NoOpus);
     }
     if let Some(video) = video {
+        // What arrives is told apart by its source alone.
+        if [audio, video].iter().any(|s| s.attribute("ssrc").is_none()) {
+            return Err(NetError::Unsupported("an offer of voice and picture must name its sources (a=ssrc)".into()));
+        }
         if !video.sends(session) {
             return Err(NetError::Unsupported("the video section of a publisher must be sendonly or sendrecv".into()));
         }

@@ -9,7 +9,10 @@ use rtc::{
     ice::mdns::MulticastDnsMode,
     interceptor::{NackGeneratorBuilder, ReceiverReportBuilder, Registry, Slot},
     media_stream::MediaStreamTrack,
-    peer_connection::configuration::{interceptor_registry::configure_twcc_receiver_only, media_engine::*},
+    peer_connection::{
+        configuration::{interceptor_registry::configure_twcc_receiver_only, media_engine::*},
+        transport::RTCDtlsRole,
+    },
     rtp_transceiver::rtp_sender::*,
 };
 use std::{
@@ -24,35 +27,34 @@ use webrtc::{
 /// Between connectivity checks until connected; the library's default of 200 ms is most of the time to connect.
 const CHECK_INTERVAL: Duration = Duration::from_millis(40);
 
-/// Opens the sockets of one connection. `servers` are the STUN and TURN servers to use.
+/// Opens the sockets of one connection. `servers` are the STUN and TURN servers to use; `dtls_client`: the other side is a
+/// DTLS client only.
 pub(super) async fn build(
     config: &Config,
     servers: &[IceServer],
     lease: &Lease,
-    shape: Shape,
+    (shape, dtls_client): (Shape, bool),
     shared: Arc<Shared>,
     handler: Arc<Handler>,
 ) -> Result<Arc<dyn PeerConnection>, NetError> {
     let mut media = MediaEngine::default();
-    media
-        .register_codec(RTCRtpCodecParameters { rtp_codec: opus(), payload_type: 111 }, RtpCodecKind::Audio)
-        .map_err(NetError::stack)?;
-    media
-        .register_codec(RTCRtpCodecParameters { rtp_codec: h264(), payload_type: 102 }, RtpCodecKind::Video)
-        .map_err(NetError::stack)?;
-    let rtx = RTCRtpCodec {
-        mime_type: MIME_TYPE_RTX.into(),
-        clock_rate: 90_000,
-        channels: 0,
-        sdp_fmtp_line: "apt=102".into(),
-        rtcp_feedback: vec![],
-    };
-    media
-        .register_codec(RTCRtpCodecParameters { rtp_codec: rtx, payload_type: 103 }, RtpCodecKind::Video)
-        .map_err(NetError::stack)?;
     if shape == Shape::Whip {
         // A publisher's picture is not looked at, so it may be coded in whatever the library can name.
         media.register_default_codecs().map_err(NetError::stack)?;
+    } else {
+        let rtx = RTCRtpCodec {
+            mime_type: MIME_TYPE_RTX.into(),
+            clock_rate: 90_000,
+            channels: 0,
+            sdp_fmtp_line: "apt=102".into(),
+            rtcp_feedback: vec![],
+        };
+        let ours =
+            [(opus(), 111, RtpCodecKind::Audio), (h264(), 102, RtpCodecKind::Video), (rtx, 103, RtpCodecKind::Video)];
+        for (rtp_codec, payload_type, kind) in ours {
+            let codec = RTCRtpCodecParameters { rtp_codec, payload_type };
+            media.register_codec(codec, kind).map_err(NetError::stack)?;
+        }
     }
     for (typ, parameter) in [("nack", ""), ("nack", "pli"), ("ccm", "fir")] {
         media.register_feedback(RTCPFeedback { typ: typ.into(), parameter: parameter.into() }, RtpCodecKind::Video);
@@ -66,6 +68,8 @@ pub(super) async fn build(
         .with_include_loopback_candidate(config.bind.iter().any(|ip| ip.is_loopback()))
         .with_multicast_dns_mode(MulticastDnsMode::Disabled)
         .with_lite(config.ice_lite)
+        // Unspecified becomes the client's part, as JSEP wants it of whoever answers.
+        .with_answering_dtls_role(if dtls_client { RTCDtlsRole::Server } else { RTCDtlsRole::Unspecified })
         .with_ice_connection_attempts(Some(CHECK_INTERVAL), Some(250))
         .with_ice_timeouts(
             Some(Duration::from_millis(config.interrupted_after_ms)),

@@ -17,6 +17,10 @@ pub struct Config {
     pub cors_origins: Vec<String>,
     /// Connections open at once; more are closed at once.
     pub max_connections: usize,
+    /// WHIP publishers and WHEP players connected at once, of all sessions; more are told to come again.
+    pub connections_max: usize,
+    /// Hosts that sessions may be published to; "*" = every one, empty = none.
+    pub publish_hosts: Vec<String>,
     /// Time a client has to send a request's head; also how long an idle connection is kept.
     pub header_timeout_s: u64,
     /// Time a request may take from its head to its answer.
@@ -53,6 +57,8 @@ impl Default for Config {
             web_dir: String::new(),
             cors_origins: Vec::new(),
             max_connections: 256,
+            connections_max: 100,
+            publish_hosts: vec!["*".into()],
             header_timeout_s: 10,
             request_timeout_s: 20,
             portrait_max_mb: 10,

@@ -10,6 +10,8 @@
 //! | `POST`, `GET /v1/sessions`; `GET`, `PATCH`, `DELETE /v1/sessions/{id}` | sessions of programs |
 //! | `POST /v1/sessions/{id}/token`, `…/interrupt`, `…/live` | a new token; silence now; a two-way page joins |
 //! | `GET /v1/sessions/{id}/ws` | a WebSocket: speech in, events out |
+//! | `POST /v1/sessions/{id}/whip`, `…/whep` | a publisher's or a player's offer (`whip.rs`) |
+//! | `POST /v1/sessions/{id}/publish` | on to another WHIP server (`publish.rs`) |
 //! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
 //! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
 //! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
@@ -27,8 +29,10 @@ mod openapi;
 mod pages;
 mod portraits;
 mod presenters;
+mod publish;
 mod rtc;
 mod sessions;
+mod whip;
 mod ws;
 
 pub use config::{Config, EngineFailure};
@@ -37,23 +41,23 @@ pub use presenters::Presenter;
 use crate::{
     engine::Engine,
     net::Net,
-    session::{self, Registry},
+    session::{self, Registry, SessionId},
 };
 use axum::{
     Router,
     body::{Body, Bytes},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
-    routing::{get, patch, post},
+    routing::{MethodRouter, get, patch, post},
 };
 use error::ApiError;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -82,6 +86,10 @@ pub struct Service {
     sessions: sessions::Sessions,
     /// Places for WebSockets, which leave the count of connections when they begin.
     sockets: Arc<Semaphore>,
+    /// New WHIP and WHEP connections: how fast, and how many at once.
+    offers: Mutex<rtc::Pace>,
+    connections: Arc<Semaphore>,
+    publications: publish::Publications,
     portraits: portraits::Portraits,
     decoders: Semaphore,
     draining: AtomicBool,
@@ -98,6 +106,9 @@ impl Service {
             peers: rtc::Peers::default(),
             sessions: sessions::Sessions::default(),
             sockets: Arc::new(Semaphore::new(config.max_connections)),
+            offers: Mutex::new(rtc::Pace::new(whip::OFFERS, Instant::now())),
+            connections: Arc::new(Semaphore::new(config.connections_max)),
+            publications: publish::Publications::default(),
             rooms,
             config,
         })
@@ -107,6 +118,11 @@ impl Service {
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
         self.rooms.engine.drain();
+    }
+
+    /// A session, for programs that hold the service itself.
+    pub fn session(&self, id: &SessionId) -> Option<session::Handle> {
+        self.rooms.sessions.get(id)
     }
 
     fn presenter(&self, id: &str) -> Option<&Presenter> {
@@ -119,6 +135,7 @@ impl Service {
 
     fn router(self: &Arc<Self>) -> Router {
         let one = patch(rtc::patch).delete(rtc::delete).options(rtc::options_of_one).get(rtc::nothing);
+        let offers = |route: MethodRouter<Arc<Service>>| route.options(rtc::options).get(whip::nothing);
         Router::new()
             .route("/", get(pages::index))
             .route("/{file}", get(pages::file))
@@ -132,6 +149,14 @@ impl Service {
             .route("/v1/sessions/{id}/interrupt", post(sessions::interrupt))
             .route("/v1/sessions/{id}/live", post(sessions::join).options(rtc::options).get(rtc::nothing))
             .route("/v1/sessions/{id}/ws", get(ws::open))
+            .route("/v1/sessions/{id}/whip", offers(post(whip::publish)))
+            .route("/v1/sessions/{id}/whep", offers(post(whip::play)))
+            .route("/v1/sessions/{id}/whip/{connection}", one.clone())
+            .route("/v1/sessions/{id}/whep/{connection}", one)
+            .route("/whip/{id}", offers(post(whip::moved)))
+            .route("/whep/{id}", offers(post(whip::moved)))
+            .route("/v1/sessions/{id}/publish", post(publish::begin).get(publish::list))
+            .route("/v1/sessions/{id}/publish/{publication}", get(publish::one).delete(publish::end))
             .route("/v1/presenters", get(presenters::list))
             .route("/v1/presenters/{file}", get(presenters::picture))
             .route("/v1/portraits", post(presenters::upload))

@@ -110,6 +110,22 @@ fn connection() -> Vec<Op> {
     ]
 }
 
+/// A session on its way to another server.
+fn publication() -> Value {
+    json!({
+        "type": "object",
+        "required": ["id", "url", "state", "since_s", "attempts"],
+        "properties": {
+            "id": text(),
+            "url": text(),
+            "state": { "enum": ["connecting", "live", "waiting", "failed", "stopped"] },
+            "reason": text(),
+            "since_s": { "type": "number" },
+            "attempts": { "type": "integer" },
+        },
+    })
+}
+
 /// Every path of the router with its operations.
 fn paths() -> Vec<(&'static str, Vec<Op>)> {
     let answer = [(201, "The answer; Location and ETag name the connection", SDP, text())];
@@ -164,6 +180,56 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
                 )
                 .takes(JSON, schema("Change")),
                 op("delete", "Ends it; answers when its place is free", &[(204, "Ended", "", json!(0))]),
+            ],
+        ),
+        (
+            "/v1/sessions/{id}/whip",
+            offers(op("post", "Speaks to a session: a WHIP publisher's offer (RFC 9725)", &answer).token()),
+        ),
+        (
+            "/v1/sessions/{id}/whep",
+            offers(op("post", "Watches a session: a WHEP player's offer; 409 while nothing is live", &answer).token()),
+        ),
+        ("/v1/sessions/{id}/whip/{connection}", connection()),
+        ("/v1/sessions/{id}/whep/{connection}", connection()),
+        ("/whip/{id}", offers(op("post", "To the session's WHIP endpoint", &[(307, "There", "", json!(0))]))),
+        ("/whep/{id}", offers(op("post", "To the session's WHEP endpoint", &[(307, "There", "", json!(0))]))),
+        (
+            "/v1/sessions/{id}/publish",
+            vec![
+                op(
+                    "post",
+                    "Carries the session to another WHIP server",
+                    &[(201, "It has begun", JSON, publication())],
+                )
+                .token()
+                .takes(
+                    JSON,
+                    json!({
+                        "type": "object",
+                        "required": ["url"],
+                        "additionalProperties": false,
+                        "properties": { "url": { "type": "string", "format": "uri" }, "token": { "type": "string" } },
+                    }),
+                ),
+                op(
+                    "get",
+                    "All publications of the session",
+                    &[(200, "How they stand", JSON, json!({ "type": "array", "items": publication() }))],
+                )
+                .token(),
+            ],
+        ),
+        (
+            "/v1/sessions/{id}/publish/{publication}",
+            vec![
+                op("get", "One publication", &[(200, "How it stands", JSON, publication())]).token(),
+                op(
+                    "delete",
+                    "Ends it and tells the other server",
+                    &[(200, "How it stood last", JSON, publication())],
+                )
+                .token(),
             ],
         ),
         (

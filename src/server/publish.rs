@@ -8,7 +8,7 @@
 
 use super::{Service, error::ApiError, rtc, sessions};
 use crate::{
-    net::{Publication, PublishState, Target},
+    net::{Publication, PublishState, Target, Url},
     session::SessionId,
 };
 use axum::{
@@ -27,7 +27,6 @@ use std::{
 
 /// Publications of one session at once, those given up included.
 const MOST: usize = 4;
-const MAX_BODY: usize = 16 * 1024;
 
 struct Entry {
     url: String,
@@ -92,13 +91,9 @@ pub(super) async fn begin(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::authorised(&service, &id, &headers)?;
+    let handle = sessions::access(&service, &headers, None, &id)?;
     service.publications.sweep(&service);
-    let too_large = || format!("The request is larger than {} KiB.", MAX_BODY / 1024);
-    let body = super::read_body(body, MAX_BODY, too_large).await?;
-    let wanted: Wanted = serde_json::from_slice(&body).map_err(|e| {
-        ApiError::bad_request("malformed_json", format!("Send {{\"url\": …, \"token\": …}} as JSON: {e}."))
-    })?;
+    let wanted: Wanted = sessions::json(&headers, body).await?;
     let url = target(&service, &wanted.url)?;
     let mut all = service.publications.lock();
     let of_session = all.entry(handle.id().clone()).or_default();
@@ -121,9 +116,9 @@ pub(super) async fn begin(
 }
 
 /// The address to publish to.
-fn target(service: &Service, url: &str) -> Result<url::Url, ApiError> {
+fn target(service: &Service, url: &str) -> Result<Url, ApiError> {
     let bad = |why: String| ApiError::unusable("bad_url", why);
-    let url: url::Url = url.parse().map_err(|e| bad(format!("The url cannot be read: {e}.")))?;
+    let url: Url = url.parse().map_err(|e| bad(format!("The url cannot be read: {e}.")))?;
     let host = url.host_str().unwrap_or_default();
     if !["http", "https"].contains(&url.scheme()) || host.is_empty() {
         return Err(bad("The url must begin with https:// or http:// and name a host.".into()));
@@ -144,7 +139,7 @@ pub(super) async fn list(
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::authorised(&service, &id, &headers)?;
+    let handle = sessions::access(&service, &headers, None, &id)?;
     let all = service.publications.lock();
     let mine = all.get(handle.id()).into_iter().flatten();
     Ok(Json(mine.map(|(name, entry)| told(name, entry)).collect::<Vec<_>>()).into_response())
@@ -161,7 +156,7 @@ pub(super) async fn one(
     Path((id, name)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::authorised(&service, &id, &headers)?;
+    let handle = sessions::access(&service, &headers, None, &id)?;
     let entry = find(&service, handle.id(), &name)?;
     Ok(Json(told(&name, &entry)).into_response())
 }
@@ -172,7 +167,7 @@ pub(super) async fn end(
     Path((id, name)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::authorised(&service, &id, &headers)?;
+    let handle = sessions::access(&service, &headers, None, &id)?;
     let entry = find(&service, handle.id(), &name)?;
     entry.publication.stop().await;
     if let Some(all) = service.publications.lock().get_mut(handle.id()) {

@@ -14,7 +14,7 @@ use crate::{
 };
 use axum::{
     body::Body,
-    extract::{OriginalUri, Path, State},
+    extract::{OriginalUri, Path, RawQuery, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -27,7 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 /// New connections of all sessions together: (at once, per second).
 pub(super) const OFFERS: (f64, f64) = (100.0, 20.0);
 /// A player that comes while the presenter is being prepared waits so long before it is told to come again.
-const PREPARING: Duration = Duration::from_secs(5);
+const PREPARING: Duration = Duration::from_secs(3);
 const COME_AGAIN: Duration = Duration::from_secs(2);
 /// Longest wait from the answer to the connection.
 const CONNECT: Duration = Duration::from_secs(20);
@@ -39,24 +39,24 @@ const SPEECH: usize = 50;
 pub(super) async fn publish(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
+    RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (handle, offer, permit) = admitted(&service, &id, &headers, body).await?;
+    let (handle, offer, permit) = admitted(&service, &id, query.as_deref(), &headers, body).await?;
     let (link, answer) = service.rooms.net.answer_whip(&offer).await.map_err(rtc::net_error)?;
-    let (speech, events) = mpsc::channel(SPEECH);
-    handle.listen(events);
-    Ok(begin(&service, "whip", &id, link, answer, permit, |media| listen(media, speech)))
+    Ok(begin(&service, "whip", &id, link, answer, permit, |media| listen(media, handle)))
 }
 
 /// `POST /v1/sessions/{id}/whep`
 pub(super) async fn play(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
+    RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (handle, offer, permit) = admitted(&service, &id, &headers, body).await?;
+    let (handle, offer, permit) = admitted(&service, &id, query.as_deref(), &headers, body).await?;
     if tokio::time::timeout(PREPARING, live(&handle)).await.is_err() {
         let mut error = ApiError::new(
             StatusCode::CONFLICT,
@@ -91,10 +91,11 @@ pub(super) async fn nothing() -> Response {
 async fn admitted(
     service: &Service,
     id: &str,
+    query: Option<&str>,
     headers: &HeaderMap,
     body: Body,
 ) -> Result<(Handle, String, OwnedSemaphorePermit), ApiError> {
-    let handle = sessions::authorised(service, id, headers)?;
+    let handle = sessions::access(service, headers, query, id)?;
     service.offers.lock().unwrap_or_else(|e| e.into_inner()).take(Instant::now())?;
     let offer = rtc::offer(headers, body).await?;
     let permit = service.connections.clone().try_acquire_owned().map_err(|_| {
@@ -151,17 +152,34 @@ async fn next(events: &mut mpsc::Receiver<LinkEvent>, connected: &mut bool, dead
     event.filter(|event| !matches!(event, LinkEvent::Closed(_)))
 }
 
-/// Hands a publisher's voice to the session until either ends.
-async fn listen((mut events, _out): Media, speech: mpsc::Sender<LinkEvent>) {
+/// Hands a publisher's voice to the session, from when its connection stands until either ends.
+async fn listen((mut events, _out): Media, handle: Handle) {
     let (mut connected, deadline) = (false, Instant::now() + CONNECT);
+    let mut speech: Option<mpsc::Sender<LinkEvent>> = None;
     loop {
-        tokio::select! {
-            event = next(&mut events, &mut connected, deadline) => match event {
-                Some(event @ LinkEvent::Speech(_)) => if speech.send(event).await.is_err() { return },
-                Some(_) => {}
-                None => return,
-            },
-            () = speech.closed() => return,
+        let over = async {
+            match &speech {
+                Some(speech) => speech.closed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let event = tokio::select! {
+            event = next(&mut events, &mut connected, deadline) => event,
+            // The session is over, or another publisher took over.
+            () = over => None,
+        };
+        match (event, &speech) {
+            (Some(LinkEvent::Connected), None) => {
+                let (sender, receiver) = mpsc::channel(SPEECH);
+                handle.listen(receiver);
+                speech = Some(sender);
+            }
+            (Some(event @ LinkEvent::Speech(_)), Some(speech)) => {
+                // An error is seen in the next round.
+                let _ = speech.send(event).await;
+            }
+            (Some(_), _) => {}
+            (None, _) => return,
         }
     }
 }

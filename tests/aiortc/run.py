@@ -16,8 +16,8 @@ import client
 
 
 @contextlib.contextmanager
-def service(binary, engine):
-    """A running Loquent; gives its address. Ends the program with a failure when it does not start or panics."""
+def service(binary, engine, pid=False):
+    """A running Loquent; gives its address, and its process id when asked. Ends the program with a failure when it does not start or panics."""
     env = dict(os.environ, LOQUENT__NET__BIND="127.0.0.1")
     command = [binary, "serve", "--engine", engine, "--listen", "127.0.0.1:0", "--stop-after", "300"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -31,7 +31,7 @@ def service(binary, engine):
             sys.exit(1)
         threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True).start()
         time.sleep(0.5)
-        yield base
+        yield (base, process.pid) if pid else base
     finally:
         process.terminate()
         try:

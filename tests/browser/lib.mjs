@@ -11,7 +11,7 @@ export const ROOT = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '
 const TARGET = process.env.CARGO_TARGET_DIR || path.join(ROOT, 'target');
 export const BINARY = process.env.LOQUENT_BIN || path.join(TARGET, 'release/loquent');
 export const LINK = process.env.LOQUENT_LINK || path.join(TARGET, 'release/examples/link');
-const TOOLS = process.env.LOQUENT_TEST_TOOLS || path.join(TARGET, 'test-tools');
+export const TOOLS = process.env.LOQUENT_TEST_TOOLS || path.join(TARGET, 'test-tools');
 export const OUT = path.join(path.dirname(fileURLToPath(import.meta.url)), 'out');
 fs.mkdirSync(OUT, { recursive: true });
 

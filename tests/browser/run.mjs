@@ -6,7 +6,7 @@ import http from 'node:http';
 import path from 'node:path';
 import { spawnSync } from 'node:child_process';
 import {
-  BINARY, Checks, OUT, ROOT, browser, bursts, following, gaps, link, onsets, percentile, round, row, serve, shift, sleep,
+  BINARY, Checks, OUT, ROOT, TOOLS, browser, bursts, following, gaps, link, onsets, percentile, round, row, serve, shift, sleep,
   speech, start, visit,
 } from './lib.mjs';
 
@@ -223,6 +223,114 @@ async function file(checks) {
   }
 }
 
+// ---- WHIP and WHEP with the npm package whip-whep -----------------------------------------------------------------------
+
+/** A page of another site publishes the microphone and plays the presenter, by clients that are not ours. */
+async function whip(checks) {
+  const service = await serve({ engine: engineOr('card'), settings: { 'server.cors_origins': '*' }, seconds: 120 });
+  const folder = path.join(TOOLS, 'node_modules/whip-whep');
+  const site = http.createServer((request, response) => {
+    const script = /^\/(whip|whep)\.js$/.exec(request.url);
+    if (script) return response.setHeader('content-type', 'text/javascript').end(fs.readFileSync(path.join(folder, script[0])));
+    return response.setHeader('content-type', 'text/html').end('<!doctype html><video autoplay></video>');
+  });
+  await new Promise((done) => site.listen(0, '127.0.0.1', done));
+  const chromium = await browser(bursts(24));
+  try {
+    const made = await fetch(`${service.base}/v1/sessions`, { method: 'POST', headers: { 'content-type': 'application/json' }, body: '{}' });
+    const session = await made.json();
+    checks.add('session', made.status, '201', made.status === 201);
+    const page = await chromium.context.newPage();
+    const said = [];
+    page.on('pageerror', (e) => said.push(String(e)));
+    await page.goto(`http://127.0.0.1:${site.address().port}/`);
+    const seen = await page.evaluate(async ({ here, token }) => {
+      const { WHIPClient } = await import('/whip.js');
+      const { WHEPClient } = await import('/whep.js');
+      const asked = [];
+      const plain = window.fetch;
+      window.fetch = async (url, options = {}) => {
+        const answer = await plain(url, options);
+        asked.push([options.method || 'GET', new URL(url).pathname.split('/')[4], answer.status, options.headers?.['If-Match'] || '', answer.headers.get('etag') || '']);
+        return answer;
+      };
+      const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+      const connected = async (pc) => {
+        for (let i = 0; i < 100 && pc.connectionState !== 'connected'; i++) await wait(100);
+        return pc.connectionState;
+      };
+      const microphone = await navigator.mediaDevices.getUserMedia({ audio: true });
+      const up = new RTCPeerConnection({ bundlePolicy: 'max-bundle' });
+      up.addTransceiver(microphone.getAudioTracks()[0], { direction: 'sendonly', streams: [microphone] });
+      const publisher = new WHIPClient();
+      await publisher.publish(up, `${here}/whip`, token);
+      const down = new RTCPeerConnection({ bundlePolicy: 'max-bundle' });
+      down.addTransceiver('audio', { direction: 'recvonly' });
+      down.addTransceiver('video', { direction: 'recvonly' });
+      const stream = new MediaStream();
+      down.ontrack = (event) => stream.addTrack(event.track);
+      const player = new WHEPClient();
+      await player.view(down, `${here}/whep`, token);
+      const states = [await connected(up), await connected(down)];
+      const video = document.querySelector('video');
+      video.srcObject = stream;
+      await video.play();
+      let frames = 0;
+      const count = () => { frames += 1; video.requestVideoFrameCallback(count); };
+      video.requestVideoFrameCallback(count);
+      const sound = new AudioContext();
+      const ear = sound.createAnalyser();
+      sound.createMediaStreamSource(stream).connect(ear);
+      const level = () => {
+        const samples = new Float32Array(ear.fftSize);
+        ear.getFloatTimeDomainData(samples);
+        return Math.max(...samples.map(Math.abs));
+      };
+      let loud = 0;
+      const listen = async (ms) => {
+        for (let i = 0; i < ms / 20; i++) {
+          loud += level() > 0.05;
+          await wait(20);
+        }
+      };
+      await listen(5000);
+      const first = { frames, loud, size: [video.videoWidth, video.videoHeight] };
+      await publisher.restart();
+      await player.restart();
+      await wait(1500);
+      [frames, loud] = [0, 0];
+      await listen(4000);
+      const second = { frames, loud, states: [up.connectionState, down.connectionState] };
+      await publisher.stop();
+      await player.stop();
+      await wait(300);
+      return { asked, states, first, second };
+    }, { here: `${service.base}/v1/sessions/${session.id}`, token: session.token });
+    const calls = (method, kind) => seen.asked.filter((a) => a[0] === method && a[1] === kind);
+    for (const kind of ['whip', 'whep']) {
+      checks.add(`${kind}: POST`, calls('POST', kind).map((a) => a[2]), '201', calls('POST', kind)[0]?.[2] === 201);
+      checks.add(`${kind}: the ETag can be read by the page`, calls('POST', kind)[0]?.[4], 'a strong tag', /^"\w+"$/.test(calls('POST', kind)[0]?.[4]));
+      const restart = calls('PATCH', kind).find((a) => a[3] === '*');
+      checks.add(`${kind}: restart with If-Match *`, restart?.[2], '200 and a new tag', restart?.[2] === 200 && restart[4] !== calls('POST', kind)[0][4]);
+      checks.add(`${kind}: DELETE`, calls('DELETE', kind).map((a) => a[2]), '200', calls('DELETE', kind)[0]?.[2] === 200);
+    }
+    const trickle = calls('PATCH', 'whip').filter((a) => a[3] !== '*');
+    checks.add('whip: trickle with If-Match', trickle.map((a) => a[2]), '204', trickle.length > 0 && trickle.every((a) => a[2] === 204 && a[3]));
+    // This version of the player forgets the tag it was given, so its trickle must be refused; it needs none here.
+    checks.note('whep: trickle without If-Match', calls('PATCH', 'whep').filter((a) => a[3] !== '*').map((a) => a[2]));
+    checks.add('connected', seen.states, 'both', seen.states.every((s) => s === 'connected'));
+    checks.add('pictures in 5 s', `${seen.first.frames}, ${seen.first.size}`, 'at least 50', seen.first.frames >= 50 && seen.first.size[0] >= 256);
+    checks.add('the voice is heard', `${seen.first.loud} of 250 looks`, 'bursts', seen.first.loud > 15 && seen.first.loud < 200);
+    checks.add('pictures in 4 s after ICE restarts', seen.second.frames, 'at least 40', seen.second.frames >= 40);
+    checks.add('…and the voice', `${seen.second.loud} of 200 looks`, 'bursts', seen.second.loud > 10);
+    checks.add('errors in the page', said.filter((s) => !/428/.test(s)), 'none but the refused trickle', said.every((s) => /428/.test(s)));
+  } finally {
+    await chromium.close();
+    site.close();
+    await service.stop();
+  }
+}
+
 // ---- bad networks --------------------------------------------------------------------------------------------------
 
 /** A conversation over the link; `script` bends the network. */
@@ -353,8 +461,8 @@ async function dark(checks) {
 
 // ---- which and how -------------------------------------------------------------------------------------------------
 
-const SCENARIOS = { talk, timing, places, file, loss, bottleneck, step, dark };
-const SETS = { ci: ['talk', 'timing', 'places', 'file', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
+const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark };
+const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
 const asked = words.filter((w) => !w.includes('=')).flatMap((w) => SETS[w] || [w]);
 if (!asked.length || asked.some((w) => !SCENARIOS[w])) {
   console.error(`usage: node ${path.relative(ROOT, process.argv[1])} ${[...Object.keys(SETS), ...Object.keys(SCENARIOS)].join(' | ')} [seconds=N] [engine=card|pocket]`);

@@ -8,6 +8,7 @@ both connections, and ends with `N passed, N failed`.
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ gi.require_version("GstWebRTC", "1.0")
 from gi.repository import GLib, Gst, GstSdp, GstWebRTC  # noqa: E402
 
 passed = failed = 0
+AGENTS = []
 
 
 def check(what, value, limit, held):
@@ -46,9 +48,15 @@ class Peer:
 
     def __init__(self, pipeline):
         self.pipe = Gst.parse_launch(pipeline)
+        if not isinstance(self.pipe, Gst.Pipeline):
+            # One element alone comes without a pipeline.
+            element, self.pipe = self.pipe, Gst.Pipeline.new()
+            self.pipe.add(element)
         self.rtc = self.pipe.get_by_name("rtc")
         # libnice leaves loopback out by itself; here it is the only address that is meant.
-        self.rtc.get_property("ice-agent").emit("add-local-ip-address", "127.0.0.1")
+        # (The agent comes without a reference of our own, so the wrapper must never be let go.)
+        AGENTS.append(self.rtc.get_property("ice-agent"))
+        AGENTS[-1].emit("add-local-ip-address", "127.0.0.1")
         self.gathered = threading.Event()
         self.rtc.connect("notify::ice-gathering-state", self.on_gathering)
         self.location = None
@@ -64,8 +72,12 @@ class Peer:
         promise = Gst.Promise.new()
         self.rtc.emit("create-offer", None, promise)
         promise.wait()
-        offer = promise.get_reply().get_value("offer")
-        self.rtc.emit("set-local-description", offer, None)
+        # The description is the reply's, and gone with it.
+        reply = promise.get_reply()
+        offer = reply.get_value("offer")
+        done = Gst.Promise.new()
+        self.rtc.emit("set-local-description", offer, done)
+        done.wait()
         self.gathered.wait(10)
         sdp = self.rtc.get_property("local-description").sdp.as_text()
         status, headers, text = request(url, "POST", sdp.encode(), Content_Type="application/sdp", Authorization=f"Bearer {token}")
@@ -156,10 +168,13 @@ def main(base, seconds):
     for who, peer in (("publisher", publisher), ("player", player)):
         status = peer.end()
         check(f"farewell of the {who}", status, "200", status == 200)
+    request(f"{base}/v1/sessions/{session['id']}", "DELETE")
     loop.quit()
     print(f"\n{passed} passed, {failed} failed")
     return failed
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(sys.argv[1].rstrip("/"), float(sys.argv[2]) if len(sys.argv) > 2 else 5.0) else 0)
+    code = 1 if main(sys.argv[1].rstrip("/"), float(sys.argv[2]) if len(sys.argv) > 2 else 5.0) else 0
+    sys.stdout.flush()
+    os._exit(code)

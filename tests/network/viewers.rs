@@ -1,10 +1,10 @@
 //! Many WHEP players in one light process, for load tests: `viewers --url URL [--token T] [--count N] [--seconds S]`
-//! `[--via PORT]`.
+//! `[--via link] [--cycles N]`.
 //!
 //! Each player offers voice and face, connects, and puts the packets together: an access unit counts when all its packets
 //! came and every unit since a keyframe did, which is what a decoder could show. The first player's stream is decoded.
-//! `--via PORT` puts the first player behind a link (`tests/network/link.rs`): its candidate is rewritten to that port after
-//! `via PEER` has been printed and a line has been read. Ends with one line of JSON; times in milliseconds.
+//! `--via link` puts the first player behind a bad network (`tests/network/link.rs`): prints the server's media port as
+//! `via PORT`, and reads the link's port as a line. `--cycles N`: N players come and go one after the other, and nothing else. Ends with one line of JSON; times in milliseconds.
 
 use openh264::{decoder::Decoder, formats::YUVSource};
 use rtc::{
@@ -27,8 +27,8 @@ use webrtc::{
     peer_connection::*,
 };
 
-/// Packets waited for before a hole is taken for a loss.
-const PATIENCE: usize = 200;
+/// How long a hole is waited for before it is taken for a loss.
+const PATIENCE: Duration = Duration::from_millis(400);
 
 /// What one player saw.
 #[derive(Default)]
@@ -52,6 +52,7 @@ struct Assembly {
     waiting: BTreeMap<u64, rtp::Packet>,
     highest: u64,
     next: Option<u64>,
+    hole: Option<Instant>,
     unit: Vec<u8>,
     whole: bool,
     key: bool,
@@ -84,12 +85,13 @@ impl Assembly {
         while let Some((&first, _)) = self.waiting.first_key_value() {
             let next = self.next.unwrap_or(first);
             if first != next {
-                if self.waiting.len() < PATIENCE {
+                if self.hole.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
                     break;
                 }
                 seen.packets_lost += first - next;
                 self.whole = false;
             }
+            self.hole = None;
             let packet = self.waiting.remove(&first).expect("it is the first");
             self.next = Some(first + 1);
             self.take(&packet.payload);
@@ -201,7 +203,7 @@ struct Player {
     resource: reqwest::Url,
 }
 
-async fn connect(client: &reqwest::Client, url: &reqwest::Url, token: &str, decode: bool, via: Option<u16>) -> Player {
+async fn connect(client: &reqwest::Client, url: &reqwest::Url, token: &str, decode: bool, via: bool) -> Player {
     let mut media = MediaEngine::default();
     media.register_default_codecs().unwrap();
     let registry = configure_twcc_receiver_only(Registry::new(), &mut media)
@@ -238,7 +240,7 @@ async fn connect(client: &reqwest::Client, url: &reqwest::Url, token: &str, deco
     pc.set_local_description(offer).await.unwrap();
     gathered.wait_for(|g| *g).await.unwrap();
     let mut offer = pc.local_description().await.unwrap().sdp;
-    if via.is_some() {
+    if via {
         // The server must not reach us past the link.
         offer = offer.lines().filter(|l| !l.starts_with("a=candidate")).map(|l| format!("{l}\r\n")).collect();
     }
@@ -248,12 +250,13 @@ async fn connect(client: &reqwest::Client, url: &reqwest::Url, token: &str, deco
     let location = response.headers().get("location").map(|l| l.to_str().unwrap().to_string());
     let mut answer = response.text().await.unwrap();
     assert!(status == 201, "{status}: {answer}");
-    if let Some(via) = via {
+    if via {
         let line = answer.lines().find(|l| l.starts_with("a=candidate:") && l.contains(" udp ")).expect("a candidate");
         let port = line.split(' ').nth(5).unwrap().to_string();
         println!("via {port}");
-        std::io::stdin().lock().read_line(&mut String::new()).unwrap();
-        answer = answer.replace(&format!(" 127.0.0.1 {port} "), &format!(" 127.0.0.1 {via} "));
+        let mut other = String::new();
+        std::io::stdin().lock().read_line(&mut other).unwrap();
+        answer = answer.replace(&format!(" 127.0.0.1 {port} "), &format!(" 127.0.0.1 {} ", other.trim()));
     }
     pc.set_remote_description(RTCSessionDescription::answer(answer).unwrap()).await.unwrap();
     Player { pc, seen, state, resource: url.join(&location.expect("a Location")).unwrap() }
@@ -276,11 +279,23 @@ async fn main() {
     let url: reqwest::Url = get("--url", "").parse().expect("--url http://…/whep");
     let (token, count) = (get("--token", ""), get("--count", "1").parse::<usize>().unwrap());
     let seconds: f64 = get("--seconds", "10").parse().unwrap();
-    let via = arguments.get("--via").map(|p| p.parse().unwrap());
+    let via = arguments.contains_key("--via");
     let client = reqwest::Client::new();
+    for n in 0..get("--cycles", "0").parse().unwrap() {
+        let mut player = connect(&client, &url, &token, false, false).await;
+        let wait = player.state.wait_for(|s| *s == RTCPeerConnectionState::Connected);
+        assert!(tokio::time::timeout(Duration::from_secs(20), wait).await.is_ok(), "a player did not connect");
+        if n % 2 == 0 {
+            let _ = client.delete(player.resource.clone()).bearer_auth(&token).send().await;
+        }
+        let _ = player.pc.close().await;
+    }
+    if arguments.contains_key("--cycles") {
+        return;
+    }
     let mut players = vec![];
     for n in 0..count {
-        players.push(connect(&client, &url, &token, n == 0, via.filter(|_| n == 0)).await);
+        players.push(connect(&client, &url, &token, n == 0, via && n == 0).await);
     }
     for player in &mut players {
         let wait = player.state.wait_for(|s| *s == RTCPeerConnectionState::Connected);
