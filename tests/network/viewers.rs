@@ -204,8 +204,23 @@ struct Player {
 }
 
 async fn connect(client: &reqwest::Client, url: &reqwest::Url, token: &str, decode: bool, via: bool) -> Player {
+    // Nothing but what is looked at, so that other servers send that as well.
     let mut media = MediaEngine::default();
-    media.register_default_codecs().unwrap();
+    let codec = |mime: &str, clock_rate, channels, fmtp: &str| RTCRtpCodec {
+        mime_type: mime.into(),
+        clock_rate,
+        channels,
+        sdp_fmtp_line: fmtp.into(),
+        rtcp_feedback: vec![],
+    };
+    let h264 = "level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f";
+    for (rtp_codec, payload_type, kind) in [
+        (codec(MIME_TYPE_OPUS, 48_000, 2, "minptime=10;useinbandfec=1"), 111, RtpCodecKind::Audio),
+        (codec(MIME_TYPE_H264, 90_000, 0, h264), 102, RtpCodecKind::Video),
+        (codec(MIME_TYPE_RTX, 90_000, 0, "apt=102"), 103, RtpCodecKind::Video),
+    ] {
+        media.register_codec(RTCRtpCodecParameters { rtp_codec, payload_type }, kind).unwrap();
+    }
     let registry = configure_twcc_receiver_only(Registry::new(), &mut media)
         .unwrap()
         .with(Slot::NackGenerator, NackGeneratorBuilder::new().build())
