@@ -4,7 +4,6 @@ mod batch;
 mod checkpoints;
 mod codec;
 mod config;
-mod conformance;
 mod engine;
 mod files;
 mod hostile;
