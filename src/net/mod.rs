@@ -28,9 +28,9 @@ mod traffic;
 
 pub use config::{Config, IceServer};
 pub use error::NetError;
+pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 pub use publish::{Publication, PublishState, PublishStatus, Target};
 pub use reqwest::Url;
-pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 
 use std::sync::Arc;
 

@@ -294,7 +294,8 @@ async fn refusal(response: Response) -> Ended {
     let after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.trim().parse().ok());
     let words = bounded(response).await.unwrap_or_default();
     let why = format!("the server answered {status} {}", super::error::short(words)).trim_end().to_string();
-    let patience = [StatusCode::REQUEST_TIMEOUT, StatusCode::CONFLICT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
+    let patience =
+        [StatusCode::REQUEST_TIMEOUT, StatusCode::CONFLICT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
     if status.is_server_error() || patience.contains(&status) {
         Ended::Lost(why, after.map(Duration::from_secs))
     } else {

@@ -224,12 +224,8 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
             "/v1/sessions/{id}/publish/{publication}",
             vec![
                 op("get", "One publication", &[(200, "How it stands", JSON, publication())]).token(),
-                op(
-                    "delete",
-                    "Ends it and tells the other server",
-                    &[(200, "How it stood last", JSON, publication())],
-                )
-                .token(),
+                op("delete", "Ends it and tells the other server", &[(200, "How it stood last", JSON, publication())])
+                    .token(),
             ],
         ),
         (

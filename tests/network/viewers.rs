@@ -279,7 +279,8 @@ async fn connect(client: &reqwest::Client, url: &reqwest::Url, token: &str, deco
 
 fn cpu() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<f64> = stat.rsplit(") ").next().unwrap_or("").split(' ').map(|f| f.parse().unwrap_or(0.0)).collect();
+    let fields: Vec<f64> =
+        stat.rsplit(") ").next().unwrap_or("").split(' ').map(|f| f.parse().unwrap_or(0.0)).collect();
     (fields[11] + fields[12]) / 100.0
 }
 
