@@ -4,7 +4,7 @@
 //! file and a list of [`Change`]s, so that everything below works from one value that was complete before anything
 //! started.
 
-use crate::{avatar::s2v, engine, net, server, session, telemetry};
+use crate::{avatar::s2v, engine, net, server, session, telemetry, voice};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -16,6 +16,7 @@ pub struct Config {
     pub engine: engine::Config,
     pub s2v: s2v::Config,
     pub session: session::Config,
+    pub voice: voice::Config,
     pub net: net::Config,
     pub log: telemetry::Config,
 }
@@ -104,6 +105,7 @@ impl Config {
     /// The first sentence.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.server.validate().map_err(ConfigError::Invalid)?;
+        self.voice.validate().map_err(ConfigError::Invalid)?;
         self.net.check().map_err(|e| ConfigError::Invalid(format!("[net] {e}")))?;
         self.s2v.validate().map_err(ConfigError::Invalid)?;
         self.log.validate().map_err(|e| ConfigError::Invalid(e.to_string()))?;

@@ -13,9 +13,10 @@
 //! | --- | --- | --- |
 //! | [`cli`] | the commands; the only place with `anyhow`, the environment, exit codes | everything |
 //! | [`config`] | composes each room's `Config`; load, validate, print | their `Config` types |
-//! | [`server`] | axum: API, pages, health, metrics, shutdown | net, session, engine, avatar, codec, media, edge, telemetry |
+//! | [`server`] | axum: API, pages, health, metrics, shutdown | net, session, voice, engine, avatar, codec, media, edge, telemetry |
 //! | [`net`] | WebRTC: peers, SDP, ICE, tracks, data channel, congestion | session, media, edge, telemetry |
 //! | [`session`] | one conversation: state machine, ingest, playout | engine, avatar, codec, media, edge, telemetry |
+//! | [`voice`] | text to sound: a local command or a speech endpoint, sentence by sentence | media, edge, telemetry |
 //! | [`engine`] | one thread per device: slots, admission, health, warm-up | avatar, media, edge, telemetry |
 //! | [`avatar`] | the `Generator` trait and its implementations | model, codec, media |
 //! | [`model`] | the networks as maths; candle lives here | (candle only) |
@@ -77,3 +78,4 @@ pub mod net;
 pub mod server;
 pub mod session;
 pub mod telemetry;
+pub mod voice;

@@ -1,6 +1,7 @@
 // The page: what the visitor sees and presses. The conversation itself is in live.js.
 
 import { Live, LiveProblem, canPlay } from './live.js';
+import { t, told as toldBy, translate } from './i18n.js';
 import { Meter, microphoneProblem, microphones, openMicrophone } from './meter.js';
 
 const $ = (id) => document.getElementById(id);
@@ -45,7 +46,7 @@ function phase(name, words) {
   // The button that was pressed has gone: focus must not fall back to the top of the page.
   if (running && had === $('start')) $('stop').focus();
   if (!running && had && had.hidden) $('start').focus();
-  $('hint').textContent = HINTS[name] ?? '';
+  $('hint').textContent = t(HINTS[name] ?? '');
   if (name !== 'problem' && name !== 'waiting') $('notice').hidden = true;
   if (words) say(words);
 }
@@ -64,7 +65,7 @@ function notice(title, text, action, onAction) {
 function fail(problem) {
   hangUp();
   phase('problem', problem.title);
-  notice(problem.title, problem.text, problem.code === 'insecure' || problem.code === 'no_h264' ? '' : 'Try again', start);
+  notice(problem.title, problem.text, problem.code === 'insecure' || problem.code === 'no_h264' ? '' : t('Try again'), start);
 }
 
 // ---- presenters ----------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ async function changedPresenter() {
     const talk = live;
     live = null;
     stage.classList.remove('showing');
-    phase('starting', 'Changing the presenter…');
+    phase('starting', t('Changing the presenter…'));
     // The place must be free again before the next conversation asks for one.
     await talk.close();
     if (page.dataset.phase === 'starting' && !live) await converse();
@@ -125,7 +126,7 @@ async function loadPresenters() {
   const known = list.presenters.some((p) => p.id === wanted);
   for (const p of list.presenters) addPresenter(p, p.id === (known ? wanted : list.default));
   if (!list.presenters.length) {
-    $('presenters').innerHTML = '<p class="quiet">No presenters are built in. Use a picture of your own.</p>';
+    $('presenters').innerHTML = `<p class="quiet">${t('No presenters are built in. Use a picture of your own.')}</p>`;
   }
   showPoster();
 }
@@ -138,25 +139,25 @@ async function upload(file) {
   problem('');
   if (!file) return;
   if (file.size > info.portrait_max_bytes) {
-    problem(`The picture is larger than ${Math.round(info.portrait_max_bytes / 1048576)} MB. Make it smaller and try again.`);
+    problem(t('The picture is larger than {mb} MB. Make it smaller and try again.', { mb: Math.round(info.portrait_max_bytes / 1048576) }));
     return;
   }
-  $('upload-label').textContent = 'Sending…';
+  $('upload-label').textContent = t('Sending…');
   try {
     const type = file.type.startsWith('image/') ? file.type : 'application/octet-stream';
     const response = await fetch('/v1/portraits', { method: 'POST', headers: { 'content-type': type }, body: file });
     const told = await response.json();
     if (response.status !== 201) {
-      problem(told.error?.message || 'The server did not accept this picture.');
+      problem(toldBy(told.error?.code, told.error?.message) || t('The server did not accept this picture.'));
       return;
     }
-    const input = addPresenter({ id: told.presenter, name: 'Your picture', thumbnail: URL.createObjectURL(file) }, true);
+    const input = addPresenter({ id: told.presenter, name: t('Your picture'), thumbnail: URL.createObjectURL(file) }, true);
     input.focus();
     await changedPresenter();
   } catch {
-    problem('The picture could not be sent. Check the connection and try again.');
+    problem(t('The picture could not be sent. Check the connection and try again.'));
   } finally {
-    $('upload-label').textContent = 'Use a picture of your own…';
+    $('upload-label').textContent = t('Use a picture of your own…');
     $('file').value = '';
   }
 }
@@ -176,7 +177,7 @@ async function listDevices() {
   const current = microphone?.getAudioTracks()[0]?.getSettings().deviceId;
   const select = $('device');
   select.replaceChildren(...devices.map((d, i) => {
-    const option = new Option(d.label || `Microphone ${i + 1}`, d.deviceId);
+    const option = new Option(d.label || t('Microphone {n}', { n: i + 1 }), d.deviceId);
     option.selected = d.deviceId === current;
     return option;
   }));
@@ -209,14 +210,14 @@ async function start() {
   clearInterval(retryTimer);
   chances = SECOND_CHANCES;
   if (!window.isSecureContext) {
-    fail(new LiveProblem('insecure', 'This address is not secure', `Browsers give microphones only to https:// pages and to this same machine. Open the https:// address of this service, or on its own machine http://localhost:${location.port || 80}/.`));
+    fail(new LiveProblem('insecure', t('This address is not secure'), t('Browsers give microphones only to https:// pages and to this same machine. Open the https:// address of this service, or on its own machine http://localhost:{port}/.', { port: location.port || 80 })));
     return;
   }
   if (!navigator.mediaDevices?.getUserMedia || !canPlay()) {
-    fail(new LiveProblem('no_h264', 'This browser cannot hold the conversation', 'It needs WebRTC with H.264. Use a current Chrome, Edge or Safari; Firefox fetches its H.264 add-on a minute after its first start.'));
+    fail(new LiveProblem('no_h264', t('This browser cannot hold the conversation'), t('It needs WebRTC with H.264. Use a current Chrome, Edge or Safari; Firefox fetches its H.264 add-on a minute after its first start.')));
     return;
   }
-  phase('starting', 'Asking for the microphone…');
+  phase('starting', t('Asking for the microphone…'));
   // Inside the press of the button: browsers let a page play sound only after one.
   video.muted = $('hear').getAttribute('aria-pressed') !== 'true';
   if (!microphone) {
@@ -233,7 +234,7 @@ async function start() {
 }
 
 async function converse() {
-  phase('starting', 'Connecting…');
+  phase('starting', t('Connecting…'));
   server = {};
   state = '';
   const talk = new Live({ presenter: chosen()?.value, stream: microphone, iceServers: info.ice_servers });
@@ -241,10 +242,10 @@ async function converse() {
   const mine = (handle) => (event) => { if (live === talk) handle(event.detail); };
   talk.addEventListener('phase', mine((name) => {
     if (name === 'live') {
-      phase('live', STATES[state] || 'Connected');
+      phase('live', t(STATES[state] || 'Connected'));
       stayAwake();
     } else if (name === 'reconnecting') {
-      phase('reconnecting', 'Connection lost, reconnecting…');
+      phase('reconnecting', t('Connection lost, reconnecting…'));
     }
   }));
   talk.addEventListener('media', mine((media) => {
@@ -266,7 +267,7 @@ async function converse() {
     if (live !== talk) return;
     talk.close();
     const problem = error instanceof LiveProblem ? error
-      : new LiveProblem('browser', 'The connection could not be made', `The browser says: ${error.message}`);
+      : new LiveProblem('browser', t('The connection could not be made'), t('The browser says: {words}', { words: error.message }));
     if (problem.retryAfter) wait(problem);
     else fail(problem);
   }
@@ -283,8 +284,8 @@ function wait(problem) {
     converse();
   };
   // The seconds are for eyes only: a screen reader would read every one of them.
-  const count = () => { $('notice-count').textContent = `Trying again in ${left} s.`; };
-  notice(problem.title, `${problem.text} This page tries again by itself.`, 'Try now', again);
+  const count = () => { $('notice-count').textContent = t('Trying again in {s} s.', { s: left }); };
+  notice(problem.title, t('{text} This page tries again by itself.', { text: problem.text }), t('Try now'), again);
   $('notice-count').hidden = false;
   count();
   retryTimer = setInterval(() => {
@@ -299,12 +300,12 @@ function ended(problem) {
   const lost = problem.code === 'lost' || problem.code === 'connection_lost';
   if (lost && chances > 0) {
     chances -= 1;
-    phase('reconnecting', 'Connection lost, starting anew…');
+    phase('reconnecting', t('Connection lost, starting anew…'));
     converse();
     return;
   }
   if (lost) {
-    fail(new LiveProblem('lost', 'The connection was lost', 'Check the network, then try again.'));
+    fail(new LiveProblem('lost', t('The connection was lost'), t('Check the network, then try again.')));
     return;
   }
   fail(problem);
@@ -319,7 +320,7 @@ function told(message) {
   // Also in the numbers: the channel may have opened after the last change.
   if (message.state && message.state !== state) {
     state = message.state;
-    if (page.dataset.phase === 'live') say(STATES[state] || 'Connected');
+    if (page.dataset.phase === 'live') say(t(STATES[state] || 'Connected'));
   }
 }
 
@@ -340,7 +341,7 @@ function hangUp() {
 
 function stop() {
   hangUp();
-  phase('idle', 'Ready');
+  phase('idle', t('Ready'));
 }
 
 async function stayAwake() {
@@ -378,8 +379,8 @@ let dead = 0;
 function watchSilence(talk, sample) {
   dead = sample.bitrate > 0 ? 0 : dead + 1;
   if (page.dataset.phase !== 'live') return;
-  if (dead === 2) say('Picture interrupted…');
-  else if (dead === 0 && $('status').textContent === 'Picture interrupted…') say(STATES[state] || 'Connected');
+  if (dead === 2) say(t('Picture interrupted…'));
+  else if (dead === 0 && $('status').textContent === t('Picture interrupted…')) say(t(STATES[state] || 'Connected'));
   // A gap this long does not heal by itself more often than a new path is found.
   if (dead === 4) talk.restart();
 }
@@ -400,7 +401,7 @@ async function tick() {
   // The server's figure ends where the picture reaches this device; it is absent while nobody speaks.
   const delay = Number.isFinite(server.delay_ms) ? CAPTURE_MS + server.delay_ms + ownPart : numbers.delayMs;
   Object.assign(numbers, { ...sample, shown, fps, delayMs: delay, playoutMs: ownPart, server });
-  put('n-fps', `${number(fps, 0)} of ${info.engine.fps}`);
+  put('n-fps', t('{n} of {of}', { n: number(fps, 0), of: info.engine.fps }));
   put('n-delay', Number.isFinite(delay) ? `${number(delay)} ms` : '–');
   put('n-held', Number.isFinite(server.frames_held) ? `${server.frames_held} · ${server.frames_skipped ?? 0}` : '–');
   put('n-lost', `${server.lost_in ?? sample.lostUp ?? '–'} · ${sample.lostDown}`);
@@ -414,9 +415,9 @@ async function tick() {
   if (page.dataset.phase === 'live') {
     const muted = $('mute').getAttribute('aria-pressed') === 'true';
     const nothing = !muted && meter.silentFor() > 8;
-    $('hint').textContent = muted ? 'You are muted.'
+    $('hint').textContent = t(muted ? 'You are muted.'
       : server.real_time_factor > 0.95 ? 'The engine cannot keep up on this machine just now: the picture stutters.'
-      : nothing ? 'Nothing is heard from your microphone. Is it switched off, or is another one chosen?' : HINTS.live;
+      : nothing ? 'Nothing is heard from your microphone. Is it switched off, or is another one chosen?' : HINTS.live);
   }
 }
 
@@ -427,7 +428,7 @@ $('stop').addEventListener('click', stop);
 $('mute').addEventListener('click', () => {
   const muted = $('mute').getAttribute('aria-pressed') !== 'true';
   $('mute').setAttribute('aria-pressed', String(muted));
-  $('mute').lastElementChild.textContent = muted ? 'Muted' : 'Mute';
+  $('mute').lastElementChild.textContent = t(muted ? 'Muted' : 'Mute');
   microphone?.getAudioTracks().forEach((t) => { t.enabled = !muted; });
 });
 $('hear').addEventListener('click', () => {
@@ -463,15 +464,18 @@ if (matchMedia('(max-width: 860px)').matches) $('numbers').open = false;
 window.loquent = { numbers, get live() { return live; } };
 
 (async () => {
+  translate();
   try {
     const response = await fetch('/v1/info');
     if (response.ok) info = await response.json();
     stage.style.setProperty('--aspect', String(info.engine.width / info.engine.height));
-    put('n-block', `(${info.engine.name} engine; a block lasts ${info.engine.block_ms} ms)`);
-    if (info.engine.name === 'card') $('own-note').textContent = 'The service runs its test card: no face is made, and a picture only appears in its corner.';
-    if (info.engine.name === 's2v') $('own-note').textContent = `The large model (Wan2.2-S2V) moves photographs and drawings of one person; a picture is cropped to ${info.engine.width} by ${info.engine.height}.`;
+    put('n-block', t('({name} engine; a block lasts {ms} ms)', { name: info.engine.name, ms: info.engine.block_ms }));
+    // The badge in the picture says it already.
+    $('made').hidden = info.engine.badge === true;
+    if (info.engine.name === 'card') $('own-note').textContent = t('The service runs its test card: no face is made, and a picture only appears in its corner.');
+    if (info.engine.name === 's2v') $('own-note').textContent = t('The large model (Wan2.2-S2V) moves photographs and drawings of one person; a picture is cropped to {width} by {height}.', info.engine);
     await loadPresenters();
   } catch {
-    $('presenters').innerHTML = '<p class="quiet">The server does not answer. Is it still running? Reload this page when it is.</p>';
+    $('presenters').innerHTML = `<p class="quiet">${t('The server does not answer. Is it still running? Reload this page when it is.')}</p>`;
   }
 })();

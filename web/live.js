@@ -1,5 +1,7 @@
 // One conversation with the server: offer and answer, trickle, ICE restart, statistics. No page elements here.
 
+import { t, told } from './i18n.js';
+
 /** What went wrong, in words for people; `retryAfter` seconds when trying again by oneself makes sense. */
 export class LiveProblem extends Error {
   constructor(code, title, text, retryAfter = 0) {
@@ -28,7 +30,7 @@ const TITLES = {
 };
 
 /** H.264 constrained baseline first, with its retransmission format; null when this browser has none. */
-function preferredVideo() {
+export function preferredVideo() {
   const known = (RTCRtpReceiver.getCapabilities && RTCRtpReceiver.getCapabilities('video')) || { codecs: [] };
   const h264 = known.codecs.filter((c) => /^video\/h264$/i.test(c.mimeType) && !/packetization-mode=0/i.test(c.sdpFmtpLine || ''));
   if (!h264.length) return null;
@@ -63,19 +65,19 @@ export function withFragment(sdp, fragment) {
 }
 
 async function problemOf(response) {
-  let told = {};
+  let answer = {};
   try {
-    told = await response.json();
+    answer = await response.json();
   } catch { /* not ours: a proxy's page, or nothing */ }
-  const code = told.error?.code || String(response.status);
-  const text = told.error?.message || `The server answered ${response.status}.`;
+  const code = answer.error?.code || String(response.status);
+  const text = told(code, answer.error?.message) || t('The server answered {status}.', { status: response.status });
   if (response.status === 503) {
     const after = Number(response.headers.get('retry-after')) || 5;
-    if (code === 'full') return new LiveProblem(code, 'All places are taken', text, after);
-    if (code === 'draining') return new LiveProblem(code, 'The server is closing', text);
-    return new LiveProblem(code, 'The server cannot serve you now', text);
+    if (code === 'full') return new LiveProblem(code, t('All places are taken'), text, after);
+    if (code === 'draining') return new LiveProblem(code, t('The server is closing'), text);
+    return new LiveProblem(code, t('The server cannot serve you now'), text);
   }
-  return new LiveProblem(code, 'The server did not accept this', text);
+  return new LiveProblem(code, t('The server did not accept this'), text);
 }
 
 /**
@@ -95,8 +97,8 @@ export class Live extends EventTarget {
   async open() {
     const video = preferredVideo();
     if (!video) {
-      throw new LiveProblem('no_h264', 'This browser cannot play the video',
-        'It offers no H.264 for calls. Use a current Chrome, Edge or Safari; Firefox fetches its H.264 add-on a minute after its first start.');
+      throw new LiveProblem('no_h264', t('This browser cannot play the video'),
+        t('It offers no H.264 for calls. Use a current Chrome, Edge or Safari; Firefox fetches its H.264 add-on a minute after its first start.'));
     }
     this.tell('phase', 'connecting');
     const pc = new RTCPeerConnection({ bundlePolicy: 'max-bundle', iceServers: this.iceServers || [] });
@@ -125,7 +127,7 @@ export class Live extends EventTarget {
         method: 'POST', headers: { 'content-type': 'application/sdp' }, body: pc.localDescription.sdp,
       });
     } catch {
-      throw new LiveProblem('unreachable', 'The server does not answer', 'Check that it is still running and that this device is online, then try again.', 5);
+      throw new LiveProblem('unreachable', t('The server does not answer'), t('Check that it is still running and that this device is online, then try again.'), 5);
     }
     if (response.status !== 201) throw await problemOf(response);
     this.location = response.headers.get('location');
@@ -140,8 +142,8 @@ export class Live extends EventTarget {
     // ICE has its own deadlines, but an answer nobody can reach would otherwise only spin.
     this.deadline = setTimeout(() => {
       if (!this.connected) {
-        this.end(new LiveProblem('no_path', 'No connection for sound and picture',
-          'The page reached the server, but its media ports cannot be reached: a firewall or VPN may block UDP. Try another network, or ask whoever runs the server to enable ICE over TCP or a TURN server.'));
+        this.end(new LiveProblem('no_path', t('No connection for sound and picture'),
+          t('The page reached the server, but its media ports cannot be reached: a firewall or VPN may block UDP. Try another network, or ask whoever runs the server to enable ICE over TCP or a TURN server.')));
       }
     }, 15000);
   }
@@ -191,7 +193,7 @@ export class Live extends EventTarget {
   async restart() {
     if (this.closed || this.restarting) return;
     if (!this.connected || this.restarts >= RESTARTS) {
-      this.end(new LiveProblem('lost', 'The connection was lost', 'A new one is being tried.'));
+      this.end(new LiveProblem('lost', t('The connection was lost'), t('A new one is being tried.')));
       return;
     }
     this.restarts += 1;
@@ -205,7 +207,7 @@ export class Live extends EventTarget {
         method: 'PATCH', headers: { 'content-type': FRAGMENT, 'if-match': '*' }, body: this.fragment(this.waiting.splice(0).filter((l) => l !== 'a=')),
       });
       if (response.status === 404 || response.status === 410) {
-        this.end(new LiveProblem('lost', 'The conversation ended', 'The server had already closed it.'));
+        this.end(new LiveProblem('lost', t('The conversation ended'), t('The server had already closed it.')));
         return;
       }
       if (response.status !== 200) throw new Error(`restart answered ${response.status}`);
@@ -238,8 +240,8 @@ export class Live extends EventTarget {
       return;
     }
     if (message.type === 'closed') {
-      const title = TITLES[message.reason] || 'The conversation has ended';
-      this.end(new LiveProblem(message.reason || 'closed', title, message.message || 'The server closed it.'));
+      const title = t(TITLES[message.reason] || 'The conversation has ended');
+      this.end(new LiveProblem(message.reason || 'closed', title, told(message.reason, message.message) || t('The server closed it.')));
       return;
     }
     this.tell('message', message);

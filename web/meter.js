@@ -1,21 +1,23 @@
 // The microphone: asking for it, its level, its devices.
 
+import { t } from './i18n.js';
+
 /** A sentence for whatever getUserMedia threw. */
 export function microphoneProblem(error) {
   switch (error && error.name) {
     case 'NotAllowedError':
     case 'SecurityError':
-      return { title: 'The microphone was refused',
-        text: 'Allow it with the icon beside the address (or in the browser’s settings for this site), then press Start again.' };
+      return { title: t('The microphone was refused'),
+        text: t('Allow it with the icon beside the address (or in the browser’s settings for this site), then press Start again.') };
     case 'NotFoundError':
-      return { title: 'No microphone was found', text: 'Connect one, or switch it on, then press Start again.' };
+      return { title: t('No microphone was found'), text: t('Connect one, or switch it on, then press Start again.') };
     case 'NotReadableError':
     case 'AbortError':
-      return { title: 'The microphone cannot be opened', text: 'Another program may be using it. Close that program, then press Start again.' };
+      return { title: t('The microphone cannot be opened'), text: t('Another program may be using it. Close that program, then press Start again.') };
     case 'OverconstrainedError':
-      return { title: 'The chosen microphone is gone', text: 'Choose another one in the list, then press Start again.' };
+      return { title: t('The chosen microphone is gone'), text: t('Choose another one in the list, then press Start again.') };
     default:
-      return { title: 'The microphone does not work', text: `The browser says: ${(error && error.message) || error}. Try another microphone or another browser.` };
+      return { title: t('The microphone does not work'), text: t('The browser says: {words}. Try another microphone or another browser.', { words: (error && error.message) || error }) };
   }
 }
 

@@ -7,12 +7,14 @@ use super::{
 };
 use crate::{
     avatar,
+    codec::BadgePlace,
     config::{Change, Config},
     engine::{self, Engine, Health, Kind},
     net::Net,
     server::{self, EngineFailure, Presenter, Server, Service},
     session::{Reason, Registry},
     telemetry,
+    voice::Voice,
 };
 use anyhow::Context as _;
 use std::time::Duration;
@@ -92,11 +94,18 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
     // Whatever can be refused cheaply is refused before the model is loaded.
     let net = Net::new(config.net.clone())?;
     let presenters = presenters(&config);
+    let voice = Voice::new(config.voice.clone(), std::env::var(&config.voice.key_variable).ok())?;
+    if config.session.badge == BadgePlace::Off {
+        tracing::warn!(
+            "session.badge is off: nobody can see that the picture is computer-made; many countries ask whoever shows it \
+             to say so"
+        );
+    }
     let engine = {
         let config = config.clone();
         tokio::task::spawn_blocking(move || build(&config)).await.context("the engine's start panicked")??
     };
-    let sessions = Registry::new();
+    let sessions = Registry::of(choice(config.engine.generator).name());
     let service = Service::new(
         config.server.clone(),
         server::Rooms {
@@ -107,6 +116,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
             session_config: config.session.clone(),
             steps: config.engine.steps,
             presenters,
+            voice,
         },
     );
     let server = Server::bind(service.clone()).await?;

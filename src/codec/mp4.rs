@@ -41,6 +41,9 @@ pub enum Mp4Error {
     Changed,
     #[error("the MP4 index cannot be built: {0}")]
     Index(String),
+    /// A limit that was set, not the disk's.
+    #[error("{0}")]
+    Full(String),
 }
 
 type Result<T> = std::result::Result<T, Mp4Error>;

@@ -84,6 +84,8 @@ mod tests {
             at: MediaTime::from_millis(40),
             duration: MediaTime::from_millis(40),
             keyframe: true,
+            width: 64,
+            height: 64,
             data: unit(&[&[0x67, 1, 2, 3], &[0x68, 9], &idr]),
         };
         let packets = stream.video(&video);

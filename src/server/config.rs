@@ -33,6 +33,10 @@ pub struct Config {
     pub portrait_ttl_s: u64,
     /// How long a session's token opens it to new connections.
     pub session_token_ttl_s: u64,
+    /// Where recordings are written; empty = none are made.
+    pub recordings_dir: String,
+    /// Largest recording; 0 = no limit.
+    pub recording_max_mb: u64,
     /// How long conversations may take to end after the service was told to stop.
     pub drain_timeout_s: u64,
     /// What to do when the engine has failed.
@@ -65,6 +69,8 @@ impl Default for Config {
             portraits_kept: 16,
             portrait_ttl_s: 1800,
             session_token_ttl_s: 3600,
+            recordings_dir: String::new(),
+            recording_max_mb: 4000,
             drain_timeout_s: 5,
             engine_failure: EngineFailure::Exit,
         }

@@ -1,6 +1,7 @@
 //! `GET /v1/info`: what a page needs to know before it starts.
 
 use super::Service;
+use crate::codec::BadgePlace;
 use axum::{
     Json,
     extract::State,
@@ -27,6 +28,10 @@ struct EngineInfo<'a> {
     /// Length of one block of video; blocks must be made faster than this.
     block_ms: f64,
     slots: usize,
+    /// Pictures can come without their background (`view=stacked`).
+    matte: bool,
+    /// Pictures wear a badge that says they are computer-made.
+    badge: bool,
 }
 
 #[derive(Serialize)]
@@ -50,6 +55,8 @@ pub(super) async fn info(State(service): State<Arc<Service>>) -> Response {
             fps: g.fps,
             block_ms: g.block_span(1).as_millis_f64(),
             slots: service.rooms.engine.stats().slots,
+            matte: g.matte,
+            badge: service.rooms.session_config.badge != BadgePlace::Off,
         },
         ice_servers: servers.map(|s| Ice { urls: &s.urls, username: &s.username, credential: &s.credential }).collect(),
         portrait_max_bytes: service.config.portrait_max_mb << 20,

@@ -42,6 +42,7 @@ use crate::{
     engine::Engine,
     net::Net,
     session::{self, Registry, SessionId},
+    voice::Voice,
 };
 use axum::{
     Router,
@@ -76,6 +77,8 @@ pub struct Rooms {
     /// Denoising steps; `None` takes the model's default.
     pub steps: Option<usize>,
     pub presenters: Vec<Presenter>,
+    /// What speaks the text of `say`.
+    pub voice: Voice,
 }
 
 /// Everything the routes share.

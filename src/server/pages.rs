@@ -25,12 +25,20 @@ macro_rules! asset {
     };
 }
 
-static ASSETS: [Asset; 6] = [
+static ASSETS: [Asset; 14] = [
     asset!("index.html", "text/html; charset=utf-8"),
     asset!("app.js", "text/javascript; charset=utf-8"),
     asset!("live.js", "text/javascript; charset=utf-8"),
     asset!("meter.js", "text/javascript; charset=utf-8"),
     asset!("style.css", "text/css; charset=utf-8"),
+    asset!("i18n.js", "text/javascript; charset=utf-8"),
+    asset!("player.js", "text/javascript; charset=utf-8"),
+    asset!("matte.js", "text/javascript; charset=utf-8"),
+    asset!("overlay.html", "text/html; charset=utf-8"),
+    asset!("overlay.js", "text/javascript; charset=utf-8"),
+    asset!("bot.html", "text/html; charset=utf-8"),
+    asset!("bot.js", "text/javascript; charset=utf-8"),
+    asset!("stage.css", "text/css; charset=utf-8"),
     asset!("icon.svg", "image/svg+xml"),
 ];
 
@@ -45,8 +53,13 @@ pub(super) async fn file(
     Path(name): Path<String>,
     headers: HeaderMap,
 ) -> Response {
-    // Browsers ask for this name unasked.
-    let name = if name == "favicon.ico" { "icon.svg" } else { name.as_str() };
+    let name = match name.as_str() {
+        // Browsers ask for this name unasked.
+        "favicon.ico" => "icon.svg",
+        "overlay" => "overlay.html",
+        "bot" => "bot.html",
+        name => name,
+    };
     page(&service, name, &headers).await
 }
 

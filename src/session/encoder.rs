@@ -1,20 +1,28 @@
-//! One named thread per presenter that turns pictures into H.264 and hands them to the link. It is fed by a slot that
+//! One named thread per presenter that turns pictures into H.264 and hands them to the sinks. It is fed by a slot that
 //! holds the latest picture only: when it is slow, raw pictures are skipped, never encoded ones.
+//!
+//! Each [`View`] that has a sink is encoded once; that is one nearly always. Every picture wears the badge, every
+//! keyframe the mark that says who made it.
 
-use super::{EncodedVideo, LinkOut, Rung};
+use super::{EncodedVideo, Fan, Rung};
 use crate::{
-    codec::{CodecError, H264Config, VideoEncoder, rgb_to_i420, scale_i420},
+    codec::{
+        Badge, BadgeLanguage, BadgePlace, CodecError, EncodedFrame, H264Config, VideoEncoder, View,
+        marks::{Mark, rfc3339},
+        nothing, scale_i420, view_of,
+    },
     edge::Latest,
     media::{Frame, I420, MediaTime},
 };
 use bytes::Bytes;
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// A picture to encode.
@@ -22,6 +30,14 @@ use std::{
 pub enum Picture {
     Rgb(Frame),
     Planes(I420),
+}
+
+/// What every picture of a session carries.
+#[derive(Clone, Debug, Default)]
+pub struct Look {
+    pub badge: BadgePlace,
+    pub language: BadgeLanguage,
+    pub mark: Mark,
 }
 
 /// One order for the encoder.
@@ -76,11 +92,11 @@ pub struct Encoder {
 const MOST_DELAYS: usize = 250;
 
 impl Encoder {
-    pub fn start(name: &str, link: Arc<dyn LinkOut>) -> std::io::Result<Encoder> {
+    pub fn start(name: &str, fan: Arc<Fan>, look: Look) -> std::io::Result<Encoder> {
         let shared =
             Arc::new(Shared { jobs: Latest::default(), keyframe: AtomicBool::new(false), report: Mutex::default() });
         let inner = shared.clone();
-        let thread = std::thread::Builder::new().name(format!("encode-{name}")).spawn(move || work(&inner, &*link))?;
+        let thread = std::thread::Builder::new().name(format!("encode-{name}")).spawn(move || work(&inner, &fan, &look))?;
         Ok(Encoder { shared, thread: Some(thread) })
     }
 
@@ -121,88 +137,124 @@ impl Drop for Encoder {
     }
 }
 
-fn work(shared: &Shared, link: &dyn LinkOut) {
-    let mut encoder: Option<VideoEncoder> = None;
-    let mut failures = 0;
+/// What one view needs from picture to picture.
+#[derive(Default)]
+struct Desk {
+    encoder: Option<VideoEncoder>,
+    badge: Option<Badge>,
+    failures: u32,
+}
+
+fn work(shared: &Shared, fan: &Fan, look: &Look) {
+    let mut desks: BTreeMap<View, Desk> = BTreeMap::new();
     while let Some(job) = futures::executor::block_on(shared.jobs.take()) {
-        let begun = Instant::now();
         let keyframe = shared.keyframe.swap(false, Ordering::AcqRel);
-        match encode(&mut encoder, &job, keyframe) {
-            Ok(frame) => {
-                failures = 0;
-                let handed = Instant::now();
-                let size = frame.data.len() as u64;
-                let video = EncodedVideo {
-                    at: job.at,
-                    duration: job.duration,
-                    keyframe: frame.keyframe,
-                    data: Bytes::from(frame.data),
-                };
-                link.video(video, job.wall);
-                let mut report = shared.report();
-                report.frames += 1;
-                report.bytes += size;
-                report.encode += handed.saturating_duration_since(begun);
-                if frame.keyframe {
-                    report.keyframes += 1;
-                    report.last_keyframe = Some(handed);
+        let views = fan.views();
+        desks.retain(|view, _| views.contains(view));
+        for (nth, view) in views.into_iter().enumerate() {
+            let begun = Instant::now();
+            let desk = desks.entry(view).or_default();
+            match encode(desk, &job, view, keyframe, look) {
+                Ok((frame, [width, height])) => {
+                    desk.failures = 0;
+                    let handed = Instant::now();
+                    let video = EncodedVideo {
+                        at: job.at,
+                        duration: job.duration,
+                        keyframe: frame.keyframe,
+                        width,
+                        height,
+                        data: Bytes::from(frame.data),
+                    };
+                    fan.show(view, &video, job.wall);
+                    let mut report = shared.report();
+                    report.bytes += video.data.len() as u64;
+                    report.encode += handed.saturating_duration_since(begun);
+                    if frame.keyframe {
+                        report.keyframes += 1;
+                        report.last_keyframe = Some(handed);
+                    }
+                    // A picture counts once, however many views of it there are.
+                    if nth > 0 {
+                        continue;
+                    }
+                    report.frames += 1;
+                    if let Some(spoken) = job.spoken
+                        && report.delays.len() < MOST_DELAYS
+                    {
+                        report.delays.push(handed.saturating_duration_since(spoken));
+                    }
                 }
-                if let Some(spoken) = job.spoken
-                    && report.delays.len() < MOST_DELAYS
-                {
-                    report.delays.push(handed.saturating_duration_since(spoken));
-                }
-            }
-            Err(error) => {
-                // A fresh encoder starts with a keyframe, which is also what the viewer then needs.
-                encoder = None;
-                failures += 1;
-                tracing::warn!(%error, "a picture could not be encoded");
-                if failures == 10 {
-                    shared.report().failed = Some(error.to_string());
-                    return;
+                Err(error) => {
+                    // A fresh encoder starts with a keyframe, which is also what the viewer then needs.
+                    desk.encoder = None;
+                    desk.failures += 1;
+                    tracing::warn!(%error, "a picture could not be encoded");
+                    if desk.failures == 10 {
+                        shared.report().failed = Some(error.to_string());
+                        return;
+                    }
                 }
             }
         }
     }
 }
 
+/// The access unit and its size in pixels.
 fn encode(
-    encoder: &mut Option<VideoEncoder>,
+    desk: &mut Desk,
     job: &Job,
+    view: View,
     keyframe: bool,
-) -> Result<crate::codec::EncodedFrame, CodecError> {
+    look: &Look,
+) -> Result<(EncodedFrame, [u32; 2]), CodecError> {
     let full;
     let planes = match &job.picture {
         Picture::Rgb(frame) => {
-            full = rgb_to_i420(frame)?;
+            full = view_of(frame, view)?;
             &full
         }
-        Picture::Planes(planes) => planes,
-    };
-    let small;
-    let (width, height) = (job.rung.width, job.rung.height);
-    let planes = if (planes.width, planes.height) == (width, height) {
-        planes
-    } else {
-        small = scale_i420(planes, width, height)?;
-        &small
-    };
-    let fits = |e: &VideoEncoder| {
-        let c = e.config();
-        (c.width, c.height, c.fps) == (width, height, job.fps as f32) && c.max_bitrate >= job.bitrate
-    };
-    if !encoder.as_ref().is_some_and(fits) {
-        *encoder = None;
-    }
-    let encoder = match encoder {
-        Some(e) => e,
-        None => {
-            let (bitrate, max_bitrate) = (job.bitrate, job.max_bitrate);
-            let config = H264Config { width, height, fps: job.fps as f32, bitrate, max_bitrate };
-            encoder.insert(VideoEncoder::new(config)?)
+        Picture::Planes(planes) if view == View::Plain => planes,
+        // Nobody knows what of a portrait is background.
+        Picture::Planes(planes) => {
+            full = nothing(planes.width, planes.height, view)?;
+            &full
         }
     };
-    encoder.set_bitrate(job.bitrate);
-    encoder.encode(planes, job.at, keyframe)
+    let (width, height) = (job.rung.width, view.height(job.rung.height));
+    let mut small = if (planes.width, planes.height) == (width, height) {
+        planes.clone()
+    } else {
+        scale_i420(planes, width, height)?
+    };
+    if !desk.badge.as_ref().is_some_and(|b| b.fits(width, job.rung.height)) {
+        desk.badge = Badge::new(look.badge, look.language, width, job.rung.height)?;
+    }
+    // Where nobody is there is nothing to be marked.
+    if let Some(badge) = desk.badge.as_ref().filter(|_| view == View::Plain || matches!(job.picture, Picture::Rgb(_))) {
+        badge.draw(&mut small);
+    }
+    // The matte costs about a third more.
+    let share = |bits: u32| if view == View::Stacked { bits.saturating_add(bits / 3) } else { bits };
+    let (bitrate, max_bitrate) = (share(job.bitrate), share(job.max_bitrate));
+    let fits = |e: &VideoEncoder| {
+        let c = e.config();
+        (c.width, c.height, c.fps) == (width, height, job.fps as f32) && c.max_bitrate >= bitrate
+    };
+    if !desk.encoder.as_ref().is_some_and(fits) {
+        desk.encoder = None;
+    }
+    let encoder = match &mut desk.encoder {
+        Some(e) => e,
+        None => {
+            let config = H264Config { width, height, fps: job.fps as f32, bitrate, max_bitrate };
+            desk.encoder.insert(VideoEncoder::new(config)?)
+        }
+    };
+    encoder.set_bitrate(bitrate);
+    let mut frame = encoder.encode(&small, job.at, keyframe)?;
+    if frame.keyframe {
+        look.mark.insert(&mut frame.data, &rfc3339(SystemTime::now()));
+    }
+    Ok((frame, [width, height]))
 }

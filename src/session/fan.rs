@@ -12,8 +12,9 @@
 //! encoded. With several, the configured bitrate is made, for what helps one would hurt the others.
 
 use super::{EncodedAudio, EncodedVideo, LinkOut, LinkStats};
-use crate::edge::Counter;
+use crate::{avatar::MatteWish, codec::View, edge::Counter};
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -56,6 +57,8 @@ pub struct Line {
 struct Entry {
     id: u64,
     role: SinkRole,
+    /// Which picture it gets.
+    view: View,
     sink: Arc<dyn LinkOut>,
     /// Gets nothing before the next keyframe.
     waiting: AtomicBool,
@@ -72,6 +75,8 @@ pub struct Fan {
     keyframe: AtomicBool,
     closed: AtomicBool,
     wake: Arc<Notify>,
+    /// Set while a sink's view cuts the presenter out.
+    matte: MatteWish,
     dropped: Counter,
     slowed: Counter,
 }
@@ -85,6 +90,7 @@ pub struct Attachment {
 impl Drop for Attachment {
     fn drop(&mut self) {
         self.fan.lock().retain(|e| e.id != self.id);
+        self.fan.wish_matte();
         self.fan.wake.notify_one();
     }
 }
@@ -101,12 +107,18 @@ impl Fan {
 
     /// Takes a sink on; it begins with the next keyframe, which is asked for. A session that is over closes it at once.
     pub fn attach(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole) -> Attachment {
+        self.attach_as(sink, role, View::Plain)
+    }
+
+    /// As [`Fan::attach`], for another view of the presenter than the whole picture.
+    pub fn attach_as(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole, view: View) -> Attachment {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (waiting, slow) = (AtomicBool::new(true), AtomicBool::new(false));
-        self.lock().push(Arc::new(Entry { id, role, sink: sink.clone(), waiting, slow, asked: Mutex::default() }));
+        self.lock().push(Arc::new(Entry { id, role, view, sink: sink.clone(), waiting, slow, asked: Mutex::default() }));
         if self.closed.load(Ordering::Acquire) {
             sink.close();
         }
+        self.wish_matte();
         self.want_keyframe();
         Attachment { fan: self.clone(), id }
     }
@@ -119,6 +131,37 @@ impl Fan {
 
     pub(super) fn take_keyframe_wish(&self) -> bool {
         self.keyframe.swap(false, Ordering::AcqRel)
+    }
+
+    /// The views that are looked at; the plain one while nobody looks.
+    pub(super) fn views(&self) -> BTreeSet<View> {
+        let mut views: BTreeSet<View> = self.lock().iter().map(|e| e.view).collect();
+        if views.is_empty() {
+            views.insert(View::Plain);
+        }
+        views
+    }
+
+    fn wish_matte(&self) {
+        self.matte.set(self.views().iter().any(|v| v.cuts_out()));
+    }
+
+    /// What the face is opened with, so that it makes mattes while they are looked at.
+    pub(super) fn matte(&self) -> &MatteWish {
+        &self.matte
+    }
+
+    /// Gives a picture to the sinks of its view.
+    pub(super) fn show(&self, view: View, video: &EncodedVideo, wall: Instant) {
+        let sinks = self.sinks();
+        let alone = sinks.iter().filter(|e| e.role != SinkRole::Recorder).count() <= 1;
+        for entry in sinks.iter().filter(|e| e.view == view) {
+            if entry.admits(video.keyframe, alone, wall, self) {
+                entry.sink.video(video.clone(), wall);
+            } else {
+                self.dropped.add(1);
+            }
+        }
     }
 
     /// Sinks now.
@@ -191,15 +234,7 @@ impl Entry {
 /// The encoder and the session speak to all sinks as if they were one.
 impl LinkOut for Fan {
     fn video(&self, video: EncodedVideo, wall: Instant) {
-        let sinks = self.sinks();
-        let alone = sinks.iter().filter(|e| e.role != SinkRole::Recorder).count() <= 1;
-        for entry in sinks {
-            if entry.admits(video.keyframe, alone, wall, self) {
-                entry.sink.video(video.clone(), wall);
-            } else {
-                self.dropped.add(1);
-            }
-        }
+        self.show(View::Plain, &video, wall);
     }
 
     fn audio(&self, audio: EncodedAudio, wall: Instant) {

@@ -40,6 +40,8 @@ pub struct EncodedVideo {
     pub at: MediaTime,
     pub duration: MediaTime,
     pub keyframe: bool,
+    pub width: u32,
+    pub height: u32,
     pub data: Bytes,
 }
 

@@ -18,22 +18,25 @@ mod ledger;
 mod link;
 mod machine;
 mod playout;
+mod recorder;
 mod registry;
 mod run;
 mod speech;
 
 pub use conversation::{Conversation, Effect};
-pub use encoder::{Encoder, EncoderReport, Job, Picture};
+pub use encoder::{Encoder, EncoderReport, Job, Look, Picture};
 pub use fan::{Attachment, Fan, Line, SinkRole};
 pub use ingest::{Ingest, IngestStats};
 pub use ladder::{Ladder, Rung};
 pub use link::{EncodedAudio, EncodedVideo, LinkEvent, LinkOut, LinkStats, SpeechPacket};
 pub use machine::{Input, Machine, Output, Reason, State};
 pub use playout::{Due, Playout, PlayoutStats};
+pub use recorder::{Recorder, RecordingSpec, RecordingStatus};
 pub use registry::{Counts, Handle, Registry, SessionControl, SessionId, Snapshot};
 pub use run::{SessionSpec, host, run};
 pub use speech::{SpeechClosed, SpeechPort, SpeechQueue};
 
+use crate::codec::{BadgeLanguage, BadgePlace};
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 
@@ -71,6 +74,10 @@ pub struct Config {
     pub keyframe_spacing_ms: u32,
     /// Seconds of speech that may wait to be spoken; whoever brings more waits.
     pub speech_buffer_s: u64,
+    /// Where the badge stands that says the picture is computer-made.
+    pub badge: BadgePlace,
+    /// What the badge is written in.
+    pub badge_language: BadgeLanguage,
 }
 
 impl Default for Config {
@@ -92,6 +99,8 @@ impl Default for Config {
             playout_max_ms: 2000,
             keyframe_spacing_ms: 300,
             speech_buffer_s: 60,
+            badge: BadgePlace::BottomRight,
+            badge_language: BadgeLanguage::En,
         }
     }
 }

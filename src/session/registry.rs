@@ -4,6 +4,7 @@
 use super::{
     Attachment, Fan, LinkEvent, LinkOut, Metrics, Reason, SessionEvent, SinkRole, SpeechPort, SpeechQueue, State,
 };
+use crate::codec::View;
 use std::{
     collections::BTreeMap,
     fmt,
@@ -116,19 +117,26 @@ struct Inner {
 /// All sessions of the service. Cheap to clone.
 #[derive(Clone)]
 pub struct Registry {
+    /// Name of what makes the pictures, for the mark in them.
+    engine: &'static str,
     inner: Arc<Mutex<Inner>>,
     alive: Arc<watch::Sender<usize>>,
 }
 
 impl Default for Registry {
     fn default() -> Self {
-        Registry { inner: Arc::default(), alive: Arc::new(watch::Sender::new(0)) }
+        Registry { engine: "", inner: Arc::default(), alive: Arc::new(watch::Sender::new(0)) }
     }
 }
 
 impl Registry {
     pub fn new() -> Self {
         Registry::default()
+    }
+
+    /// Of a service that runs this engine.
+    pub fn of(engine: &'static str) -> Self {
+        Registry { engine, ..Registry::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -246,6 +254,15 @@ impl Handle {
     pub fn attach(&self, sink: Arc<dyn LinkOut>, role: SinkRole) -> Attachment {
         self.0.fan.attach(sink, role)
     }
+    /// As [`Handle::attach`], for another view of the presenter than the whole picture.
+    #[must_use = "dropping the attachment detaches the sink"]
+    pub fn attach_as(&self, sink: Arc<dyn LinkOut>, role: SinkRole, view: View) -> Attachment {
+        self.0.fan.attach_as(sink, role, view)
+    }
+    /// Interruptions so far.
+    pub fn interrupts(&self) -> u64 {
+        self.0.speech.interrupts()
+    }
     /// A sink needs a keyframe. Requests within `keyframe_spacing_ms` become one.
     pub fn keyframe(&self) {
         self.0.fan.want_keyframe();
@@ -311,6 +328,9 @@ pub struct SessionControl {
 impl SessionControl {
     pub fn id(&self) -> &SessionId {
         &self.shared.id
+    }
+    pub(super) fn engine(&self) -> &'static str {
+        self.registry.engine
     }
     /// The next order; never returns if none comes.
     pub(super) async fn ordered(&mut self) -> Order {

@@ -1,11 +1,12 @@
 //! The only place where a conversation meets the world: sockets' events, the engine's lane, the clock, the log.
 
 use super::{
-    Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Metrics, Reason, SessionControl,
-    SessionId, SinkRole, State, registry::Order,
+    Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Look, Metrics, Reason,
+    SessionControl, SessionId, SinkRole, State, registry::Order,
 };
 use crate::{
     avatar::{AvatarError, OpenOptions},
+    codec::marks::Mark,
     engine::{EngineError, Lane, LaneEvent, Slot, TryPush},
     media::{Geometry, Portrait},
     telemetry,
@@ -91,11 +92,14 @@ async fn converse(
         Ok(conversation) => conversation,
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
-    let encoder = match Encoder::start(spec.id.short(), fan.clone()) {
+    let mark = Mark { engine: control.engine().into(), session: spec.id.short().into() };
+    let look = Look { badge: config.badge, language: config.badge_language, mark };
+    let encoder = match Encoder::start(spec.id.short(), fan.clone(), look) {
         Ok(encoder) => encoder,
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
-    let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), spec.options.clone())));
+    let options = OpenOptions { matte: fan.matte().clone(), ..spec.options.clone() };
+    let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), options)));
     let mut measured = begun;
     let mut told = Told(Metrics::default());
     let reason = loop {

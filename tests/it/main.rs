@@ -19,3 +19,4 @@ mod session;
 mod session_loop;
 mod sessions;
 mod tidy;
+mod voice;

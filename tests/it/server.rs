@@ -8,6 +8,7 @@ use loquent::{
     net::{self, Net},
     server::{Config, Presenter, Rooms, Server, Service},
     session::{self, Registry},
+    voice::{self, Voice},
 };
 use std::{
     collections::BTreeMap,
@@ -73,6 +74,7 @@ pub(crate) async fn house_of(
             description: "Bars".into(),
             png: Bytes::from_static(CARD),
         }],
+        voice: Voice::new(voice::Config::default(), None).unwrap(),
     };
     let service = Service::new(config, rooms);
     let server = Server::bind(service.clone()).await.unwrap();
