@@ -28,11 +28,11 @@ async function until(what, ms, check) {
 // ---- the service ---------------------------------------------------------------------------------------------------
 
 /** Starts `loquent serve` on a free port of this machine; resolves when it is ready. */
-export async function serve({ engine = 'card', sessions = 1, settings = {}, seconds = 600 } = {}) {
+export async function serve({ engine = 'card', sessions = 1, settings = {}, seconds = 600, binary = BINARY } = {}) {
   const env = { ...process.env, LOQUENT__NET__BIND: '127.0.0.1' };
   for (const [key, value] of Object.entries(settings)) env[`LOQUENT__${key.toUpperCase().replace('.', '__')}`] = String(value);
   const args = ['serve', '--listen', '127.0.0.1:0', '--engine', engine, '--sessions', String(sessions), '--stop-after', String(seconds)];
-  const child = spawn(BINARY, args, { env, stdio: ['ignore', 'pipe', 'pipe'] });
+  const child = spawn(binary, args, { env, stdio: ['ignore', 'pipe', 'pipe'] });
   const service = { child, log: '', told: '' };
   child.stdout.on('data', (d) => { service.told += d; });
   child.stderr.on('data', (d) => { service.log += d; });

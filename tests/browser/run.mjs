@@ -9,6 +9,7 @@ import {
   BINARY, Checks, OUT, ROOT, TOOLS, browser, bursts, following, gaps, link, onsets, percentile, round, row, serve, shift, sleep,
   speech, start, visit,
 } from './lib.mjs';
+import * as pages from './pages.mjs';
 
 const words = process.argv.slice(2);
 const options = Object.fromEntries(words.filter((w) => w.includes('=')).map((w) => w.split('=')));
@@ -461,8 +462,10 @@ async function dark(checks) {
 
 // ---- which and how -------------------------------------------------------------------------------------------------
 
-const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark };
-const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
+const of = (scenario) => (checks) => scenario(checks, options);
+const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark,
+  overlay: of(pages.overlay), bot: of(pages.bot), recording: of(pages.recording), looks: of(pages.looks) };
+const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'overlay', 'bot', 'recording', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
 const asked = words.filter((w) => !w.includes('=')).flatMap((w) => SETS[w] || [w]);
 if (!asked.length || asked.some((w) => !SCENARIOS[w])) {
   console.error(`usage: node ${path.relative(ROOT, process.argv[1])} ${[...Object.keys(SETS), ...Object.keys(SCENARIOS)].join(' | ')} [seconds=N] [engine=card|pocket]`);
