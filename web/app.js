@@ -138,6 +138,12 @@ async function upload(file) {
   };
   problem('');
   if (!file) return;
+  if (!$('consent').checked) {
+    problem(t('Please confirm first that the person in the picture has agreed.'));
+    $('file').value = '';
+    $('consent').focus();
+    return;
+  }
   if (file.size > info.portrait_max_bytes) {
     problem(t('The picture is larger than {mb} MB. Make it smaller and try again.', { mb: Math.round(info.portrait_max_bytes / 1048576) }));
     return;
@@ -145,7 +151,7 @@ async function upload(file) {
   $('upload-label').textContent = t('Sending…');
   try {
     const type = file.type.startsWith('image/') ? file.type : 'application/octet-stream';
-    const response = await fetch('/v1/portraits', { method: 'POST', headers: { 'content-type': type }, body: file });
+    const response = await fetch(`/v1/portraits?consent=${encodeURIComponent($('consent').nextElementSibling.textContent)}`, { method: 'POST', headers: { 'content-type': type }, body: file });
     const told = await response.json();
     if (response.status !== 201) {
       problem(toldBy(told.error?.code, told.error?.message) || t('The server did not accept this picture.'));

@@ -23,6 +23,8 @@ const ZH = {
   'Loading…': '加载中…',
   'Use a picture of your own…': '使用自己的图片…',
   'Sending…': '正在上传…',
+  'The person in the picture has agreed to be shown speaking.': '图片中的人已同意被展示为说话的样子。',
+  'Please confirm first that the person in the picture has agreed.': '请先确认图片中的人已同意。',
   'The built-in engine is small and learnt from drawn presenters: it moves a photograph in their manner, likeness suffers, and some it has to refuse. Best is one face from the front, in the middle, in even light.':
     '内置引擎很小，只学过手绘主播：它会按手绘的方式驱动照片，相似度会下降，有些照片只能拒绝。最好是一张正面、居中、光线均匀的脸。',
   'The service runs its test card: no face is made, and a picture only appears in its corner.': '服务正在运行测试卡：不生成人脸，图片只出现在角落。',

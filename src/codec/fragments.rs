@@ -27,8 +27,13 @@ use std::{
 /// Media in one fragment, and so what a crash costs at most (besides what the system had not yet put on the disk).
 pub const FRAGMENT: MediaTime = MediaTime::from_millis(1000);
 
-/// Opus: 20 ms of silence for one channel (RFC 6716 §3.1: CELT, full band, one frame; then an empty frame).
-const SILENCE: [u8; 3] = [0xf8, 0xff, 0xfe];
+/// Opus silence for one channel: 20, 10, 5 and 2.5 ms (RFC 6716 §3.1: CELT, full band, one frame; then an empty frame).
+const SILENCES: [(MediaTime, [u8; 3]); 4] = [
+    (PACKET, [0xf8, 0xff, 0xfe]),
+    (MediaTime::from_units(1, 100), [0xf0, 0xff, 0xfe]),
+    (MediaTime::from_units(1, 200), [0xe8, 0xff, 0xfe]),
+    (MediaTime::from_units(1, 400), [0xe0, 0xff, 0xfe]),
+];
 const PACKET: MediaTime = MediaTime::from_millis(20);
 
 type Result<T> = std::result::Result<T, Mp4Error>;
@@ -192,10 +197,12 @@ impl<W: Disk> FragmentWriter<W> {
             self.before = origin - at.min(origin);
             at.min(origin)
         });
-        // A gap longer than a packet is filled; a shorter one makes the packet before it longer.
-        while at - end >= PACKET {
-            self.packet(end, &SILENCE, PACKET);
-            end += PACKET;
+        // Gaps are filled; what is less than the shortest silence makes the packet before it longer.
+        for (span, silence) in SILENCES {
+            while at - end >= span {
+                self.packet(end, &silence, span);
+                end += span;
+            }
         }
         self.packet(at, packet, duration);
     }
@@ -215,8 +222,8 @@ impl<W: Disk> FragmentWriter<W> {
                 return Ok(false);
             }
             // No voice has come yet: the head must name its track all the same.
-            self.packet(origin, &SILENCE, PACKET);
-            self.packet(origin + PACKET, &SILENCE, PACKET);
+            self.packet(origin, &SILENCES[0].1, PACKET);
+            self.packet(origin + PACKET, &SILENCES[0].1, PACKET);
         }
         let (video, voice) = (std::mem::take(&mut self.video), std::mem::take(&mut self.voice));
         let mut payload = Vec::with_capacity(video.data.len() + voice.data.len());
@@ -292,7 +299,7 @@ impl<W: Disk> FragmentWriter<W> {
     ///
     /// # Errors
     /// [`Mp4Error::Stream`] when there was no picture; [`Mp4Error::Io`].
-    pub fn finish(mut self, last: MediaTime) -> Result<W> {
+    pub fn finish(&mut self, last: MediaTime) -> Result<()> {
         let Some(at) = self.video.held.as_ref().map(|h| h.at) else {
             return Err(Mp4Error::Stream("it has no pictures"));
         };
@@ -300,8 +307,7 @@ impl<W: Disk> FragmentWriter<W> {
         if let Some(end) = self.voice_end {
             self.voice.end(end);
         }
-        self.flush()?;
-        Ok(self.out)
+        self.flush().map(drop)
     }
 }
 

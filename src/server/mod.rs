@@ -12,6 +12,9 @@
 //! | `GET /v1/sessions/{id}/ws` | a WebSocket: speech in, events out |
 //! | `POST /v1/sessions/{id}/whip`, `…/whep` | a publisher's or a player's offer (`whip.rs`) |
 //! | `POST /v1/sessions/{id}/publish` | on to another WHIP server (`publish.rs`) |
+//! | `POST /v1/sessions/{id}/say` | text in, spoken by the configured voice |
+//! | `POST`, `GET`, `DELETE /v1/sessions/{id}/recording`, `GET …/{file}` | MP4 files of a session |
+//! | `GET /v1/recordings`, `…/{file}` | all recordings |
 //! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
 //! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
 //! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
@@ -30,7 +33,9 @@ mod pages;
 mod portraits;
 mod presenters;
 mod publish;
+mod recording;
 mod rtc;
+mod say;
 mod sessions;
 mod whip;
 mod ws;
@@ -87,6 +92,8 @@ pub struct Service {
     rooms: Rooms,
     peers: rtc::Peers,
     sessions: sessions::Sessions,
+    recordings: recording::Recordings,
+    sayings: say::Sayings,
     /// Places for WebSockets, which leave the count of connections when they begin.
     sockets: Arc<Semaphore>,
     /// New WHIP and WHEP connections: how fast, and how many at once.
@@ -108,6 +115,8 @@ impl Service {
             draining: AtomicBool::new(false),
             peers: rtc::Peers::default(),
             sessions: sessions::Sessions::default(),
+            recordings: recording::Recordings::default(),
+            sayings: say::Sayings::default(),
             sockets: Arc::new(Semaphore::new(config.max_connections)),
             offers: Mutex::new(rtc::Pace::new(whip::OFFERS, Instant::now())),
             connections: Arc::new(Semaphore::new(config.connections_max)),
@@ -160,6 +169,14 @@ impl Service {
             .route("/whep/{id}", offers(post(whip::moved)))
             .route("/v1/sessions/{id}/publish", post(publish::begin).get(publish::list))
             .route("/v1/sessions/{id}/publish/{publication}", get(publish::one).delete(publish::end))
+            .route("/v1/sessions/{id}/say", post(say::route))
+            .route(
+                "/v1/sessions/{id}/recording",
+                post(recording::begin).get(recording::list).delete(recording::end),
+            )
+            .route("/v1/sessions/{id}/recording/{file}", get(recording::file))
+            .route("/v1/recordings", get(recording::all))
+            .route("/v1/recordings/{file}", get(recording::any))
             .route("/v1/presenters", get(presenters::list))
             .route("/v1/presenters/{file}", get(presenters::picture))
             .route("/v1/portraits", post(presenters::upload))

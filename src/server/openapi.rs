@@ -260,6 +260,61 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
                 .token(),
             ],
         ),
+        (
+            "/v1/sessions/{id}/say",
+            vec![
+                op(
+                    "post",
+                    "Speaks a text with the configured voice, sentence by sentence",
+                    &[
+                        (200, "Its first sound is there", JSON, schema("Saying")),
+                        (202, "It waits for its turn or its voice", JSON, schema("Saying")),
+                    ],
+                )
+                .takes(JSON, schema("Say"))
+                .token(),
+            ],
+        ),
+        (
+            "/v1/sessions/{id}/recording",
+            vec![
+                op("post", "Begins a recording", &[(201, "It has begun", JSON, schema("Recording"))]).token(),
+                op("get", "This session's recordings", &[(200, "All of them", JSON, schema("Recordings"))]).token(),
+                op("delete", "Ends the recording", &[(200, "Its file is complete", JSON, schema("Recording"))]).token(),
+            ],
+        ),
+        (
+            "/v1/sessions/{id}/recording/{file}",
+            vec![
+                op(
+                    "get",
+                    "A recording's file, also while it grows",
+                    &[
+                        (200, "The file", "video/mp4", json!({})),
+                        (206, "The range asked for", "video/mp4", json!({})),
+                        (416, "The range lies outside the file", "", json!(0)),
+                    ],
+                )
+                .header("Range", "bytes=FIRST-LAST", false)
+                .token(),
+            ],
+        ),
+        ("/v1/recordings", vec![op("get", "All recordings in the folder", &[(200, "Files", JSON, schema("Files"))])]),
+        (
+            "/v1/recordings/{file}",
+            vec![
+                op(
+                    "get",
+                    "A recording's file",
+                    &[
+                        (200, "The file", "video/mp4", json!({})),
+                        (206, "The range asked for", "video/mp4", json!({})),
+                        (416, "The range lies outside the file", "", json!(0)),
+                    ],
+                )
+                .header("Range", "bytes=FIRST-LAST", false),
+            ],
+        ),
         ("/v1/presenters", vec![op("get", "Who can be shown", &[(200, "Presenters", JSON, schema("Presenters"))])]),
         (
             "/v1/presenters/{file}",
@@ -324,6 +379,14 @@ fn schemas() -> Value {
             "id": string, "name": string, "description": string, "thumbnail": string,
         }),
     );
+    let part = object(&["file", "url"], json!({ "file": string, "url": string }));
+    let recording = object(
+        &["state", "parts", "bytes", "length_s", "pictures_dropped", "error"],
+        json!({
+            "state": { "enum": ["running", "over"] }, "parts": { "type": "array", "items": part }, "bytes": whole,
+            "length_s": number, "pictures_dropped": whole, "error": maybe("string"),
+        }),
+    );
     json!({
         "Error": object(&["error"], json!({
             "error": object(&["code", "message"], json!({ "code": string, "message": string })),
@@ -341,6 +404,17 @@ fn schemas() -> Value {
         "Begun": object(&[&names[..], &token_names[..]].concat(), begun),
         "Token": object(&token_names, token),
         "Sessions": object(&["sessions"], json!({ "sessions": { "type": "array", "items": schema("Session") } })),
+        "Say": closed(&["text"], json!({ "text": string, "interrupt": { "type": "boolean" } })),
+        "Saying": object(&["state", "sentences"], json!({
+            "state": { "enum": ["speaking", "waiting"] }, "segment": whole, "sentences": whole,
+        })),
+        "Recording": recording,
+        "Recordings": object(&["recordings"], json!({
+            "recordings": { "type": "array", "items": schema("Recording") },
+        })),
+        "Files": object(&["recordings"], json!({ "recordings": { "type": "array", "items": object(
+            &["file", "url", "bytes"], json!({ "file": string, "url": string, "bytes": whole }),
+        ) } })),
         "Presenters": object(&["presenters"], json!({
             "presenters": { "type": "array", "items": presenter }, "default": maybe("string"),
         })),

@@ -12,6 +12,7 @@
 use super::{Service, error::ApiError, live, presenters, rtc};
 use crate::{
     avatar::OpenOptions,
+    codec::View,
     session::{self, Handle, Reason, SessionId, SessionSpec, SinkRole, Snapshot},
 };
 use axum::{
@@ -220,9 +221,6 @@ fn possible(service: &Service, wanted: &Wanted) -> Result<(), ApiError> {
             format!("There is no profile `{}`; the only one is `default`.", printable(profile)),
         );
     }
-    if wanted.background.is_some() {
-        return cannot("no_background", format!("The engine `{name}` keeps the background of its portrait."));
-    }
     if let Some(prompt) = &wanted.prompt {
         if !reads(name) {
             return cannot("no_prompt", format!("The engine `{name}` does not read prompts; leave `prompt` out."));
@@ -252,6 +250,7 @@ pub(super) async fn begin(
     control(&service, &headers)?;
     let wanted: Wanted = json(&headers, body).await?;
     possible(&service, &wanted)?;
+    let view = wanted.background.as_deref().map(|b| background(&service, b)).transpose()?;
     let mut config = service.rooms.session_config.clone();
     config.max_session_s = limited("max_session_s", wanted.limits.max_session_s, config.max_session_s)?;
     config.idle_timeout_s = limited("idle_timeout_s", wanted.limits.idle_timeout_s, config.idle_timeout_s)?;
@@ -279,6 +278,9 @@ pub(super) async fn begin(
     });
 
     let Some(handle) = service.rooms.sessions.get(&id) else { return Err(service.sessions.gone(&id)) };
+    if let Some(view) = view {
+        handle.set_view(view);
+    }
     let mut told = told(&service, &handle.snapshot(), handle.sinks());
     told.token = Some(token.clone());
     told.token_expires_in_s = Some(ttl.as_secs());
@@ -288,6 +290,29 @@ pub(super) async fn begin(
         response.headers_mut().insert(header::LOCATION, location);
     }
     Ok(response)
+}
+
+/// A background as it is asked for: `keep`, or what a [`View`] is called. `?view=` of a player is the same.
+pub(super) fn background(service: &Service, asked: &str) -> Result<View, ApiError> {
+    let name = service.rooms.engine_name;
+    let view = match asked {
+        "keep" => View::Plain,
+        other => other.replace("%23", "#").parse().map_err(|e: String| {
+            ApiError::unusable("no_such_background", presenters::sentence(&printable_long(&e)))
+        })?,
+    };
+    if view.cuts_out() && !service.rooms.engine.geometry().matte {
+        let text = format!(
+            "The engine `{name}` does not know what of its picture is background. Choose a portrait before a flat colour \
+             and key it out in the player."
+        );
+        return Err(ApiError::unusable("no_matte", text));
+    }
+    Ok(view)
+}
+
+fn printable_long(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
 /// Where everything of a session is, relative to this service.
@@ -391,12 +416,16 @@ pub(super) async fn change(
         background: Option<String>,
     }
     let handle = controlled(&service, &headers, &id)?;
-    let Change { presenter, prompt, background } = json(&headers, body).await?;
-    let what = [("presenter", presenter.is_some()), ("prompt", prompt.is_some()), ("background", background.is_some())];
+    let Change { presenter, prompt, background: asked } = json(&headers, body).await?;
+    let view = asked.as_deref().map(|b| background(&service, b)).transpose()?;
+    let what = [("presenter", presenter.is_some()), ("prompt", prompt.is_some())];
     if let Some((key, _)) = what.iter().find(|w| w.1) {
         let name = service.rooms.engine_name;
         let text = format!("The engine `{name}` cannot change the {key} of a session that has begun; begin a new one.");
         return Err(ApiError::new(StatusCode::CONFLICT, "cannot_change", text));
+    }
+    if let Some(view) = view {
+        handle.set_view(view);
     }
     Ok(Json(told(&service, &handle.snapshot(), handle.sinks())).into_response())
 }

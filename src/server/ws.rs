@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `{"type":"set","rate":24000}` (`start` is the same) | the rate of the sound that follows |
 //! | `{"type":"speak_end"}` | the segment is complete |
+//! | `{"type":"say","text":"…"}` | speaks a text with the configured voice, after those that wait; `error` when it cannot |
 //! | `{"type":"interrupt"}` | silence now; what follows is new |
 //! | `{"type":"ping","t":1}` | answered by `pong` with the same `t` |
 //!
@@ -74,6 +75,9 @@ enum Said {
     },
     SpeakEnd,
     Interrupt,
+    Say {
+        text: String,
+    },
     Ping {
         #[serde(default)]
         t: serde_json::Value,
@@ -101,7 +105,7 @@ pub(super) async fn open(
     };
     Ok(upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE).on_upgrade(move |socket| async move {
         metrics().websockets.inc();
-        serve(socket, handle, rate).await;
+        serve(socket, service, handle, rate).await;
         metrics().websockets.dec();
         drop(place);
     }))
@@ -127,6 +131,7 @@ type Pushing<'a> = BoxFuture<'a, Result<u64, SpeechClosed>>;
 enum Then {
     Nothing,
     Reply(serde_json::Value),
+    Say(String),
     Complain(&'static str, String),
 }
 
@@ -137,7 +142,9 @@ struct Talk<'a> {
     bytes: usize,
 }
 
-async fn serve(mut socket: WebSocket, handle: Handle, rate: Option<u32>) {
+async fn serve(mut socket: WebSocket, service: Arc<Service>, handle: Handle, rate: Option<u32>) {
+    // Texts that could not be spoken; each waits until it is told.
+    let (failed, mut failures) = tokio::sync::mpsc::channel(8);
     let port = handle.speech();
     let mut events = handle.events();
     let mut talk = Talk { handle: &handle, rate, waiting: VecDeque::new(), bytes: 0 };
@@ -182,6 +189,7 @@ async fn serve(mut socket: WebSocket, handle: Handle, rate: Option<u32>) {
                     }
                 }
             },
+            Some((code, message)) = failures.recv() => Then::Complain(code, message),
             _ = alive.tick() => {
                 silent += 1;
                 if silent > 3 && talk.bytes < AHEAD {
@@ -196,6 +204,15 @@ async fn serve(mut socket: WebSocket, handle: Handle, rate: Option<u32>) {
         let reply = match step {
             Then::Nothing => continue,
             Then::Reply(reply) => reply,
+            Then::Say(text) => {
+                let (service, handle, failed) = (service.clone(), handle.clone(), failed.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = super::say::say(&service, &handle, &text).await {
+                        let _ = failed.send((error.code, error.message)).await;
+                    }
+                });
+                continue;
+            }
             Then::Complain(code, message) => {
                 metrics().websocket_message("refused");
                 complaints += 1;
@@ -253,6 +270,7 @@ impl Talk<'_> {
                 self.bytes -= gone;
                 self.handle.interrupt();
             }
+            Said::Say { text } => return Then::Say(text),
             Said::Ping { t } => return Then::Reply(json!({ "type": "pong", "t": t })),
         }
         Then::Nothing

@@ -57,8 +57,8 @@ pub struct Line {
 struct Entry {
     id: u64,
     role: SinkRole,
-    /// Which picture it gets.
-    view: View,
+    /// Which picture it gets; `None` = the session's.
+    view: Option<View>,
     sink: Arc<dyn LinkOut>,
     /// Gets nothing before the next keyframe.
     waiting: AtomicBool,
@@ -75,6 +75,8 @@ pub struct Fan {
     keyframe: AtomicBool,
     closed: AtomicBool,
     wake: Arc<Notify>,
+    /// Of sinks that asked for no view of their own.
+    view: Mutex<View>,
     /// Set while a sink's view cuts the presenter out.
     matte: MatteWish,
     dropped: Counter,
@@ -107,11 +109,15 @@ impl Fan {
 
     /// Takes a sink on; it begins with the next keyframe, which is asked for. A session that is over closes it at once.
     pub fn attach(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole) -> Attachment {
-        self.attach_as(sink, role, View::Plain)
+        self.enter(sink, role, None)
     }
 
     /// As [`Fan::attach`], for another view of the presenter than the whole picture.
     pub fn attach_as(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole, view: View) -> Attachment {
+        self.enter(sink, role, Some(view))
+    }
+
+    fn enter(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole, view: Option<View>) -> Attachment {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (waiting, slow) = (AtomicBool::new(true), AtomicBool::new(false));
         self.lock().push(Arc::new(Entry { id, role, view, sink: sink.clone(), waiting, slow, asked: Mutex::default() }));
@@ -135,11 +141,29 @@ impl Fan {
 
     /// The views that are looked at; the plain one while nobody looks.
     pub(super) fn views(&self) -> BTreeSet<View> {
-        let mut views: BTreeSet<View> = self.lock().iter().map(|e| e.view).collect();
+        let mut views: BTreeSet<View> = self.sinks().iter().map(|e| self.view_of(e)).collect();
         if views.is_empty() {
             views.insert(View::Plain);
         }
         views
+    }
+
+    fn view_of(&self, entry: &Entry) -> View {
+        let usual = *self.view.lock().unwrap_or_else(|e| e.into_inner());
+        match entry.view {
+            Some(view) => view,
+            // Only a player that takes matte and colour apart can do something with such a picture.
+            None if usual == View::Stacked && entry.role != SinkRole::Viewer => View::Plain,
+            None => usual,
+        }
+    }
+
+    /// What sinks get that asked for no view of their own, from the next keyframe on.
+    pub fn set_view(&self, view: View) {
+        *self.view.lock().unwrap_or_else(|e| e.into_inner()) = view;
+        self.sinks().iter().filter(|e| e.view.is_none()).for_each(|e| e.waiting.store(true, Ordering::Release));
+        self.wish_matte();
+        self.want_keyframe();
     }
 
     fn wish_matte(&self) {
@@ -155,7 +179,7 @@ impl Fan {
     pub(super) fn show(&self, view: View, video: &EncodedVideo, wall: Instant) {
         let sinks = self.sinks();
         let alone = sinks.iter().filter(|e| e.role != SinkRole::Recorder).count() <= 1;
-        for entry in sinks.iter().filter(|e| e.view == view) {
+        for entry in sinks.iter().filter(|e| self.view_of(e) == view) {
             if entry.admits(video.keyframe, alone, wall, self) {
                 entry.sink.video(video.clone(), wall);
             } else {

@@ -293,11 +293,12 @@ impl Work {
 
     /// Completes the part that is being written.
     fn end(&mut self, last: MediaTime) -> Result<(), Mp4Error> {
-        let Some(file) = self.file.take() else { return Ok(()) };
+        let Some(mut file) = self.file.take() else { return Ok(()) };
         self.length += file.length() + last;
-        let done = file.finish(last).and_then(|file| {
-            let size = file.metadata().map(|m| m.len());
-            file.sync_all().and(size).map_err(|source| Mp4Error::Io { path: "the recording".into(), source })
+        let done = file.finish(last).and_then(|()| {
+            let disk = file.into_disk();
+            let size = disk.metadata().map(|m| m.len());
+            disk.sync_all().and(size).map_err(|source| Mp4Error::Io { path: "the recording".into(), source })
         });
         let mut status = self.shared.status();
         if let Ok(size) = done {

@@ -259,6 +259,10 @@ impl Handle {
     pub fn attach_as(&self, sink: Arc<dyn LinkOut>, role: SinkRole, view: View) -> Attachment {
         self.0.fan.attach_as(sink, role, view)
     }
+    /// What sinks get that asked for no view of their own.
+    pub fn set_view(&self, view: View) {
+        self.0.fan.set_view(view);
+    }
     /// Interruptions so far.
     pub fn interrupts(&self) -> u64 {
         self.0.speech.interrupts()

@@ -69,7 +69,7 @@ async fn a_session_is_begun_seen_and_ended_by_a_program() {
         (json!({"engine": "other"}), 422, "no_such_engine"),
         (json!({"profile": "fast"}), 422, "no_such_profile"),
         (json!({"prompt": "smile"}), 422, "no_prompt"),
-        (json!({"background": "green"}), 422, "no_background"),
+        (json!({"background": "plaid"}), 422, "no_such_background"),
         (json!({"limits": {"max_session_s": 1_000_000}}), 422, "limit_too_high"),
         (json!({"presentre": "card"}), 400, "wrong_json"),
         (json!([1]), 400, "wrong_json"),

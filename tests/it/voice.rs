@@ -40,7 +40,7 @@ async fn what_goes_wrong_with_a_program_is_told_and_stops_in_time() {
         (&["no-such-program-at-all"][..], "cannot be started"),
         (&["sh", "-c", "echo broken >&2; exit 3"], "broken"),
         (&["sh", "-c", "cat > /dev/null"], "without any"),
-        (&["sh", "-c", "echo '{}'"], "text instead of sound"),
+        (&["sh", "-c", "echo '{\"error\": 1}'"], "text instead of sound"),
     ] {
         let said = say(&command(words), "Hello.").await.unwrap_err().to_string();
         assert!(said.contains(word), "{words:?}: {said}");
@@ -62,7 +62,7 @@ async fn dropping_the_speech_kills_the_program() {
     let mark = format!("86400.{}", std::process::id());
     let voice = command(&["sh", "-c", &format!("head -c 9600 /dev/zero; exec sleep {mark}")]);
     let mut speech = voice.speak("Hello.").unwrap();
-    assert_eq!(speech.next().await.unwrap().unwrap().samples.len(), 4800);
+    assert!(!speech.next().await.unwrap().unwrap().samples.is_empty());
     let running = || {
         let all = std::fs::read_dir("/proc").unwrap().filter_map(|p| std::fs::read(p.ok()?.path().join("cmdline")).ok());
         all.into_iter().any(|c| String::from_utf8_lossy(&c).replace('\0', " ").trim() == format!("sleep {mark}"))
