@@ -188,7 +188,11 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
         ),
         (
             "/v1/sessions/{id}/whep",
-            offers(op("post", "Watches a session: a WHEP player's offer; 409 while nothing is live", &answer).token()),
+            offers(
+                op("post", "Watches a session: a WHEP player's offer; 409 while nothing is live", &answer)
+                    .query("view", text(), "plain, stacked (colour over matte), green, … or #RRGGBB; usually the session's background")
+                    .token(),
+            ),
         ),
         ("/v1/sessions/{id}/whip/{connection}", connection()),
         ("/v1/sessions/{id}/whep/{connection}", connection()),

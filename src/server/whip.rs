@@ -3,12 +3,13 @@
 //! | route | what |
 //! | --- | --- |
 //! | `POST /v1/sessions/{id}/whip` | a publisher's offer: its voice is the session's microphone; a newer publisher takes over |
-//! | `POST /v1/sessions/{id}/whep` | a player's offer: the presenter's voice and face |
+//! | `POST /v1/sessions/{id}/whep` | a player's offer: the presenter's voice and face; `?view=` for another background |
 //! | `PATCH`, `DELETE …/whip/{connection}`, `…/whep/{connection}` | as for every connection: [`rtc`] |
 //! | `POST /whip/{id}`, `/whep/{id}` | 307 to the above: short enough to be typed |
 
 use super::{Service, error::ApiError, rtc, sessions};
 use crate::{
+    codec::View,
     net::Link,
     session::{Handle, LinkEvent, LinkOut, SinkRole, State as Life},
 };
@@ -57,6 +58,8 @@ pub(super) async fn play(
     body: Body,
 ) -> Result<Response, ApiError> {
     let (handle, offer, permit) = admitted(&service, &id, query.as_deref(), &headers, body).await?;
+    let asked = query.as_deref().and_then(|q| q.split('&').find_map(|pair| pair.strip_prefix("view=")));
+    let view = asked.map(|v| sessions::background(&service, v)).transpose()?;
     if tokio::time::timeout(PREPARING, live(&handle)).await.is_err() {
         let mut error = ApiError::new(
             StatusCode::CONFLICT,
@@ -67,7 +70,7 @@ pub(super) async fn play(
         return Err(error);
     }
     let (link, answer) = service.rooms.net.answer_whep(&offer).await.map_err(rtc::net_error)?;
-    Ok(begin(&service, "whep", &id, link, answer, permit, |media| watch(media, handle)))
+    Ok(begin(&service, "whep", &id, link, answer, permit, |media| watch(media, handle, view)))
 }
 
 /// `POST /whip/{id}`, `/whep/{id}`. 307 keeps the method and the body (RFC 9725 §4.5).
@@ -185,13 +188,16 @@ async fn listen((mut events, _out): Media, handle: Handle) {
 }
 
 /// Shows the session to a player until either ends.
-async fn watch((mut events, out): Media, handle: Handle) {
+async fn watch((mut events, out): Media, handle: Handle, view: Option<View>) {
     let (mut connected, deadline) = (false, Instant::now() + CONNECT);
     let mut place = None;
     while let Some(event) = next(&mut events, &mut connected, deadline).await {
         match event {
             LinkEvent::Connected => {
-                place.get_or_insert_with(|| handle.attach(out.clone(), SinkRole::Viewer));
+                place.get_or_insert_with(|| match view {
+                    Some(view) => handle.attach_as(out.clone(), SinkRole::Viewer, view),
+                    None => handle.attach(out.clone(), SinkRole::Viewer),
+                });
             }
             LinkEvent::KeyframeRequested => handle.keyframe(),
             _ => {}
