@@ -170,10 +170,7 @@ impl Service {
             .route("/v1/sessions/{id}/publish", post(publish::begin).get(publish::list))
             .route("/v1/sessions/{id}/publish/{publication}", get(publish::one).delete(publish::end))
             .route("/v1/sessions/{id}/say", post(say::route))
-            .route(
-                "/v1/sessions/{id}/recording",
-                post(recording::begin).get(recording::list).delete(recording::end),
-            )
+            .route("/v1/sessions/{id}/recording", post(recording::begin).get(recording::list).delete(recording::end))
             .route("/v1/sessions/{id}/recording/{file}", get(recording::file))
             .route("/v1/recordings", get(recording::all))
             .route("/v1/recordings/{file}", get(recording::any))

@@ -190,7 +190,11 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
             "/v1/sessions/{id}/whep",
             offers(
                 op("post", "Watches a session: a WHEP player's offer; 409 while nothing is live", &answer)
-                    .query("view", text(), "plain, stacked (colour over matte), green, … or #RRGGBB; usually the session's background")
+                    .query(
+                        "view",
+                        text(),
+                        "plain, stacked (colour over matte), green, … or #RRGGBB; usually the session's background",
+                    )
                     .token(),
             ),
         ),

@@ -129,7 +129,11 @@ pub(super) async fn begin(
             // Somebody was faster; this one never was.
             drop(all);
             drop(place);
-            return Err(ApiError::new(StatusCode::CONFLICT, "already_recording", "This session is being recorded already."));
+            return Err(ApiError::new(
+                StatusCode::CONFLICT,
+                "already_recording",
+                "This session is being recorded already.",
+            ));
         }
         own.push(Entry { recorder, place });
         own.len() == 1

@@ -155,11 +155,9 @@ pub(super) async fn say(service: &Service, handle: &Handle, text: &str) -> Resul
     }
     match tokio::time::timeout(FIRST_SOUND, word).await {
         Ok(Ok(Ok(segment))) => Ok(Said::Speaking { segment, sentences }),
-        Ok(Ok(Err(why))) => Err(ApiError::new(
-            StatusCode::BAD_GATEWAY,
-            "voice_failed",
-            format!("The text was not spoken: {why}."),
-        )),
+        Ok(Ok(Err(why))) => {
+            Err(ApiError::new(StatusCode::BAD_GATEWAY, "voice_failed", format!("The text was not spoken: {why}.")))
+        }
         Ok(Err(_)) | Err(_) => Ok(Said::Waiting { sentences }),
     }
 }
@@ -195,7 +193,9 @@ pub(super) async fn route(
         Said::Speaking { segment, sentences } => {
             (StatusCode::OK, Json(json!({ "state": "speaking", "segment": segment, "sentences": sentences })))
         }
-        Said::Waiting { sentences } => (StatusCode::ACCEPTED, Json(json!({ "state": "waiting", "sentences": sentences }))),
+        Said::Waiting { sentences } => {
+            (StatusCode::ACCEPTED, Json(json!({ "state": "waiting", "sentences": sentences })))
+        }
     }
     .into_response())
 }

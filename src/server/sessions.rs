@@ -297,9 +297,10 @@ pub(super) fn background(service: &Service, asked: &str) -> Result<View, ApiErro
     let name = service.rooms.engine_name;
     let view = match asked {
         "keep" => View::Plain,
-        other => other.replace("%23", "#").parse().map_err(|e: String| {
-            ApiError::unusable("no_such_background", presenters::sentence(&printable_long(&e)))
-        })?,
+        other => other
+            .replace("%23", "#")
+            .parse()
+            .map_err(|e: String| ApiError::unusable("no_such_background", presenters::sentence(&printable_long(&e))))?,
     };
     if view.cuts_out() && !service.rooms.engine.geometry().matte {
         let text = format!(

@@ -96,7 +96,8 @@ impl Encoder {
         let shared =
             Arc::new(Shared { jobs: Latest::default(), keyframe: AtomicBool::new(false), report: Mutex::default() });
         let inner = shared.clone();
-        let thread = std::thread::Builder::new().name(format!("encode-{name}")).spawn(move || work(&inner, &fan, &look))?;
+        let thread =
+            std::thread::Builder::new().name(format!("encode-{name}")).spawn(move || work(&inner, &fan, &look))?;
         Ok(Encoder { shared, thread: Some(thread) })
     }
 

@@ -120,7 +120,15 @@ impl Fan {
     fn enter(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole, view: Option<View>) -> Attachment {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (waiting, slow) = (AtomicBool::new(true), AtomicBool::new(false));
-        self.lock().push(Arc::new(Entry { id, role, view, sink: sink.clone(), waiting, slow, asked: Mutex::default() }));
+        self.lock().push(Arc::new(Entry {
+            id,
+            role,
+            view,
+            sink: sink.clone(),
+            waiting,
+            slow,
+            asked: Mutex::default(),
+        }));
         if self.closed.load(Ordering::Acquire) {
             sink.close();
         }

@@ -281,7 +281,10 @@ impl Work {
                 done => {
                     let flushed = done?;
                     if flushed {
-                        let (bytes, length) = (self.bytes(), self.length + self.file.as_ref().map_or(MediaTime::ZERO, FragmentWriter::length));
+                        let (bytes, length) = (
+                            self.bytes(),
+                            self.length + self.file.as_ref().map_or(MediaTime::ZERO, FragmentWriter::length),
+                        );
                         let mut status = self.shared.status();
                         (status.bytes, status.length) = (bytes, length.as_duration());
                     }

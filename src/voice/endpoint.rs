@@ -55,7 +55,11 @@ impl Client {
             return Ok(Response(response));
         }
         let said = complaint(response).await;
-        Err(VoiceError::Failed(format!("answers {}{}", status.as_u16(), said.map(|s| format!(": {s}")).unwrap_or_default())))
+        Err(VoiceError::Failed(format!(
+            "answers {}{}",
+            status.as_u16(),
+            said.map(|s| format!(": {s}")).unwrap_or_default()
+        )))
     }
 }
 

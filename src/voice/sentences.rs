@@ -66,8 +66,15 @@ fn inside(chars: &[char], start: usize, at: usize) -> bool {
         // 3.14, example.org, e.g.
         return true;
     }
-    let word: String =
-        chars[start..at].iter().rev().take_while(|c| c.is_alphanumeric() || **c == '.').collect::<Vec<_>>().iter().rev().copied().collect();
+    let word: String = chars[start..at]
+        .iter()
+        .rev()
+        .take_while(|c| c.is_alphanumeric() || **c == '.')
+        .collect::<Vec<_>>()
+        .iter()
+        .rev()
+        .copied()
+        .collect();
     let lower = word.to_lowercase();
     // "1." of a list stands at the beginning; at the end of a sentence a number may well stand.
     if lower.chars().all(|c| c.is_ascii_digit()) && !lower.is_empty() {
@@ -89,7 +96,8 @@ fn ends_often(word: &str) -> bool {
 }
 
 fn push(out: &mut Vec<String>, chars: &[char]) {
-    let mut rest: Vec<char> = chars.iter().collect::<String>().split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
+    let mut rest: Vec<char> =
+        chars.iter().collect::<String>().split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
     while rest.len() > LONGEST {
         let half = LONGEST / 2;
         let at = |marks: &str| rest[half..LONGEST].iter().rposition(|c| marks.contains(*c)).map(|p| half + p + 1);
@@ -117,16 +125,29 @@ mod tests {
     fn sentences_end_where_a_reader_would_say_so() {
         for (text, want) in [
             ("Hello there. How are you? Fine!", vec!["Hello there.", "How are you?", "Fine!"]),
-            ("Mr. Smith met Dr. Jones at 3.15 p.m. on Jan. 5.", vec!["Mr. Smith met Dr. Jones at 3.15 p.m. on Jan. 5."]),
-            ("It costs 3.14 dollars. See example.org for more.", vec!["It costs 3.14 dollars.", "See example.org for more."]),
-            ("Apples, pears, etc. are cheap. We sell apples etc. They are good.", vec![
-                "Apples, pears, etc. are cheap.", "We sell apples etc.", "They are good.",
-            ]),
-            ("The U.S. economy grew. J. K. Rowling wrote it.", vec!["The U.S. economy grew.", "J. K. Rowling wrote it."]),
+            (
+                "Mr. Smith met Dr. Jones at 3.15 p.m. on Jan. 5.",
+                vec!["Mr. Smith met Dr. Jones at 3.15 p.m. on Jan. 5."],
+            ),
+            (
+                "It costs 3.14 dollars. See example.org for more.",
+                vec!["It costs 3.14 dollars.", "See example.org for more."],
+            ),
+            (
+                "Apples, pears, etc. are cheap. We sell apples etc. They are good.",
+                vec!["Apples, pears, etc. are cheap.", "We sell apples etc.", "They are good."],
+            ),
+            (
+                "The U.S. economy grew. J. K. Rowling wrote it.",
+                vec!["The U.S. economy grew.", "J. K. Rowling wrote it."],
+            ),
             ("“Stop!” she said. (Really.) Yes…", vec!["“Stop!”", "she said.", "(Really.)", "Yes…"]),
             ("你好。今天天气很好！你呢？我3.5点来。", vec!["你好。", "今天天气很好！", "你呢？", "我3.5点来。"]),
             ("「好。」他说。OK", vec!["「好。」", "他说。", "OK"]),
-            ("A heading\nThe text goes\non here.\n\n- one\n- two", vec!["A heading", "The text goes on here.", "- one", "- two"]),
+            (
+                "A heading\nThe text goes\non here.\n\n- one\n- two",
+                vec!["A heading", "The text goes on here.", "- one", "- two"],
+            ),
             ("It was 1984. Then came 1985.", vec!["It was 1984.", "Then came 1985."]),
             ("1. First thing. 2. Second thing.", vec!["1. First thing.", "2. Second thing."]),
             ("Wait... what?!", vec!["Wait...", "what?!"]),

@@ -126,7 +126,11 @@ impl Decoder {
                     (1, 16) => Format::S16,
                     (1, 24) => Format::S24,
                     (3, 32) => Format::F32,
-                    _ => return Err(VoiceError::Sound(format!("its WAV has {bits} bits of kind {tag}; 16 bits are best"))),
+                    _ => {
+                        return Err(VoiceError::Sound(format!(
+                            "its WAV has {bits} bits of kind {tag}; 16 bits are best"
+                        )));
+                    }
                 };
                 if !(1..=8).contains(&channels) || !(8_000..=192_000).contains(&rate) {
                     return Err(VoiceError::Sound(format!("its WAV has {channels} channels at {rate} Hz")));

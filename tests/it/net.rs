@@ -61,7 +61,14 @@ fn unit(n: i64, keyframe: bool, size: usize) -> EncodedVideo {
     data.extend([0, 0, 0, 1, if keyframe { 0x65 } else { 0x41 }]);
     data.extend(body);
     let frame = MediaTime::from_units(1, 25);
-    EncodedVideo { at: MediaTime::from_units(n, 25), duration: frame, keyframe, width: 64, height: 64, data: data.into() }
+    EncodedVideo {
+        at: MediaTime::from_units(n, 25),
+        duration: frame,
+        keyframe,
+        width: 64,
+        height: 64,
+        data: data.into(),
+    }
 }
 
 fn voice(n: i64) -> EncodedAudio {

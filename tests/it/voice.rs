@@ -46,7 +46,12 @@ async fn what_goes_wrong_with_a_program_is_told_and_stops_in_time() {
         assert!(said.contains(word), "{words:?}: {said}");
     }
     let began = Instant::now();
-    let slow = Config { kind: Kind::Command, command: ["sleep", "60"].map(String::from).into(), patience_s: 1, ..Config::default() };
+    let slow = Config {
+        kind: Kind::Command,
+        command: ["sleep", "60"].map(String::from).into(),
+        patience_s: 1,
+        ..Config::default()
+    };
     let said = say(&Voice::new(slow, None).unwrap(), "Hello.").await.unwrap_err();
     assert!(matches!(said, VoiceError::TooSlow(_)) && began.elapsed() < Duration::from_secs(10), "{said}");
     for (text, word) in [("", "nothing"), (" … ", "nothing"), (&"a".repeat(10_001)[..], "10000")] {
@@ -64,7 +69,8 @@ async fn dropping_the_speech_kills_the_program() {
     let mut speech = voice.speak("Hello.").unwrap();
     assert!(!speech.next().await.unwrap().unwrap().samples.is_empty());
     let running = || {
-        let all = std::fs::read_dir("/proc").unwrap().filter_map(|p| std::fs::read(p.ok()?.path().join("cmdline")).ok());
+        let all =
+            std::fs::read_dir("/proc").unwrap().filter_map(|p| std::fs::read(p.ok()?.path().join("cmdline")).ok());
         all.into_iter().any(|c| String::from_utf8_lossy(&c).replace('\0', " ").trim() == format!("sleep {mark}"))
     };
     let wait = async |what: bool| {
@@ -116,7 +122,8 @@ fn answer(status: &str, body: &[u8]) -> Vec<u8> {
 async fn an_endpoint_is_asked_sentence_by_sentence_and_its_complaints_are_passed_on() {
     let sound = vec![7u8; 4800];
     let complaint = br#"{"error": {"message": "You exceeded your quota."}}"#;
-    let (url, thread) = endpoint(vec![answer("200 OK", &sound), answer("200 OK", &sound), answer("429 Too Many Requests", complaint)]);
+    let (url, thread) =
+        endpoint(vec![answer("200 OK", &sound), answer("200 OK", &sound), answer("429 Too Many Requests", complaint)]);
     let config = Config { kind: Kind::Endpoint, url, voice: "nova".into(), ..Config::default() };
     assert!(matches!(Voice::new(config.clone(), None), Err(VoiceError::NoKey(_))), "a key that is named must be there");
     let voice = Voice::new(config, Some("secret".into())).unwrap();
@@ -129,7 +136,12 @@ async fn an_endpoint_is_asked_sentence_by_sentence_and_its_complaints_are_passed
     assert!(asked[0].to_lowercase().contains("authorization: bearer secret"), "{}", asked[0]);
     assert!(asked[0].contains(r#""input":"One.""#) && asked[0].contains(r#""voice":"nova""#), "{}", asked[0]);
     assert!(asked[1].contains(r#""input":"Two, three.""#), "{}", asked[1]);
-    let gone = Config { kind: Kind::Endpoint, url: "http://127.0.0.1:9/".into(), key_variable: String::new(), ..Config::default() };
+    let gone = Config {
+        kind: Kind::Endpoint,
+        url: "http://127.0.0.1:9/".into(),
+        key_variable: String::new(),
+        ..Config::default()
+    };
     let said = say(&Voice::new(gone, None).unwrap(), "Hello.").await.unwrap_err().to_string();
     assert!(said.contains("cannot be reached"), "{said}");
 }
