@@ -4,7 +4,7 @@
 //! file and a list of [`Change`]s, so that everything below works from one value that was complete before anything
 //! started.
 
-use crate::{avatar::s2v, engine, net, server, session, telemetry, voice};
+use crate::{avatar::s2v, engine, livekit, net, server, session, telemetry, voice};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -18,6 +18,7 @@ pub struct Config {
     pub session: session::Config,
     pub voice: voice::Config,
     pub net: net::Config,
+    pub livekit: livekit::Config,
     pub log: telemetry::Config,
 }
 
@@ -108,6 +109,7 @@ impl Config {
         self.voice.validate().map_err(ConfigError::Invalid)?;
         self.net.check().map_err(|e| ConfigError::Invalid(format!("[net] {e}")))?;
         self.s2v.validate().map_err(ConfigError::Invalid)?;
+        self.livekit.check().map_err(ConfigError::Invalid)?;
         self.log.validate().map_err(|e| ConfigError::Invalid(e.to_string()))?;
         if !(1..=64).contains(&self.engine.sessions) {
             let value = self.engine.sessions;

@@ -13,7 +13,8 @@
 //! | --- | --- | --- |
 //! | [`cli`] | the commands; the only place with `anyhow`, the environment, exit codes | everything |
 //! | [`config`] | composes each room's `Config`; load, validate, print | their `Config` types |
-//! | [`server`] | axum: API, pages, health, metrics, shutdown | net, session, voice, engine, avatar, codec, media, edge, telemetry |
+//! | [`server`] | axum: API, pages, health, metrics, shutdown | livekit, net, session, voice, engine, avatar, codec, media, edge, telemetry |
+//! | [`livekit`] | a worker in LiveKit rooms: signalling, speech by byte streams, calls | net, session, media, edge, telemetry |
 //! | [`net`] | WebRTC: peers, SDP, ICE, tracks, data channel, congestion | session, media, edge, telemetry |
 //! | [`session`] | one conversation: state machine, ingest, playout | engine, avatar, codec, media, edge, telemetry |
 //! | [`voice`] | text to sound: a local command or a speech endpoint, sentence by sentence | media, edge, telemetry |
@@ -48,7 +49,7 @@
 //! 10. The whole service runs without a GPU.
 //! 11. Offline and live are one pipeline with two clocks.
 //! 12. Configuration is read once, complete, before anything starts.
-//! 13. Wire types (serde) live in `server` and `net`; inner types are free to change.
+//! 13. Wire types (serde, protobuf) live in `server`, `net` and `livekit`; inner types are free to change.
 //! 14. The pocket model and the 14B model are two configurations of one implementation.
 //!
 //! # Where do I go if…
@@ -62,6 +63,7 @@
 //! | change what an interruption does | `session::machine` |
 //! | admit more people per device | `engine` |
 //! | fix connection trouble | `net` |
+//! | change how agents in LiveKit rooms are served | `livekit`, `server::livekit` for the calls that start it |
 //! | add an HTTP route | `server` |
 //! | add a setting | the room's own `Config`, then `config/loquent.toml` (a test reminds you) |
 //! | retrain or judge the pocket model | `pocket/` outside `src` |
@@ -72,6 +74,7 @@ pub mod codec;
 pub mod config;
 pub mod edge;
 pub mod engine;
+pub mod livekit;
 pub mod media;
 pub mod model;
 pub mod net;

@@ -114,6 +114,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
             net,
             sessions: sessions.clone(),
             session_config: config.session.clone(),
+            livekit: config.livekit.clone(),
             steps: config.engine.steps,
             presenters,
             voice,

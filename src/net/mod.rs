@@ -13,6 +13,7 @@
 mod clock;
 mod config;
 mod congestion;
+mod data;
 mod error;
 mod events;
 mod out;
@@ -27,12 +28,14 @@ mod stack;
 mod traffic;
 
 pub use config::{Config, IceServer};
+pub use data::{Data, DataChannelSpec, DataOut};
 pub use error::NetError;
 pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 pub use publish::{Publication, PublishState, PublishStatus, Target};
 pub use reqwest::Url;
 
 use std::sync::Arc;
+use tokio::sync::mpsc;
 
 /// The way to make peers.
 #[derive(Clone, Debug)]
@@ -84,7 +87,22 @@ impl Net {
 
     async fn answer(&self, offer: &str, shape: sdp::Shape) -> Result<(Link, String), NetError> {
         let offer = sdp::check_offer(offer, shape)?;
-        peer::answer(&self.config, self.ports.lease()?, offer).await
+        peer::answer(&self.config, &[], self.ports.lease()?, offer, None).await
+    }
+
+    /// Answers an offer of data channels without media; what arrives on them goes to `data`. Whatever media the offer has
+    /// is taken and not looked at. `servers` are STUN and TURN servers that the other side named.
+    ///
+    /// # Errors
+    /// As [`Net::answer_live`].
+    pub async fn answer_data(
+        &self,
+        offer: &str,
+        servers: &[IceServer],
+        data: mpsc::Sender<Data>,
+    ) -> Result<(Link, String), NetError> {
+        let offer = sdp::check_offer(offer, sdp::Shape::Data)?;
+        peer::answer(&self.config, servers, self.ports.lease()?, offer, Some(data)).await
     }
 
     /// Makes an offer of voice and face for somebody else's WHIP server. `servers` are STUN and TURN servers that it named.
@@ -92,6 +110,20 @@ impl Net {
     /// # Errors
     /// What this server lacks.
     pub async fn offer(&self, servers: &[IceServer]) -> Result<Offering, NetError> {
-        peer::offer(&self.config, servers, self.ports.lease()?).await
+        peer::offer(&self.config, servers, self.ports.lease()?, &[], None).await.map(|(offering, _)| offering)
+    }
+
+    /// As [`Net::offer`], with data channels beside voice and face; returns their sending halves in the order of
+    /// `channels`. What arrives on any data channel goes to `data`.
+    ///
+    /// # Errors
+    /// What this server lacks.
+    pub async fn offer_with_data(
+        &self,
+        servers: &[IceServer],
+        channels: &[DataChannelSpec],
+        data: mpsc::Sender<Data>,
+    ) -> Result<(Offering, Vec<DataOut>), NetError> {
+        peer::offer(&self.config, servers, self.ports.lease()?, channels, Some(data)).await
     }
 }

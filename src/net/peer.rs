@@ -4,6 +4,7 @@ use super::{
     Config, IceServer, NetError,
     clock::{MediaClock, RtpClock},
     congestion::Limits,
+    data::{self, Data, DataChannelSpec, DataOut},
     error::short,
     events::Events,
     out::{self, Out},
@@ -19,7 +20,10 @@ use futures::FutureExt;
 use rand::RngExt;
 use rtc::{
     peer_connection::{
-        configuration::media_engine::{MIME_TYPE_H264, MIME_TYPE_OPUS},
+        configuration::{
+            RTCOfferOptions,
+            media_engine::{MIME_TYPE_H264, MIME_TYPE_OPUS},
+        },
         transport::{RTCDtlsTransportState, RTCIceCandidateInit},
     },
     rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit, rtp_sender::RtpCodecKind},
@@ -61,6 +65,7 @@ pub struct Peer {
     remote: tokio::sync::Mutex<String>,
     etag: Mutex<String>,
     public_ips: Vec<std::net::IpAddr>,
+    gathered: watch::Receiver<bool>,
     stop: CancellationToken,
     ended: watch::Receiver<bool>,
     _guard: DropGuard,
@@ -70,10 +75,17 @@ pub struct Peer {
 pub type Link = (Peer, mpsc::Receiver<LinkEvent>, Arc<dyn LinkOut>);
 
 /// Opens the connection for a checked offer; also returns our answer.
-pub(super) async fn answer(config: &Config, lease: Lease, offer: Checked) -> Result<(Link, String), NetError> {
+pub(super) async fn answer(
+    config: &Config,
+    servers: &[IceServer],
+    lease: Lease,
+    offer: Checked,
+    data: Option<mpsc::Sender<Data>>,
+) -> Result<(Link, String), NetError> {
     // Parsed once before any socket is opened.
     guarded(async { RTCSessionDescription::offer(offer.text.clone()) }).await?.map_err(malformed)?;
-    let mut draft = Draft::new(config, &config.ice_servers, lease, (offer.shape, offer.dtls_client)).await?;
+    let servers = [&config.ice_servers[..], servers].concat();
+    let mut draft = Draft::new(config, &servers, lease, (offer.shape, offer.dtls_client), data).await?;
     let negotiated = guarded(draft.negotiate(&offer)).await.and_then(|result| result);
     let (agreed, answer) = draft.or_close(negotiated).await?;
     let mut answer = sdp::publish(&answer, &config.public_ips);
@@ -92,13 +104,27 @@ pub struct Offering {
 }
 
 /// Opens a connection that offers voice and face, nothing back. `servers` are used beside the configured ones.
-pub(super) async fn offer(config: &Config, servers: &[IceServer], lease: Lease) -> Result<Offering, NetError> {
+/// The data channels of `channels` are opened on it, and all messages go to `data`.
+pub(super) async fn offer(
+    config: &Config,
+    servers: &[IceServer],
+    lease: Lease,
+    channels: &[DataChannelSpec],
+    data: Option<mpsc::Sender<Data>>,
+) -> Result<(Offering, Vec<DataOut>), NetError> {
     let servers = [&config.ice_servers[..], servers].concat();
-    let mut draft = Draft::new(config, &servers, lease, (Shape::Whep, false)).await?;
+    let mut draft = Draft::new(config, &servers, lease, (Shape::Whep, false), data.clone()).await?;
+    let mut outs = Vec::with_capacity(channels.len());
+    if let Some(data) = data {
+        for spec in channels {
+            let created = data::create(&draft.pc, *spec, data.clone()).await.map_err(NetError::stack);
+            outs.push(draft.or_close(created).await?);
+        }
+    }
     let offered = draft.offer().await.map_err(NetError::stack);
     let (tracks, sdp) = draft.or_close(offered).await?;
     let sdp = sdp::publish(&sdp, &config.public_ips);
-    Ok(Offering { draft, tracks, sdp })
+    Ok((Offering { draft, tracks, sdp }, outs))
 }
 
 impl Offering {
@@ -163,6 +189,7 @@ impl Draft {
         servers: &[IceServer],
         lease: Lease,
         (shape, dtls_client): (Shape, bool),
+        data: Option<mpsc::Sender<Data>>,
     ) -> Result<Draft, NetError> {
         let (events, event_rx) = Events::new();
         let random = || rand::rng().random::<u32>();
@@ -192,7 +219,8 @@ impl Draft {
             shared: shared.clone(),
             gathered: gathered_tx,
             end: end_tx,
-            microphone: AtomicBool::new(shape == Shape::Whep),
+            microphone: AtomicBool::new(matches!(shape, Shape::Whep | Shape::Data)),
+            data,
             messages: Mutex::new(None),
         });
         let pc = stack::build(config, servers, &lease, (shape, dtls_client), shared.clone(), handler.clone()).await?;
@@ -280,7 +308,7 @@ impl Draft {
 
     /// The negotiation is over: the peer lives.
     fn begin(self, agreed: Agreed, remote: String) -> Link {
-        let Draft { pc, shared, handler, events, end, face, voice, public_ips, lease, .. } = self;
+        let Draft { pc, shared, handler, events, gathered, end, face, voice, public_ips, lease } = self;
         let stop = CancellationToken::new();
         let stream = |of: &(u32, RtpClock), payload_type: Option<u8>| {
             payload_type.map(|pt| Stream::new(of.0, pt, of.1, rand::rng().random::<u16>()))
@@ -304,6 +332,7 @@ impl Draft {
             remote: tokio::sync::Mutex::new(remote),
             etag: Mutex::new(new_etag()),
             public_ips,
+            gathered,
             _guard: stop.clone().drop_guard(),
             stop,
             ended,
@@ -329,17 +358,7 @@ impl Peer {
             return Err(NetError::Malformed("the fragment belongs to another ICE session (its ufrag differs)".into()));
         }
         for (mid, candidate) in fragment.candidates {
-            let init = RTCIceCandidateInit {
-                candidate,
-                sdp_mid: mid,
-                sdp_mline_index: None,
-                username_fragment: current.as_ref().map(|c| c.0.clone()),
-                url: None,
-            };
-            // RFC 9725 §4.3.1: a candidate that cannot be used is skipped without a word.
-            if let Err(error) = guarded(self.pc.add_ice_candidate(init)).await? {
-                tracing::debug!(error = %short(error), "a trickled candidate was skipped");
-            }
+            self.add(candidate, mid, current.as_ref().map(|c| c.0.clone())).await?;
         }
         Ok(())
     }
@@ -368,8 +387,28 @@ impl Peer {
             return Err(NetError::NotARestart);
         }
         let offer = sdp::with_credentials(&remote, ufrag, pwd, &fragment.candidates);
+        let answer = self.answer_again(&offer).await?;
+        *remote = offer;
+        *lock(&self.etag) = new_etag();
+        Ok(sdp::fragment_of(&answer))
+    }
+
+    /// Answers a further offer of the other side for this connection: an ICE restart, more sections.
+    ///
+    /// # Errors
+    /// [`NetError::Malformed`], [`NetError::TooLarge`], [`NetError::Closed`].
+    pub async fn renegotiate(&self, offer: &str) -> Result<String, NetError> {
+        self.open()?;
+        let offer = sdp::check_answer(offer)?;
+        let mut remote = self.remote.lock().await;
+        let answer = self.answer_again(&offer).await?;
+        *remote = offer;
+        Ok(answer)
+    }
+
+    async fn answer_again(&self, offer: &str) -> Result<String, NetError> {
         // Whatever can be wrong with the text is found before the running session is touched.
-        let description = guarded(async { RTCSessionDescription::offer(offer.clone()) }).await?.map_err(malformed)?;
+        let description = guarded(async { RTCSessionDescription::offer(offer.into()) }).await?.map_err(malformed)?;
         let answer = guarded(async {
             self.pc.set_remote_description(description).await?;
             let answer = self.pc.create_answer(None).await?;
@@ -379,9 +418,63 @@ impl Peer {
         .await?
         .map_err(malformed)?
         .ok_or(NetError::Closed)?;
-        *remote = offer;
-        *lock(&self.etag) = new_etag();
-        Ok(sdp::fragment_of(&sdp::publish(&answer.sdp, &self.public_ips)))
+        Ok(sdp::publish(&answer.sdp, &self.public_ips))
+    }
+
+    /// Makes a new offer with an ICE restart, for a connection that we offered; [`Peer::accept`] takes its answer.
+    ///
+    /// # Errors
+    /// [`NetError::Stack`], [`NetError::Closed`].
+    pub async fn reoffer(&self) -> Result<String, NetError> {
+        self.open()?;
+        let mut gathered = self.gathered.clone();
+        gathered.mark_unchanged();
+        let options = RTCOfferOptions { ice_restart: true };
+        let offer = self.pc.create_offer(Some(options)).await.map_err(NetError::stack)?;
+        self.pc.set_local_description(offer).await.map_err(NetError::stack)?;
+        let _ = tokio::time::timeout(GATHER_TIMEOUT, gathered.changed()).await;
+        let offer = self.pc.local_description().await.ok_or(NetError::Closed)?;
+        Ok(sdp::publish(&offer.sdp, &self.public_ips))
+    }
+
+    /// Takes the answer to [`Peer::reoffer`].
+    ///
+    /// # Errors
+    /// [`NetError::Malformed`], [`NetError::TooLarge`], [`NetError::Closed`].
+    pub async fn accept(&self, answer: &str) -> Result<(), NetError> {
+        self.open()?;
+        let answer = sdp::check_answer(answer)?;
+        let mut remote = self.remote.lock().await;
+        guarded(async {
+            let description = RTCSessionDescription::answer(answer.clone())?;
+            self.pc.set_remote_description(description).await
+        })
+        .await?
+        .map_err(malformed)?;
+        *remote = answer;
+        Ok(())
+    }
+
+    /// Adds one candidate (`candidate:…`); one that cannot be used is skipped.
+    ///
+    /// # Errors
+    /// [`NetError::Closed`].
+    pub async fn candidate(&self, candidate: &str, mid: Option<String>) -> Result<(), NetError> {
+        self.open()?;
+        if sdp::usable(candidate) {
+            self.add(candidate.into(), mid, None).await?;
+        }
+        Ok(())
+    }
+
+    async fn add(&self, candidate: String, mid: Option<String>, ufrag: Option<String>) -> Result<(), NetError> {
+        let init =
+            RTCIceCandidateInit { candidate, sdp_mid: mid, sdp_mline_index: None, username_fragment: ufrag, url: None };
+        // RFC 9725 §4.3.1: a candidate that cannot be used is skipped without a word.
+        if let Err(error) = guarded(self.pc.add_ice_candidate(init)).await? {
+            tracing::debug!(error = %short(error), "a trickled candidate was skipped");
+        }
+        Ok(())
     }
 
     /// The strong entity tag of the current ICE session, with quotes (RFC 9725 §4.3).
@@ -499,6 +592,8 @@ pub(super) struct Handler {
     end: mpsc::Sender<String>,
     microphone: AtomicBool,
     messages: Mutex<Option<mpsc::Receiver<String>>>,
+    /// Where messages of all data channels go, when they are not the page's.
+    data: Option<mpsc::Sender<Data>>,
 }
 
 #[async_trait::async_trait]
@@ -549,6 +644,9 @@ impl PeerConnectionEventHandler for Handler {
     }
 
     async fn on_data_channel(&self, channel: Arc<dyn DataChannel>) {
+        if let Some(data) = &self.data {
+            return data::listen(channel, data.clone());
+        }
         let ours = channel.label().await.is_ok_and(|label| label == DATA_CHANNEL);
         let Some(messages) = lock(&self.messages).take_if(|_| ours) else { return };
         tokio::spawn(converse(channel, messages, self.shared.clone()));

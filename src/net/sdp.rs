@@ -22,6 +22,8 @@ pub(super) enum Shape {
     Whip,
     /// WHEP (draft-ietf-wish-whep-03): voice, face or both out, nothing in.
     Whep,
+    /// Data channels only.
+    Data,
 }
 
 /// An offer that was looked at.
@@ -51,6 +53,7 @@ pub(super) fn check_offer(offer: &str, shape: Shape) -> Result<Checked, NetError
         Shape::Live => check_live(&sections, session)?,
         Shape::Whip => check_whip(&sections, session)?,
         Shape::Whep => check_whep(&sections, session)?,
+        Shape::Data => (false, false),
     };
     let text = clean(&lines, |line| match (shape, line) {
         (Shape::Whip, "a=sendrecv") => "a=sendonly",

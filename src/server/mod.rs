@@ -15,6 +15,7 @@
 //! | `POST /v1/sessions/{id}/say` | text in, spoken by the configured voice |
 //! | `POST`, `GET`, `DELETE /v1/sessions/{id}/recording`, `GET …/{file}` | MP4 files of a session |
 //! | `GET /v1/recordings`, `…/{file}` | all recordings |
+//! | `POST /v1/livekit`, `/v1/session` | a session in a LiveKit room, as agents' plugins ask for one → 201, `session_id` |
 //! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
 //! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
 //! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
@@ -28,6 +29,7 @@ mod health;
 mod info;
 mod listen;
 mod live;
+mod livekit;
 mod openapi;
 mod pages;
 mod portraits;
@@ -52,6 +54,7 @@ use crate::{
 use axum::{
     Router,
     body::{Body, Bytes},
+    extract::DefaultBodyLimit,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
     routing::{MethodRouter, get, patch, post},
@@ -79,6 +82,7 @@ pub struct Rooms {
     pub net: Net,
     pub sessions: Registry,
     pub session_config: session::Config,
+    pub livekit: crate::livekit::Config,
     /// Denoising steps; `None` takes the model's default.
     pub steps: Option<usize>,
     pub presenters: Vec<Presenter>,
@@ -174,6 +178,10 @@ impl Service {
             .route("/v1/sessions/{id}/recording/{file}", get(recording::file))
             .route("/v1/recordings", get(recording::all))
             .route("/v1/recordings/{file}", get(recording::any))
+            .route("/v1/livekit", post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/livekit/v1/sessions", post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/livekit/v1/session", post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/session", post(livekit::start).layer(DefaultBodyLimit::disable()))
             .route("/v1/presenters", get(presenters::list))
             .route("/v1/presenters/{file}", get(presenters::picture))
             .route("/v1/portraits", post(presenters::upload))

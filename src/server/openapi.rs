@@ -126,6 +126,19 @@ fn publication() -> Value {
     })
 }
 
+/// A session in a LiveKit room. What plugins send besides is ignored.
+fn room() -> Op {
+    let mut op = op(
+        "post",
+        "A session in a LiveKit room, as agents' avatar plugins ask for one",
+        &[(201, "In the room", JSON, schema("InRoom"))],
+    )
+    .header("x-api-key", "Any; a form needs this or Authorization", false)
+    .takes(JSON, schema("Invitation"));
+    op.1["requestBody"]["content"]["multipart/form-data"] = json!({ "schema": schema("InvitationForm") });
+    op
+}
+
 /// Every path of the router with its operations.
 fn paths() -> Vec<(&'static str, Vec<Op>)> {
     let answer = [(201, "The answer; Location and ETag name the connection", SDP, text())];
@@ -323,6 +336,10 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
                 .header("Range", "bytes=FIRST-LAST", false),
             ],
         ),
+        ("/v1/livekit", vec![room()]),
+        ("/v1/livekit/v1/sessions", vec![room()]),
+        ("/v1/livekit/v1/session", vec![room()]),
+        ("/v1/session", vec![room()]),
         ("/v1/presenters", vec![op("get", "Who can be shown", &[(200, "Presenters", JSON, schema("Presenters"))])]),
         (
             "/v1/presenters/{file}",
@@ -403,7 +420,27 @@ fn schemas() -> Value {
         "Wanted": closed(&[], json!({
             "presenter": maybe("string"), "prompt": maybe("string"), "engine": maybe("string"),
             "profile": maybe("string"), "background": maybe("string"), "seed": limit,
+            "livekit": { "oneOf": [schema("Room"), { "type": "null" }] },
             "limits": closed(&[], json!({ "max_session_s": limit, "idle_timeout_s": limit })),
+        })),
+        "Room": closed(&["url", "token"], json!({ "url": string, "token": string, "agent": maybe("string") })),
+        "Invitation": object(&[], json!({
+            "url": maybe("string"), "token": maybe("string"),
+            "livekit_url": maybe("string"), "livekit_token": maybe("string"),
+            "properties": { "type": ["object", "null"], "properties": {
+                "livekit_url": maybe("string"), "livekit_token": maybe("string"),
+            } },
+            "livekit": { "oneOf": [schema("Room"), { "type": "null" }] },
+            "presenter": maybe("string"), "avatar_id": maybe("string"), "agent_id": maybe("string"),
+            "agent_prompt": maybe("string"), "image": maybe("string"), "idle_timeout": maybe("number"), "seed": limit,
+        })),
+        "InvitationForm": object(&[], json!({
+            "payload": string, "livekit_url": string, "livekit_token": string, "avatar_id": string,
+            "image": { "type": "string", "contentEncoding": "binary" },
+            "avatar_image": { "type": "string", "contentEncoding": "binary" },
+        })),
+        "InRoom": object(&["id", "session_id", "token", "room"], json!({
+            "id": string, "session_id": string, "token": string, "room": string,
         })),
         "Change": closed(&[], json!({
             "presenter": maybe("string"), "prompt": maybe("string"), "background": maybe("string"),

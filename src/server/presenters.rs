@@ -103,15 +103,7 @@ pub(super) async fn upload(
         format!("The picture is larger than {} MB. Make it smaller and try again.", service.config.portrait_max_mb)
     })
     .await?;
-    // Decoding takes real time and memory: a few at once, and nobody waits in line for long.
-    let Ok(Ok(_place)) = tokio::time::timeout(Duration::from_secs(5), service.decoders.acquire()).await else {
-        return Err(ApiError::unavailable(
-            "busy",
-            "Other pictures are being read just now. Try again in a moment.",
-            Duration::from_secs(2),
-        ));
-    };
-    let portrait = decode(bytes, most).await?;
+    let portrait = read_picture(&service, bytes).await?;
     let (width, height) = (portrait.width, portrait.height);
     let id = service.portraits.put(portrait, Instant::now());
     let location = format!("/v1/portraits/{id}");
@@ -129,8 +121,20 @@ pub(super) async fn upload(
     Ok(response)
 }
 
-async fn decode(bytes: bytes::Bytes, most: usize) -> Result<Portrait, ApiError> {
-    let limits = PictureLimits { bytes: most, ..PictureLimits::default() };
+/// Makes a portrait of somebody's picture file.
+///
+/// # Errors
+/// 422 with what is wrong with it; 503 while too many are being read.
+pub(super) async fn read_picture(service: &Service, bytes: bytes::Bytes) -> Result<Portrait, ApiError> {
+    // Decoding takes real time and memory: a few at once, and nobody waits in line for long.
+    let Ok(Ok(_place)) = tokio::time::timeout(Duration::from_secs(5), service.decoders.acquire()).await else {
+        return Err(ApiError::unavailable(
+            "busy",
+            "Other pictures are being read just now. Try again in a moment.",
+            Duration::from_secs(2),
+        ));
+    };
+    let limits = PictureLimits { bytes: service.config.portrait_max_mb << 20, ..PictureLimits::default() };
     match tokio::task::spawn_blocking(move || decode_portrait(&bytes, &limits)).await {
         Ok(Ok(portrait)) => Ok(portrait),
         Ok(Err(e)) => Err(ApiError::unusable("unusable_picture", sentence(&e.to_string()))),

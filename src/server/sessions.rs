@@ -9,10 +9,13 @@
 //! | sessions | `engine.sessions` | 503 with `Retry-After` |
 //! | ends that are remembered, for whoever asks later | 256 | the oldest leaves |
 
-use super::{Service, error::ApiError, live, presenters, rtc};
+use super::{Service, error::ApiError, live, livekit, presenters, rtc};
 use crate::{
     avatar::OpenOptions,
     codec::View,
+    engine::Slot,
+    livekit::Joined,
+    media::Portrait,
     session::{self, Handle, Reason, SessionId, SessionSpec, SinkRole, Snapshot},
 };
 use axum::{
@@ -36,7 +39,7 @@ use std::{
 /// Largest JSON body of the control API.
 const MAX_JSON: usize = 64 * 1024;
 /// Longest prompt, characters.
-const MAX_PROMPT: usize = 4000;
+pub(super) const MAX_PROMPT: usize = 4000;
 const REMEMBERED: usize = 256;
 /// How long `DELETE` waits for the place to be free.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -181,6 +184,8 @@ struct Wanted {
     profile: Option<String>,
     seed: Option<u64>,
     background: Option<String>,
+    /// A LiveKit room to show it in.
+    livekit: Option<livekit::Room>,
     limits: Limits,
 }
 
@@ -248,36 +253,23 @@ pub(super) async fn begin(
     body: Body,
 ) -> Result<Response, ApiError> {
     control(&service, &headers)?;
-    let wanted: Wanted = json(&headers, body).await?;
+    let mut wanted: Wanted = json(&headers, body).await?;
     possible(&service, &wanted)?;
     let view = wanted.background.as_deref().map(|b| background(&service, b)).transpose()?;
     let mut config = service.rooms.session_config.clone();
     config.max_session_s = limited("max_session_s", wanted.limits.max_session_s, config.max_session_s)?;
     config.idle_timeout_s = limited("idle_timeout_s", wanted.limits.idle_timeout_s, config.idle_timeout_s)?;
     let slot = service.rooms.engine.admit().map_err(live::refused)?;
-    let (presenter, portrait) = presenters::portrait(&service, wanted.presenter.as_deref()).await?;
-
-    let id = SessionId::random();
+    let face = presenters::portrait(&service, wanted.presenter.as_deref()).await?;
+    let room = match wanted.livekit.take() {
+        Some(room) => Some(livekit::enter(&service, room).await?),
+        None => None,
+    };
     let mut options = OpenOptions { steps: service.rooms.steps, prompt: wanted.prompt, ..OpenOptions::default() };
     options.seed = wanted.seed.unwrap_or(options.seed);
-    let geometry = service.rooms.engine.geometry().clone();
-    let now = Instant::now();
+    let (handle, token) = host(&service, slot, face, options, config, room)?;
+    let id = handle.id().clone();
     let ttl = Duration::from_secs(service.config.session_token_ttl_s);
-    let token = service.sessions.issue(&id, ttl, now);
-    let control = service.rooms.sessions.enter(id.clone(), &presenter, now);
-    let spec = SessionSpec { id: id.clone(), portrait, presenter, options, geometry };
-    let sessions = service.sessions.clone();
-    let own = id.clone();
-    tokio::spawn(async move {
-        let talk = session::host(spec, slot, control, config);
-        let reason = AssertUnwindSafe(talk).catch_unwind().await.unwrap_or_else(|_| {
-            tracing::error!(session = own.short(), "a session's task panicked; this is a bug");
-            Reason::Abandoned
-        });
-        sessions.end(&own, reason);
-    });
-
-    let Some(handle) = service.rooms.sessions.get(&id) else { return Err(service.sessions.gone(&id)) };
     if let Some(view) = view {
         handle.set_view(view);
     }
@@ -314,6 +306,44 @@ pub(super) fn background(service: &Service, asked: &str) -> Result<View, ApiErro
 
 fn printable_long(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
+/// Begins a session on a place that was taken; with a room, in that room too. Returns it and its token.
+pub(super) fn host(
+    service: &Arc<Service>,
+    slot: Slot,
+    (presenter, portrait): (String, Portrait),
+    options: OpenOptions,
+    config: session::Config,
+    room: Option<Joined>,
+) -> Result<(Handle, String), ApiError> {
+    let id = SessionId::random();
+    let geometry = service.rooms.engine.geometry().clone();
+    let (width, height) = (geometry.width, geometry.height);
+    let now = Instant::now();
+    let token = service.sessions.issue(&id, Duration::from_secs(service.config.session_token_ttl_s), now);
+    let control = service.rooms.sessions.enter(id.clone(), &presenter, now);
+    let handle = service.rooms.sessions.get(&id);
+    let spec = SessionSpec { id: id.clone(), portrait, presenter, options, geometry };
+    let sessions = service.sessions.clone();
+    let own = id.clone();
+    let worker = room
+        .zip(handle.clone())
+        .map(|(room, handle)| tokio::spawn(room.run(service.rooms.net.clone(), handle, width, height)));
+    tokio::spawn(async move {
+        let talk = session::host(spec, slot, control, config);
+        let reason = AssertUnwindSafe(talk).catch_unwind().await.unwrap_or_else(|_| {
+            tracing::error!(session = own.short(), "a session's task panicked; this is a bug");
+            Reason::Abandoned
+        });
+        sessions.end(&own, reason);
+        if let Some(mut worker) = worker
+            && tokio::time::timeout(GOODBYE, &mut worker).await.is_err()
+        {
+            worker.abort();
+        }
+    });
+    handle.map(|handle| (handle, token)).ok_or_else(|| service.sessions.gone(&id))
 }
 
 /// Where everything of a session is, relative to this service.

@@ -3,7 +3,7 @@
 use crate::peer::{Client, SPEECH_SSRC};
 use loquent::{
     media::MediaTime,
-    net::{Config, Net, NetError, Peer},
+    net::{Config, Data, DataChannelSpec, Net, NetError, Peer},
     session::{EncodedAudio, EncodedVideo, LinkEvent, LinkOut},
 };
 use std::{
@@ -241,6 +241,47 @@ async fn a_publisher_is_heard_a_player_sees_and_a_server_is_offered() {
     peer.close().await;
     let refused = net.offer(&[]).await.unwrap().accept("v=0\r\nnonsense").await.map(|_| ());
     assert!(matches!(refused, Err(NetError::Malformed(_))), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn data_channels_carry_bytes_and_an_offering_peer_restarts_ice() {
+    let (ours, theirs) = (Net::new(config()).unwrap(), Net::new(config()).unwrap());
+    let (back, _unheard) = mpsc::channel(16);
+    let (data, mut heard) = mpsc::channel(16);
+    let specs =
+        [DataChannelSpec { label: "_reliable", reliable: true }, DataChannelSpec { label: "_lossy", reliable: false }];
+    let (offering, channels) = ours.offer_with_data(&[], &specs, back).await.unwrap();
+    // Said before there is anybody to hear it.
+    assert!(channels[0].send(vec![0, 1, 2]) && channels[1].send(vec![3]));
+    let ((peer, _their_events, _their_out), answer) = theirs.answer_data(offering.sdp(), &[], data).await.unwrap();
+    let (caller, mut events, out) = offering.accept(&answer).await.unwrap();
+    until(&mut events, |e| matches!(e, LinkEvent::Connected)).await.expect("connected");
+    async fn next(heard: &mut mpsc::Receiver<Data>) -> Data {
+        tokio::time::timeout(Duration::from_secs(5), heard.recv()).await.expect("in time").expect("a message")
+    }
+    let mut first = vec![next(&mut heard).await, next(&mut heard).await];
+    first.sort_by_key(|d| d.bytes.len());
+    assert_eq!((&*first[0].label, &first[0].bytes[..]), ("_lossy", &[3][..]));
+    assert_eq!((&*first[1].label, &first[1].bytes[..]), ("_reliable", &[0, 1, 2][..]));
+
+    let offer = caller.reoffer().await.unwrap();
+    let credentials = |sdp: &str| sdp.lines().find(|l| l.starts_with("a=ice-ufrag:")).map(str::to_string);
+    assert_ne!(credentials(&offer), credentials(&answer));
+    let again = peer.renegotiate(&offer).await.unwrap();
+    assert_ne!(credentials(&again), credentials(&answer), "new credentials on both sides");
+    caller.accept(&again).await.unwrap();
+    for n in 0..20u8 {
+        assert!(channels[0].send(vec![n; 15_000]));
+        let message = next(&mut heard).await;
+        assert_eq!((message.bytes.len(), message.bytes[0]), (15_000, n));
+    }
+    for bad in ["", "v=0", "v=0\r\nm=application 9 x y\r\n"] {
+        assert!(peer.renegotiate(bad).await.is_err() && caller.accept(bad).await.is_err(), "{bad}");
+    }
+    drop(out);
+    peer.close().await;
+    caller.close().await;
+    assert!(caller.reoffer().await.is_err(), "a closed peer offers nothing");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -67,6 +67,7 @@ pub(crate) async fn house_of(
         net: Net::new(net).unwrap(),
         sessions: Registry::new(),
         session_config: session::Config::default(),
+        livekit: Default::default(),
         steps: None,
         presenters: vec![Presenter {
             id: "card".into(),

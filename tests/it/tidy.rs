@@ -88,6 +88,8 @@ fn libraries_stay_in_their_rooms() {
         ("webrtc::", &["net"]),
         ("rtc::", &["net"]),
         ("axum::", &["server"]),
+        ("livekit_protocol", &["livekit"]),
+        ("tokio_tungstenite", &["livekit"]),
         ("opus::", &["codec"]),
         ("openh264::", &["codec"]),
         ("openh264_sys2", &["codec", "build"]),
