@@ -27,7 +27,6 @@ use rtc::{
         transport::{RTCDtlsTransportState, RTCIceCandidateInit},
     },
     rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit, rtp_sender::RtpCodecKind},
-    statistics::StatsSelector,
 };
 use std::{
     future::Future,
@@ -557,7 +556,7 @@ async fn live(mut life: Life<impl Future<Output = String>>) {
 /// By what the other side's goodbye is seen.
 enum End {
     Sends(Arc<dyn RtpSender>),
-    /// A receiver exists only once its first packet has come; the statistics know the transport from the start.
+    /// A receiver exists only once its first packet has come; until then silence alone tells.
     Receives(Arc<dyn PeerConnection>),
 }
 
@@ -568,15 +567,16 @@ impl End {
         let mut ticks = tokio::time::interval(Duration::from_millis(250));
         loop {
             ticks.tick().await;
-            let state = match &self {
-                End::Sends(sender) => match sender.transport().await {
-                    Ok(Some(transport)) => transport.state().await.ok(),
-                    _ => None,
+            let transport = match &self {
+                End::Sends(sender) => sender.transport().await,
+                End::Receives(pc) => match pc.get_receivers().await.first() {
+                    Some(receiver) => receiver.transport().await,
+                    None => continue,
                 },
-                End::Receives(pc) => {
-                    let report = pc.get_stats(Instant::now(), StatsSelector::None).await;
-                    report.transport().map(|t| t.dtls_state)
-                }
+            };
+            let state = match transport {
+                Ok(Some(transport)) => transport.state().await.ok(),
+                _ => None,
             };
             if let Some(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = state {
                 return;

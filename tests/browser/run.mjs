@@ -260,9 +260,10 @@ async function whip(checks) {
         for (let i = 0; i < 100 && pc.connectionState !== 'connected'; i++) await wait(100);
         return pc.connectionState;
       };
-      const microphone = await navigator.mediaDevices.getUserMedia({ audio: true });
+      // A camera as well: its picture is taken and not looked at.
+      const own = await navigator.mediaDevices.getUserMedia({ audio: true, video: true });
       const up = new RTCPeerConnection({ bundlePolicy: 'max-bundle' });
-      up.addTransceiver(microphone.getAudioTracks()[0], { direction: 'sendonly', streams: [microphone] });
+      for (const track of [...own.getAudioTracks(), ...own.getVideoTracks()]) up.addTransceiver(track, { direction: 'sendonly', streams: [own] });
       const publisher = new WHIPClient();
       await publisher.publish(up, `${here}/whip`, token);
       const down = new RTCPeerConnection({ bundlePolicy: 'max-bundle' });
@@ -295,7 +296,8 @@ async function whip(checks) {
         }
       };
       await listen(5000);
-      const first = { frames, loud, size: [video.videoWidth, video.videoHeight] };
+      const sent = [...(await up.getStats()).values()].filter((r) => r.type === 'outbound-rtp' && r.kind === 'video').reduce((n, r) => n + r.bytesSent, 0);
+      const first = { frames, loud, sent, size: [video.videoWidth, video.videoHeight] };
       await publisher.restart();
       await player.restart();
       await wait(1500);
@@ -321,6 +323,7 @@ async function whip(checks) {
     checks.note('whep: trickle without If-Match', calls('PATCH', 'whep').filter((a) => a[3] !== '*').map((a) => a[2]));
     checks.add('connected', seen.states, 'both', seen.states.every((s) => s === 'connected'));
     checks.add('pictures in 5 s', `${seen.first.frames}, ${seen.first.size}`, 'at least 50', seen.first.frames >= 50 && seen.first.size[0] >= 256);
+    checks.note('the camera sends', `${round(seen.first.sent * 8 / 5000)} kbit/s`);
     checks.add('the voice is heard', `${seen.first.loud} of 250 looks`, 'bursts', seen.first.loud > 15 && seen.first.loud < 200);
     checks.add('pictures in 4 s after ICE restarts', seen.second.frames, 'at least 40', seen.second.frames >= 40);
     checks.add('…and the voice', `${seen.second.loud} of 200 looks`, 'bursts', seen.second.loud > 10);
