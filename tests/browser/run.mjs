@@ -468,7 +468,7 @@ async function dark(checks) {
 const of = (scenario) => (checks) => scenario(checks, options);
 const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark,
   overlay: of(pages.overlay), bot: of(pages.bot), recording: of(pages.recording), looks: of(pages.looks) };
-const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'overlay', 'bot', 'recording', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
+const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'recording', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
 const asked = words.filter((w) => !w.includes('=')).flatMap((w) => SETS[w] || [w]);
 if (!asked.length || asked.some((w) => !SCENARIOS[w])) {
   console.error(`usage: node ${path.relative(ROOT, process.argv[1])} ${[...Object.keys(SETS), ...Object.keys(SCENARIOS)].join(' | ')} [seconds=N] [engine=card|pocket]`);
