@@ -46,6 +46,10 @@ pub(super) struct Media {
     publisher: Option<Publisher>,
     published: Vec<TrackPublishedResponse>,
     offer_id: u32,
+    /// Our first offer was sent.
+    offered: bool,
+    /// The server has opened its reliable channel: what the agent sends arrives.
+    hearing: bool,
     early: Vec<Candidate>,
     out: Option<Arc<dyn LinkOut>>,
     pub(super) events: Option<mpsc::Receiver<LinkEvent>>,
@@ -117,6 +121,8 @@ impl Media {
             publisher: Some(Publisher::Offering(Box::new(offering))),
             published: Vec::new(),
             offer_id: 1,
+            offered: false,
+            hearing: false,
             early: Vec::new(),
             out: None,
             events: None,
@@ -132,17 +138,32 @@ impl Media {
         })
     }
 
-    /// The server knows one of our tracks. Our offer, once it knows both.
-    pub(super) fn track_published(&mut self, track: TrackPublishedResponse) -> Option<SessionDescription> {
+    /// The server knows one of our tracks.
+    pub(super) fn track_published(&mut self, track: TrackPublishedResponse) {
         if [VOICE, FACE].contains(&track.cid.as_str()) && !self.published.iter().any(|p| p.cid == track.cid) {
             self.published.push(track);
         }
-        match &self.publisher {
-            Some(Publisher::Offering(offering)) if self.published.len() == 2 => {
-                Some(self.description("offer", offering.sdp()))
-            }
-            _ => None,
+    }
+
+    /// The other side has opened a channel.
+    pub(super) fn channel_opened(&mut self, label: &str) {
+        self.hearing |= label == CHANNELS[0].label;
+    }
+
+    /// Our offer, once: when the server knows both tracks, and we hear. Agents speak as soon as they see our picture,
+    /// and what they say before the server's channel is open is lost. `now`: not hearing is no reason to wait.
+    pub(super) fn offer(&mut self, now: bool) -> Option<SessionDescription> {
+        let Some(Publisher::Offering(offering)) = &self.publisher else { return None };
+        if self.offered || self.published.len() < 2 || !(self.hearing || now) {
+            return None;
         }
+        let offer = self.description("offer", offering.sdp());
+        self.offered = true;
+        Some(offer)
+    }
+
+    pub(super) fn was_offered(&self) -> bool {
+        self.offered
     }
 
     fn description(&self, kind: &str, sdp: &str) -> SessionDescription {

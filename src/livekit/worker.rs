@@ -34,6 +34,8 @@ use tokio::sync::broadcast;
 
 /// Time between attempts to get the signalling back: the first at once, then ever longer up to this.
 const SLOWEST_RETRY: Duration = Duration::from_secs(5);
+/// Time for the server's data channel to open before we publish without it.
+const HEARING: Duration = Duration::from_secs(4);
 /// Packets we sent that the server may ask for again after a resume.
 const KEPT_PACKETS: usize = 64;
 /// Senders whose newest packet is remembered.
@@ -235,6 +237,7 @@ impl Worker {
                 rtt_ms: 0,
             },
             begun: now,
+            publish_at: if join.subscriber_primary { now + HEARING } else { now },
             interrupted: false,
         };
         // A new stay counts its packets anew.
@@ -254,8 +257,10 @@ impl Worker {
             let wake = self.wake(&stay, media, now);
             let over = tokio::select! {
                 data = media.data.recv() => {
-                    if let Some(data) = data {
-                        self.packet(&data.bytes, media);
+                    match data {
+                        Some(data) if data.opened => media.channel_opened(&data.label),
+                        Some(data) => self.packet(&data.bytes, media),
+                        None => {}
                     }
                     None
                 }
@@ -307,7 +312,10 @@ impl Worker {
     }
 
     /// What the clock asks for.
-    async fn due(&mut self, stay: &mut Stay, media: &Media, now: Instant) -> Option<Over> {
+    async fn due(&mut self, stay: &mut Stay, media: &mut Media, now: Instant) -> Option<Over> {
+        if let Some(offer) = media.offer(now >= stay.publish_at) {
+            stay.send(ask::Message::Offer(offer)).await;
+        }
         if let Some(deadline) = self.agent.deadline(Duration::from_secs(self.config.agent_timeout_s))
             && now >= deadline
         {
@@ -348,6 +356,7 @@ impl Worker {
             up.then(|| stay.pulse.next.min(stay.pulse.heard + stay.pulse.patience)),
             self.agent.deadline(seconds(self.config.agent_timeout_s)),
             self.agent.present().and(self.calls.deadline()),
+            (!media.was_offered() && now < stay.publish_at).then_some(stay.publish_at),
             (!media.is_connected()).then_some(stay.begun + seconds(self.config.join_timeout_s)),
             stay.down_since.map(|since| since + seconds(self.config.resume_timeout_s)),
         ];
@@ -390,9 +399,7 @@ impl Worker {
                 media.candidate(&trickle.candidate_init, subscriber).await
             }
             told::Message::TrackPublished(track) => {
-                if let Some(offer) = media.track_published(track) {
-                    stay.send(ask::Message::Offer(offer)).await;
-                }
+                media.track_published(track);
                 Ok(())
             }
             told::Message::Update(update) => {
@@ -688,6 +695,8 @@ struct Stay {
     attempts: u32,
     pulse: Pulse,
     begun: Instant,
+    /// When to publish even though the server's channel is not open.
+    publish_at: Instant,
     /// The publisher's path is lost.
     interrupted: bool,
 }

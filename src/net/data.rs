@@ -24,6 +24,8 @@ pub struct Data {
     /// The channel's.
     pub label: Arc<str>,
     pub bytes: Bytes,
+    /// No message yet: the other side has opened the channel.
+    pub opened: bool,
 }
 
 /// A data channel to open.
@@ -69,6 +71,9 @@ pub(super) fn listen(channel: Arc<dyn DataChannel>, into: mpsc::Sender<Data>) {
 
 async fn carry(channel: Arc<dyn DataChannel>, mut out: Option<mpsc::Receiver<Bytes>>, into: mpsc::Sender<Data>) {
     let label: Arc<str> = channel.label().await.unwrap_or_default().into();
+    if out.is_none() && into.send(Data { label: label.clone(), bytes: Bytes::new(), opened: true }).await.is_err() {
+        return;
+    }
     let mut open = false;
     loop {
         let next = async {
@@ -81,7 +86,7 @@ async fn carry(channel: Arc<dyn DataChannel>, mut out: Option<mpsc::Receiver<Byt
             event = channel.poll() => match event {
                 Some(DataChannelEvent::OnOpen) => open = true,
                 Some(DataChannelEvent::OnMessage(message)) if !message.is_string => {
-                    let data = Data { label: label.clone(), bytes: message.data.freeze() };
+                    let data = Data { label: label.clone(), bytes: message.data.freeze(), opened: false };
                     if into.send(data).await.is_err() {
                         return;
                     }

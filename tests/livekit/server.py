@@ -68,6 +68,8 @@ class Participant:
         self.sid = f"PA_{identity}_{server.next_id()}"
         self.attributes = attributes or {}
         self.tracks = []
+        # Kinds of media that have arrived: others are told of a track only then.
+        self.live = set()
         self.query = {}
         self.joins = 0
         self.socket = None
@@ -84,9 +86,10 @@ class Participant:
         self.restarts = 0
 
     def info(self, state=State.ACTIVE):
+        tracks = [t for t in self.tracks if t.type in self.live]
         return models.ParticipantInfo(
-            sid=self.sid, identity=self.identity, name=self.identity, kind=self.kind, state=state, tracks=self.tracks,
-            attributes=self.attributes, is_publisher=bool(self.tracks), client_protocol=int(self.query.get("client_protocol", 0)),
+            sid=self.sid, identity=self.identity, name=self.identity, kind=self.kind, state=state, tracks=tracks,
+            attributes=self.attributes, is_publisher=bool(tracks), client_protocol=int(self.query.get("client_protocol", 0)),
         )
 
     async def send(self, **message):
@@ -117,6 +120,10 @@ class Participant:
             while True:
                 frame = await track.recv()
                 now = time.monotonic()
+                kind = models.TrackType.VIDEO if track.kind == "video" else models.TrackType.AUDIO
+                if kind not in self.live:
+                    self.live.add(kind)
+                    self.server.tell(self)
                 if track.kind == "video":
                     grey = frame.to_ndarray(format="gray")
                     self.pictures.append((now, frame.pts, grey.shape))
@@ -274,7 +281,6 @@ class Server:
             participant.tracks.append(track)
             participant.received[-1] = f"add_track {wanted.name} {wanted.source} cid={wanted.cid}"
             await participant.send(track_published=rtc.TrackPublishedResponse(cid=wanted.cid, track=track))
-            self.tell(participant)
         elif kind == "ping_req":
             pong = rtc.Pong(last_ping_timestamp=request.ping_req.timestamp, timestamp=int(time.time() * 1000))
             await participant.send(pong_resp=pong)
