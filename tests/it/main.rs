@@ -4,6 +4,7 @@ mod batch;
 mod checkpoints;
 mod codec;
 mod config;
+mod conformance;
 mod engine;
 mod files;
 mod hostile;
