@@ -72,27 +72,36 @@ impl Desk {
 
 /// A step that is run by its launches at first, and by a recorded graph from its second time on.
 #[derive(Debug, Default)]
-pub(super) struct Replay {
-    /// Whether it ran: products and attentions have chosen their kernels then.
-    warm: bool,
+pub(super) enum Replay {
+    /// It did not run yet: products and attentions choose their kernels when it does.
+    #[default]
+    Cold,
+    Warm,
     #[cfg(feature = "cuda")]
-    graph: Option<crate::model::kernels::cuda::graph::Graph>,
+    Recorded(crate::model::kernels::cuda::graph::Graph),
+    /// It cannot be recorded: something in it is no plain launch (f32, blocks of ggml, odd sizes).
+    #[cfg(feature = "cuda")]
+    Refused,
 }
 
 impl Replay {
     /// Does what `work` launches.
-    pub(super) fn run(&mut self, device: &Device, graphs: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(super) fn run(&mut self, device: &Device, graphs: bool, mut work: impl FnMut() -> Result<()>) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if graphs && self.warm {
-            let graph = match &mut self.graph {
-                Some(graph) => graph,
-                none => none.insert(crate::model::kernels::cuda::graph::Graph::record(device, work)?),
-            };
-            return graph.launch();
+        if graphs {
+            if matches!(self, Replay::Warm) {
+                let recorded = crate::model::kernels::cuda::graph::Graph::record(device, &mut work);
+                *self = recorded.map_or(Replay::Refused, Replay::Recorded);
+            }
+            if let Replay::Recorded(graph) = self {
+                return graph.launch();
+            }
         }
         let _ = (device, graphs);
         work()?;
-        self.warm = true;
+        if matches!(self, Replay::Cold) {
+            *self = Replay::Warm;
+        }
         Ok(())
     }
 }
