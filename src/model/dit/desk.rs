@@ -20,8 +20,9 @@ pub(super) struct Desk {
     pub slot: Slot,
     /// What it hears.
     pub audio: BlockAudio,
-    /// Which audio lies there, and of which position the rotation is.
+    /// Which audio and which rotation lie there.
     heard: TensorId,
+    turned: TensorId,
     numbers: [u32; 3],
 }
 
@@ -38,7 +39,10 @@ impl Desk {
         let numbers = slot.numbers(queries);
         if let Some(desk) = desk {
             desk.tokens.slice_set(&tokens.contiguous()?, 0, 0)?;
-            desk.rope.table().slice_set(rope.table(), 0, 0)?;
+            if desk.turned != rope.table().id() {
+                desk.rope.table().slice_set(rope.table(), 0, 0)?;
+                desk.turned = rope.table().id();
+            }
             if let (true, Some(card)) = (desk.numbers != numbers, &desk.slot.card) {
                 card.slice_set(&Tensor::new(&numbers, tokens.device())?, 0, 0)?;
                 desk.numbers = numbers;
@@ -63,6 +67,7 @@ impl Desk {
                     tokens: AudioTokens { local: own.local.clone(), global: own.global.clone(), frames: own.frames },
                 },
                 heard: own.local.id(),
+                turned: rope.table().id(),
                 numbers,
             });
         }
