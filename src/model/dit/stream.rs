@@ -88,6 +88,8 @@ pub struct StreamState {
     desk: Option<Desk>,
     /// Whether steps become graphs.
     graphs: bool,
+    /// Rotations of the block and of the conditioning that moved: the same for all steps of a block.
+    tables: [Option<(Vec<Group>, Rope)>; 2],
 }
 
 impl StreamState {
@@ -176,6 +178,7 @@ impl Dit {
             reference: None,
             desk: None,
             graphs: true,
+            tables: [None, None],
         };
         self.prefill(&mut state, opening.reference, opening.motion, trace).at(|| "prefill")?;
         Ok(state)
@@ -281,6 +284,18 @@ impl Dit {
         Rope::new(groups, self.config.head(), rounding, &self.device)
     }
 
+    /// The rotation of these groups; made when they are not those of the last time.
+    fn table(&self, last: &mut Option<(Vec<Group>, Rope)>, groups: &[Group]) -> Result<Rope> {
+        if let Some((of, rope)) = last
+            && of == groups
+        {
+            return Ok(rope.clone());
+        }
+        let rope = self.stream_rope(groups)?;
+        *last = Some((groups.to_vec(), rope.clone()));
+        Ok(rope)
+    }
+
     /// Where the conditioning stands for a block at time `p`.
     fn conditioning_groups(&self, state: &StreamState, p: i64, distance: usize) -> Vec<Group> {
         match self.config.conditioning {
@@ -344,13 +359,14 @@ impl Dit {
         };
         let tokens = (self.patch.forward(x)?.to_dtype(DType::F32)? + base)?.to_dtype(self.stream_type())?;
         let p = state.position as i64;
-        let rope = self.stream_rope(&[Group::frames(p, frames, gh, gw)])?;
+        let groups = self.conditioning_groups(state, p, distance);
+        let [own, others] = &mut state.tables;
+        let rope = self.table(own, &[Group::frames(p, frames, gh, gw)])?;
         trace.see("rope_cos", &rope.cos()?);
         trace.see("rope_sin", &rope.sin()?);
         trace.see("merged_audio_emb", &audio.tokens.local.reshape((frames, (), c.dim))?);
         trace.see("audio_emb_global", &audio.tokens.global);
 
-        let groups = self.conditioning_groups(state, p, distance);
         let start = state.position * n;
         let size = c.kv_frames * n;
         let slot = Slot { at: rows + start % size, keys: rows + size.min(start + frames * n), card: None };
@@ -358,7 +374,7 @@ impl Dit {
         let Some(ring) = state.rings[step].as_mut() else {
             return Err(Error::Input("the stream has no ring".into()));
         };
-        self.condition(&state.conditioning, ring, groups)?;
+        self.condition(&state.conditioning, ring, groups, others)?;
 
         let text = state.text.as_deref();
         let through = |x: Tensor, rope: &Rope, slot: &Slot, audio: &BlockAudio, trace: &mut Trace| -> Result<Tensor> {
@@ -399,10 +415,16 @@ impl Dit {
 
     /// Writes the conditioning where a step's memories do not have it yet. Only what moved since the step last ran is
     /// rotated again.
-    fn condition(&self, kept: &[KeysValues], ring: &mut Ring, groups: Vec<Group>) -> Result<()> {
+    fn condition(
+        &self,
+        kept: &[KeysValues],
+        ring: &mut Ring,
+        groups: Vec<Group>,
+        table: &mut Option<(Vec<Group>, Rope)>,
+    ) -> Result<()> {
         let moved = Moved::between(ring.conditioning.as_deref(), &groups);
         if let Some(m) = &moved {
-            let turned = self.stream_rope(&groups[m.groups.clone()])?;
+            let turned = self.table(table, &groups[m.groups.clone()])?;
             for (memory, kept) in ring.layers.iter().zip(kept) {
                 memory.place_keys(&kept.k.narrow(0, m.row, turned.tokens())?, &turned, m.row)?;
             }

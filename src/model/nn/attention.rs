@@ -55,7 +55,7 @@ pub fn attention_to_few(
     {
         use crate::model::kernels::cuda::rows;
         let bf16 = [q, weight, k, v].iter().all(|t| t.dtype() == DType::BF16);
-        let few = k.dim(0)? <= groups * rows::FEW && q.dim(1)? <= rows::WIDEST;
+        let few = k.dim(0)? <= groups * rows::FEW && rows::few_keys_takes(q.dim(1)? / heads.max(1));
         if matches!(q.device(), Device::Cuda(_)) && bf16 && few && rows::fits(q.dim(1)?, 1) {
             let like = |t: &Tensor| t.contiguous();
             let (y, units) =

@@ -58,20 +58,23 @@ struct Largest {
     static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// Over all threads of a block, the same result in every thread. `room` is 33 floats of shared memory; it may be used
-// again at once. Threads of the block: a multiple of 32.
-template <class Op> __device__ __forceinline__ float over_block(float v, float *room) {
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v = Op::of(v, __shfl_xor_sync(~0u, v, o));
+// N values over all threads of a block, the results in every thread, one barrier. `room` is 32·N floats of shared memory
+// that nothing else uses. Threads of the block: a multiple of 32. Largest is for values that are not negative.
+template <class Op, int N> __device__ __forceinline__ void over_block(float (&v)[N], float *room) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (lane == 0) room[warp] = v;
-    __syncthreads();
-    // Both operations keep a non-negative or plain sum when 0 joins: Largest is used on absolute values only.
-    v = lane < (blockDim.x >> 5) ? room[lane] : 0.f;
 #pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v = Op::of(v, __shfl_xor_sync(~0u, v, o));
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) v[n] = Op::of(v[n], __shfl_xor_sync(~0u, v[n], o));
+        if (lane == 0) room[n * 32 + warp] = v[n];
+    }
     __syncthreads();
-    return v;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        v[n] = lane < (blockDim.x >> 5) ? room[n * 32 + lane] : 0.f;
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) v[n] = Op::of(v[n], __shfl_xor_sync(~0u, v[n], o));
+    }
 }
 
 // Rows are cut into runs; run i ends before row end[i].
@@ -86,18 +89,23 @@ struct Runs {
     }
 };
 
-// A row is held in registers: up to HELD vectors of eight a thread.
-constexpr int HELD = 4;
+// A row is held in registers: up to this many vectors of eight a thread. Kernels are compiled for each number, so that
+// short rows do not pay for the registers of long ones.
+constexpr int MOST_HELD = 4;
 
-// Threads for rows of `width` elements; 0 where a row does not fit.
-inline int threads_for(int width) {
+// Vectors a thread holds for rows of `width` elements; 0 where a row does not fit.
+inline int held_for(int width) {
     if (width <= 0 || width % 8) return 0;
     const int vectors = width / 8;
-    for (int each = 1; each <= HELD; each++) {
-        int threads = ((vectors + each - 1) / each + 31) / 32 * 32;
-        if (threads <= (each == HELD ? 1024 : 512)) return threads;
-    }
-    return 0;
+    if (vectors <= 256) return 1;
+    if (vectors <= 768) return 2;
+    if (vectors <= 1152) return 3;
+    return vectors <= MOST_HELD * 1024 ? MOST_HELD : 0;
+}
+
+inline int threads_for(int width) {
+    const int held = held_for(width);
+    return held ? ((width / 8 + held - 1) / held + 31) / 32 * 32 : 0;
 }
 
 } // namespace lq

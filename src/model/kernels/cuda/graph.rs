@@ -26,12 +26,15 @@ impl std::fmt::Debug for Graph {
 
 impl Graph {
     /// Records what `work` launches on the device's stream, without running it. `work` must have run once before (plans
-    /// are chosen then), and may neither upload nor read back: what it needs lies on the card and stays where it is.
+    /// are chosen then), and may neither upload nor read back: what it needs lies on the card and stays where it is. Work
+    /// that does so all the same (candle's own operations upload shapes) is refused, not recorded.
     pub fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let Device::Cuda(device) = device else {
             return Err(Error::Input("only an NVIDIA card records graphs".into()));
         };
         let stream = device.cuda_stream();
+        // While this lives, candle refuses to record an upload; without it the graph would read the host's memory later.
+        let _refuse_uploads = device.enable_cuda_graph_htod_cache();
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
         let done = work();
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);

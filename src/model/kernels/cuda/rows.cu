@@ -1,12 +1,14 @@
 // Row-wise operations of the transformer, one block per row, the row in registers: memory is read once and written once.
 #include "common.cuh"
 
+#include <type_traits>
+
 using namespace lq;
 
 namespace {
 
 // Writes a normed row. e4m3 rows get a scale of their own: value = stored · scale.
-template <class Out>
+template <int HELD, class Out>
 __device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, int row, int width, float *room) {
     float factor = 1.f;
     if constexpr (sizeof(Out) == 1) {
@@ -17,7 +19,9 @@ __device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, i
 #pragma unroll
                 for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(v[k][j]));
         }
-        most = fmaxf(over_block<Largest>(most, room), 1e-12f);
+        float all[1] = {most};
+        over_block<Largest>(all, room);
+        most = fmaxf(all[0], 1e-12f);
         factor = LARGEST / most;
         if (threadIdx.x == 0) scale[row] = most / LARGEST;
     }
@@ -32,14 +36,15 @@ __device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, i
     }
 }
 
-// x += y · gate (x in place, rounded to its type), then LayerNorm of the rounded x, · scale + shift.
-template <class X, class Out, bool ADD, bool NORM>
+// x += y · gate (x in place, rounded to its type), then LayerNorm of the rounded x, · scale + shift. Mean and variance in
+// one pass, of the row less its first element: without that shift squares of a far mean would swallow the variance.
+template <int HELD, class X, class Out, bool ADD, bool NORM>
 __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, Runs gate_runs, const float *scale,
                               const float *shift, Runs norm_runs, float eps, Out *out, float *row_scale, int width) {
-    __shared__ float room[33];
+    __shared__ float room[3 * 32];
+    __shared__ float first;
     const int row = blockIdx.x;
     float v[HELD][8];
-    float sum = 0.f;
     const float *g = gate ? gate + (size_t)gate_runs.of(row) * width : nullptr;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
@@ -58,21 +63,24 @@ __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, R
 #pragma unroll
                 for (int j = 0; j < 8; j++) v[k][j] = __bfloat162float(__float2bfloat16_rn(v[k][j]));
         }
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += v[k][j];
     }
     if constexpr (NORM) {
-        const float mean = over_block<Sum>(sum, room) / width;
-        float squares = 0.f;
+        if (threadIdx.x == 0) first = v[0][0];
+        __syncthreads();
+        const float pivot = first;
+        float sums[2] = {0.f, 0.f};
 #pragma unroll
         for (int k = 0; k < HELD; k++)
             if ((threadIdx.x + k * blockDim.x) * 8 < width)
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    v[k][j] -= mean;
-                    squares += v[k][j] * v[k][j];
+                    v[k][j] -= pivot;
+                    sums[0] += v[k][j];
+                    sums[1] += v[k][j] * v[k][j];
                 }
-        const float inverse = rsqrtf(over_block<Sum>(squares, room) / width + eps);
+        over_block<Sum>(sums, room);
+        const float mean = sums[0] / width;
+        const float inverse = rsqrtf(fmaxf(sums[1] / width - mean * mean, 0.f) + eps);
         const size_t run = (size_t)norm_runs.of(row) * width;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
@@ -82,10 +90,22 @@ __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, R
             load8(scale + run + i, a);
             load8(shift + run + i, b);
 #pragma unroll
-            for (int j = 0; j < 8; j++) v[k][j] = v[k][j] * inverse * a[j] + b[j];
+            for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * inverse * a[j] + b[j];
         }
-        put_row(v, out, row_scale, row, width, room);
+        put_row<HELD>(v, out, row_scale, row, width, room + 64);
     }
+}
+
+// Calls `go` with the number of vectors a thread holds as a constant.
+template <class Go> int with_held(int width, Go go) {
+    switch (held_for(width)) {
+    case 1: go(std::integral_constant<int, 1>{}); break;
+    case 2: go(std::integral_constant<int, 2>{}); break;
+    case 3: go(std::integral_constant<int, 3>{}); break;
+    case 4: go(std::integral_constant<int, 4>{}); break;
+    default: return cudaErrorInvalidValue;
+    }
+    LQ_LAUNCHED();
 }
 
 template <class X, class Out>
@@ -97,10 +117,11 @@ int residual_norm_with(bool add, bool norm, void *x, const void *y, const float 
         kernel<<<rows, threads, 0, stream>>>((X *)x, (const __nv_bfloat16 *)y, gate, *gate_runs, scale, shift,
                                              *norm_runs, eps, (Out *)out, row_scale, width);
     };
-    if (add && norm) go(residual_norm<X, Out, true, true>);
-    else if (add) go(residual_norm<X, Out, true, false>);
-    else go(residual_norm<X, Out, false, true>);
-    LQ_LAUNCHED();
+    return with_held(width, [&](auto held) {
+        if (add && norm) go(residual_norm<held(), X, Out, true, true>);
+        else if (add) go(residual_norm<held(), X, Out, true, false>);
+        else go(residual_norm<held(), X, Out, false, true>);
+    });
 }
 
 // One of up to three projections that lie side by side in a row.
@@ -117,9 +138,9 @@ struct Lanes {
 };
 
 // RMS norm, rotation of adjacent pairs, quantisation with one scale, into row *offset + r of a buffer.
-template <class Out>
+template <int HELD, class Out>
 __global__ void norm_rotate(Lanes lanes, int stride, const float *table, int head, const int *offset, float eps, int width) {
-    __shared__ float room[33];
+    __shared__ float room[32];
     const Lane &lane = lanes.lane[blockIdx.y];
     const int row = blockIdx.x;
     const __nv_bfloat16 *in = (const __nv_bfloat16 *)lane.in + (size_t)row * stride;
@@ -134,7 +155,11 @@ __global__ void norm_rotate(Lanes lanes, int stride, const float *table, int hea
         for (int j = 0; j < 8; j++) squares += v[k][j] * v[k][j];
     }
     float inverse = 1.f;
-    if (lane.weight) inverse = rsqrtf(over_block<Sum>(squares, room) / width + eps);
+    if (lane.weight) {
+        float all[1] = {squares};
+        over_block<Sum>(all, room);
+        inverse = rsqrtf(all[0] / width + eps);
+    }
     const float unit = sizeof(Out) == 1 && lane.unit ? 1.f / *lane.unit : 1.f;
     Out *out = (Out *)lane.out + (size_t)(row + (lane.slot && offset ? *offset : 0)) * width;
     const float *turn = table + (size_t)row * head;
@@ -170,13 +195,13 @@ __global__ void norm_rotate(Lanes lanes, int stride, const float *table, int hea
 __device__ __forceinline__ float gelu_tanh(float x) {
     // x · σ(2u), the same function as 0.5 x (1 + tanh u)
     const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1.f + __expf(-2.f * u));
+    return __fdividef(x, 1.f + __expf(-2.f * u));
 }
 
 // Rows of bf16 to e4m3 with a scale each, through GELU if wanted. Rows of weights are quantised by the same.
-template <bool GELU>
+template <int HELD, bool GELU>
 __global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, float *row_scale, int width) {
-    __shared__ float room[33];
+    __shared__ float room[32];
     const int row = blockIdx.x;
     float v[HELD][8];
 #pragma unroll
@@ -188,80 +213,71 @@ __global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, float *row_
 #pragma unroll
             for (int j = 0; j < 8; j++) v[k][j] = gelu_tanh(v[k][j]);
     }
-    put_row(v, out, row_scale, row, width, room);
+    put_row<HELD>(v, out, row_scale, row, width, room);
 }
 
-// Queries normed, then attention to the few keys of the row's group, the whole row in one block. A warp takes a head at a
-// time: its lanes share the channels.
+// Queries normed, then attention to the few keys of the row's group, the whole row in one block. The lanes that share a
+// head (head / 8 of them, a power of two) hold eight channels each.
 constexpr int MOST_KEYS = 8;
-template <class Out>
+template <int HELD, class Out>
 __global__ void few_keys(const __nv_bfloat16 *q, const __nv_bfloat16 *weight, const __nv_bfloat16 *keys,
-                         const __nv_bfloat16 *values, Out *out, float *row_scale, int rows_in_group, int count, int head,
-                         int width, float eps, float scale) {
-    extern __shared__ float row_room[];
-    __shared__ float room[33];
+                         const __nv_bfloat16 *values, Out *out, float *row_scale, int rows_in_group, int count,
+                         int lanes, int width, float eps, float scale) {
+    __shared__ float room[2 * 32];
     const int row = blockIdx.x, group = row / rows_in_group;
     float v[HELD][8];
-    float squares = 0.f;
+    float all[1] = {0.f};
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         const int i = (threadIdx.x + k * blockDim.x) * 8;
         if (i >= width) continue;
         load8(q + (size_t)row * width + i, v[k]);
 #pragma unroll
-        for (int j = 0; j < 8; j++) squares += v[k][j] * v[k][j];
+        for (int j = 0; j < 8; j++) all[0] += v[k][j] * v[k][j];
     }
-    const float inverse = rsqrtf(over_block<Sum>(squares, room) / width + eps) * scale;
+    over_block<Sum>(all, room);
+    const float inverse = rsqrtf(all[0] / width + eps) * scale;
+    const size_t first = (size_t)group * count * width;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         const int i = (threadIdx.x + k * blockDim.x) * 8;
-        if (i >= width) continue;
-        float w[8];
-        load8(weight + i, w);
+        const bool mine = i < width; // whole heads are, so shuffles within a head are among such
+        float a[8], score[MOST_KEYS], most = -INFINITY, sum = 0.f;
+        if (mine) {
+            load8(weight + i, a);
 #pragma unroll
-        for (int j = 0; j < 8; j++) row_room[i + j] = v[k][j] * inverse * w[j];
-    }
-    __syncthreads();
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    const size_t first = (size_t)group * count * width;
-    for (int h = warp; h < width / head; h += warps) {
-        float score[MOST_KEYS], most = -INFINITY, sum = 0.f;
+            for (int j = 0; j < 8; j++) v[k][j] *= inverse * a[j];
+        }
 #pragma unroll
         for (int t = 0; t < MOST_KEYS; t++) {
             if (t >= count) break;
             float dot = 0.f;
-            for (int c = lane; c < head; c += 32)
-                dot += row_room[h * head + c] * __bfloat162float(keys[first + (size_t)t * width + h * head + c]);
+            if (mine) {
+                load8(keys + first + (size_t)t * width + i, a);
 #pragma unroll
-            for (int o = 16; o > 0; o >>= 1) dot += __shfl_xor_sync(~0u, dot, o);
+                for (int j = 0; j < 8; j++) dot += v[k][j] * a[j];
+            }
+            for (int o = lanes / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(~0u, dot, o);
             score[t] = dot;
             most = fmaxf(most, dot);
         }
 #pragma unroll
+        for (int j = 0; j < 8; j++) v[k][j] = 0.f;
+#pragma unroll
         for (int t = 0; t < MOST_KEYS; t++) {
             if (t >= count) break;
-            score[t] = __expf(score[t] - most);
-            sum += score[t];
-        }
-        for (int c = lane; c < head; c += 32) {
-            float mixed = 0.f;
+            const float p = __expf(score[t] - most);
+            sum += p;
+            if (mine) {
+                load8(values + first + (size_t)t * width + i, a);
 #pragma unroll
-            for (int t = 0; t < MOST_KEYS; t++) {
-                if (t >= count) break;
-                mixed += score[t] * __bfloat162float(values[first + (size_t)t * width + h * head + c]);
+                for (int j = 0; j < 8; j++) v[k][j] += p * a[j];
             }
-            row_room[h * head + c] = mixed / sum;
         }
-    }
-    __syncthreads();
 #pragma unroll
-    for (int k = 0; k < HELD; k++) {
-        const int i = (threadIdx.x + k * blockDim.x) * 8;
-        if (i >= width) continue;
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[k][j] = row_room[i + j];
+        for (int j = 0; j < 8; j++) v[k][j] /= sum;
     }
-    put_row(v, out, row_scale, row, width, room);
+    put_row<HELD>(v, out, row_scale, row, width, room + 32);
 }
 
 } // namespace
@@ -293,12 +309,13 @@ int lq_norm_rotate(int out_kind, const Lanes *lanes, int count, int stride, cons
                    const int *offset, float eps, int rows, int width, void *stream) {
     const int threads = threads_for(width);
     if (!threads || head % 8 || count < 1 || count > 3) return cudaErrorInvalidValue;
-    const dim3 grid(rows, count);
-    if (out_kind == BF16)
-        norm_rotate<__nv_bfloat16><<<grid, threads, 0, (cudaStream_t)stream>>>(*lanes, stride, table, head, offset, eps, width);
-    else
-        norm_rotate<__nv_fp8_e4m3><<<grid, threads, 0, (cudaStream_t)stream>>>(*lanes, stride, table, head, offset, eps, width);
-    LQ_LAUNCHED();
+    auto go = [&](auto kernel) {
+        kernel<<<dim3(rows, count), threads, 0, (cudaStream_t)stream>>>(*lanes, stride, table, head, offset, eps, width);
+    };
+    return with_held(width, [&](auto held) {
+        if (out_kind == BF16) go(norm_rotate<held(), __nv_bfloat16>);
+        else go(norm_rotate<held(), __nv_fp8_e4m3>);
+    });
 }
 
 int lq_quantise(int gelu, const void *x, void *out, float *row_scale, int rows, int width, void *stream) {
@@ -307,25 +324,29 @@ int lq_quantise(int gelu, const void *x, void *out, float *row_scale, int rows, 
     auto go = [&](auto kernel) {
         kernel<<<rows, threads, 0, (cudaStream_t)stream>>>((const __nv_bfloat16 *)x, (__nv_fp8_e4m3 *)out, row_scale, width);
     };
-    if (gelu) go(quantise<true>);
-    else go(quantise<false>);
-    LQ_LAUNCHED();
+    return with_held(width, [&](auto held) {
+        if (gelu) go(quantise<held(), true>);
+        else go(quantise<held(), false>);
+    });
 }
 
 int lq_few_keys(int out_kind, const void *q, const void *weight, const void *keys, const void *values, void *out,
                 float *row_scale, int rows, int groups, int count, int head, int width, float eps, void *stream) {
     const int threads = threads_for(width);
-    if (!threads || count < 1 || count > MOST_KEYS || groups < 1 || rows % groups || head < 1 || width % head || width > 10240)
+    const int lanes = head / 8;
+    if (!threads || count < 1 || count > MOST_KEYS || groups < 1 || rows % groups || head < 8 || head % 8 ||
+        width % head || lanes > 32 || (lanes & (lanes - 1)))
         return cudaErrorInvalidValue;
-    auto go = [&](auto type) {
-        using Out = decltype(type);
-        few_keys<Out><<<rows, threads, width * sizeof(float), (cudaStream_t)stream>>>(
-            (const __nv_bfloat16 *)q, (const __nv_bfloat16 *)weight, (const __nv_bfloat16 *)keys,
-            (const __nv_bfloat16 *)values, (Out *)out, row_scale, rows / groups, count, head, width, eps,
-            1.f / sqrtf((float)head));
-    };
-    if (out_kind == BF16) go(__nv_bfloat16{});
-    else go(__nv_fp8_e4m3{});
-    LQ_LAUNCHED();
+    return with_held(width, [&](auto held) {
+        auto go = [&](auto type) {
+            using Out = decltype(type);
+            few_keys<held(), Out><<<rows, threads, 0, (cudaStream_t)stream>>>(
+                (const __nv_bfloat16 *)q, (const __nv_bfloat16 *)weight, (const __nv_bfloat16 *)keys,
+                (const __nv_bfloat16 *)values, (Out *)out, row_scale, rows / groups, count, lanes, width, eps,
+                1.f / sqrtf((float)head));
+        };
+        if (out_kind == BF16) go(__nv_bfloat16{});
+        else go(__nv_fp8_e4m3{});
+    });
 }
 }

@@ -308,5 +308,8 @@ pub fn few_keys(
 
 /// Most keys of a group that [`few_keys`] takes.
 pub const FEW: usize = 8;
-/// Widest row it takes: one row of f32 in shared memory.
-pub const WIDEST: usize = 10240;
+
+/// Whether [`few_keys`] takes heads of this width: the lanes that share one are a power of two of a warp.
+pub fn few_keys_takes(head: usize) -> bool {
+    head % 8 == 0 && (head / 8).is_power_of_two() && head <= 256
+}
