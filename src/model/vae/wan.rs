@@ -277,7 +277,7 @@ impl CausalConv {
             candle_core::bail!("this layer was not loaded for a card")
         };
         let (c, _, h, w) = z.dims4()?;
-        let run = || {
+        let mut run = || {
             let cache = history.buffer(slot, (z.device(), h, w), conv.past(), c)?;
             let x = card::latents(z, matrix, bias, &cache)?;
             Ok(card::Video::new(conv.run(&x, usual)?, Some(&conv.bias), usual))
