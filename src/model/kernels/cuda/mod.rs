@@ -20,6 +20,8 @@ pub mod rows;
 pub mod vae;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod vae_tests;
 pub mod time;
 
 use std::{
