@@ -20,8 +20,6 @@ pub mod rows;
 pub mod vae;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod vae_tests;
 pub mod time;
 
 use std::{

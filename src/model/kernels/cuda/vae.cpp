@@ -149,7 +149,8 @@ void *lq_convolution_plan(void *handle_, const int64_t *numbers, int64_t frames,
             if (pass == 0 && (graph->get_plan_name_at_index(i, its).is_bad() || its != name)) continue;
             if (graph->build_plan_at_index(handle, i).is_bad()) continue;
             if (graph->get_workspace_size_plan_at_index(i) > most_room) continue;
-            return new Plan{std::move(graph), graph->get_workspace_size_plan_at_index(i)};
+            const int64_t workspace = graph->get_workspace_size_plan_at_index(i);
+            return new Plan{std::move(graph), workspace};
         }
     error() = "no engine for this convolution";
     return nullptr;
