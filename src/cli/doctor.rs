@@ -225,7 +225,8 @@ fn engines(config: &Config, seconds: u32, machine: &Machine, findings: &mut Find
 fn profile(name: &str, plan: &budget::Plan) -> String {
     let need = plan.need();
     let fits: Vec<String> = [24.0, 48.0, 80.0].iter().filter(|gb| need.fits(**gb)).map(|gb| format!("{gb}")).collect();
-    let fits = if fits.is_empty() { "fits none of 24, 48, 80 GB".into() } else { format!("fits {} GB", fits.join(", ")) };
+    let fits =
+        if fits.is_empty() { "fits none of 24, 48, 80 GB".into() } else { format!("fits {} GB", fits.join(", ")) };
     format!(
         "{name}: {}×{}, {} steps, ring of {}: {:.0} GB (weights {:.0}, memories {:.0}, decoder {:.1}, working {:.0}), {fits}; \
          {:.0} frames/s predicted on an H200, not measured here",

@@ -157,10 +157,7 @@ impl Plan {
 pub const PROFILES: [(&str, Plan); 3] = [
     ("quality", Plan { steps: 4, ..LIVE }),
     ("live", LIVE),
-    (
-        "saver",
-        Plan { weights: Stored::Q4, fp8_memory: true, steps: 2, ring: 6, height: 384, width: 384, ..LIVE },
-    ),
+    ("saver", Plan { weights: Stored::Q4, fp8_memory: true, steps: 2, ring: 6, height: 384, width: 384, ..LIVE }),
 ];
 
 const LIVE: Plan = Plan {

@@ -126,14 +126,20 @@ fn decode(device: &Device, vae: &WanVae, size: (usize, usize)) -> Result<()> {
     let z = random(&[16, 7, size.0 / 8, size.1 / 8], device)?;
     vae.decode_next(&mut state, &z)?;
     let block = z.narrow(1, 0, 3)?.contiguous()?;
-    let all = time::milliseconds(device, 2, RUNS, || vae.decode_i420(&mut state, &block).map(drop).map_err(Into::into))?;
+    let all =
+        time::milliseconds(device, 2, RUNS, || vae.decode_i420(&mut state, &block).map(drop).map_err(Into::into))?;
     report("decode 3 latents to I420", size, &all, work(size));
     let all = time::milliseconds(device, 1, 3, || {
         vae.decode_next(&mut Decoding::default(), &z).map(drop).map_err(Into::into)
     })?;
     report("decode 7 motion latents from the start", size, &all, work(size) * 25.0 / 12.0);
     let taken = before.saturating_sub(time::memory(device)?.0);
-    println!("{}x{}: the decoder holds {:.1} GiB, what it frees and takes again included", size.0, size.1, taken as f64 / (1u64 << 30) as f64);
+    println!(
+        "{}x{}: the decoder holds {:.1} GiB, what it frees and takes again included",
+        size.0,
+        size.1,
+        taken as f64 / (1u64 << 30) as f64
+    );
     Ok(())
 }
 

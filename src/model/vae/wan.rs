@@ -658,9 +658,7 @@ impl Head {
         match x {
             Video::Plain(x) => Ok(Video::Plain(self.1.forward(&self.0.forward(&x)?.silu()?, history)?)),
             #[cfg(feature = "cuda")]
-            Video::Card(x) => {
-                Ok(Video::Card(self.1.card(&x, Some(&self.0), false, history).map_err(card_error)?.1))
-            }
+            Video::Card(x) => Ok(Video::Card(self.1.card(&x, Some(&self.0), false, history).map_err(card_error)?.1)),
         }
     }
 }

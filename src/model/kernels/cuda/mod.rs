@@ -17,10 +17,10 @@ pub mod attention;
 pub mod gemm;
 pub mod graph;
 pub mod rows;
-pub mod vae;
 #[cfg(test)]
 mod tests;
 pub mod time;
+pub mod vae;
 
 use std::{
     collections::HashMap,
