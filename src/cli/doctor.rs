@@ -8,7 +8,7 @@ use super::{
     machine::Machine,
     measure::{encoder_ms, measure},
 };
-use crate::{config::Config, engine, net, server};
+use crate::{config::Config, engine, model::budget, net, server};
 use std::net::{IpAddr, TcpListener, UdpSocket};
 
 #[derive(clap::Args)]
@@ -216,6 +216,31 @@ fn engines(config: &Config, seconds: u32, machine: &Machine, findings: &mut Find
     if !large {
         line("Engine", "s2v (Wan2.2-S2V, LiveAvatar, 14B): not set up; needs a checkpoint and a GPU of 48 GB or more");
     }
+    for (name, plan) in budget::PROFILES {
+        line("14B model", profile(name, &plan));
+    }
+}
+
+/// What a profile of the 14B model needs, where it fits, and what to expect of it.
+fn profile(name: &str, plan: &budget::Plan) -> String {
+    let need = plan.need();
+    let fits: Vec<String> = [24.0, 48.0, 80.0].iter().filter(|gb| need.fits(**gb)).map(|gb| format!("{gb}")).collect();
+    let fits =
+        if fits.is_empty() { "fits none of 24, 48, 80 GB".into() } else { format!("fits {} GB", fits.join(", ")) };
+    format!(
+        "{name}: {}×{}, {} steps, ring of {}: {:.0} GB (weights {:.0}, memories {:.0}, decoder {:.1}, working {:.0}), {fits}; \
+         {:.0} frames/s predicted on an H200, not measured here",
+        plan.width,
+        plan.height,
+        plan.steps,
+        plan.ring,
+        need.total(),
+        need.weights,
+        need.memories,
+        need.decoders,
+        need.working,
+        plan.frames_per_second(&budget::H200)
+    )
 }
 
 fn people(n: usize) -> String {

@@ -11,10 +11,12 @@
 //! | [`wav2vec2`] | how the 14B model hears: all hidden states, 30 Hz features, per-frame buckets |
 //! | [`taehv`] | a small decoder instead of Wan 2.1's |
 //! | [`umt5`] | how it reads: prompt cleaning, tokens, text encoder |
+//! | [`budget`] | what the 14B model takes of a card, and the frames per second to expect |
 //! | [`picture`] | the reference picture: output size, resize, crop |
 //! | [`kernels`] | fused CPU operations, each beside its plain twin |
 
 pub mod audio;
+pub mod budget;
 pub mod dit;
 mod error;
 pub mod kernels;

@@ -47,6 +47,42 @@ pub fn output_size(height: usize, width: usize, area: usize) -> Result<(usize, u
     Ok((ph, pw))
 }
 
+/// Pictures `[3, frames, height, width]` in −1…1 as planar YUV 4:2:0 in BT.601 limited range: `[frames, height · width ·
+/// 3/2]` bytes, each frame Y, then U, then V, in the fixed point of `codec::rgb_to_i420`, which gives the same bytes.
+pub fn i420(planes: &Tensor) -> candle_core::Result<Tensor> {
+    let (c, t, h, w) = planes.dims4()?;
+    if c != 3 || h % 2 != 0 || w % 2 != 0 {
+        candle_core::bail!("pictures of {w}×{h} with {c} planes cannot be 4:2:0");
+    }
+    let values = planes.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()?;
+    let (pixels, all) = (h * w, t * h * w);
+    let mut out = vec![0u8; t * pixels / 2 * 3];
+    for (f, frame) in out.chunks_exact_mut((pixels / 2 * 3).max(1)).enumerate() {
+        let (luma, chroma) = frame.split_at_mut(pixels);
+        let (u, v) = chroma.split_at_mut(pixels / 4);
+        for (i, (u, v)) in u.iter_mut().zip(v).enumerate() {
+            let (row, column) = (i / (w / 2) * 2, i % (w / 2) * 2);
+            let mut sum = [0i32; 3];
+            for k in 0..4 {
+                let at = (row + k / 2) * w + column + k % 2;
+                let rgb = [0, 1, 2].map(|c| level(values[c * all + f * pixels + at]));
+                sum.iter_mut().zip(rgb).for_each(|(s, v)| *s += v);
+                let [r, g, b] = rgb;
+                luma[at] = ((16_829 * r + 33_039 * g + 6_416 * b + (16 << 16) + (1 << 15)) >> 16) as u8;
+            }
+            let [r, g, b] = sum;
+            *u = ((-9_714 * r - 19_071 * g + 28_785 * b + (128 << 18) + (1 << 17)) >> 18) as u8;
+            *v = ((28_784 * r - 24_103 * g - 4_681 * b + (128 << 18) + (1 << 17)) >> 18) as u8;
+        }
+    }
+    Tensor::from_vec(out, (t, pixels / 2 * 3), planes.device())
+}
+
+/// −1…1 to 0…255, to nearest; what is not a number becomes black.
+fn level(v: f32) -> i32 {
+    i32::from((v.clamp(-1.0, 1.0) * 127.5 + 128.0) as u8)
+}
+
 /// Bits behind the point in Pillow's 8-bit coefficients.
 const PRECISION: u32 = 32 - 8 - 2;
 

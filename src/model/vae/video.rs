@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, quiet};
+use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, Video, quiet};
 use crate::model::{Result as Loaded, weights::Weights};
 
 /// `vae2_1.py::Wan2_1_VAE` (Wan-Video/Wan2.2 at 42bf4cf): mean and deviation of each latent channel.
@@ -183,10 +183,13 @@ pub struct WanVae {
     inlet: CausalConv,
     mean: Tensor,
     inverse_deviation: Tensor,
+    /// On a card: statistics and the convolution before the decoder as one matrix `[16, 16]` and its bias `[16]`, f32.
+    #[cfg(feature = "cuda")]
+    card: Option<(Tensor, Tensor)>,
 }
 
 /// What an encoding under way remembers: surplus pixels that do not fill a group yet, and the layers' past frames.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Encoding {
     history: History,
     waiting: Option<Tensor>,
@@ -194,7 +197,7 @@ pub struct Encoding {
 }
 
 /// What a decoding under way remembers.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Decoding {
     history: History,
     chunks: usize,
@@ -220,7 +223,10 @@ impl WanVae {
     pub fn build(weights: &Weights, kind: Kind, encoder: Option<usize>, decoder: usize) -> Loaded<Self> {
         let table = kind.statistics();
         let z = table.len();
-        let l = &mut Loader::new(weights);
+        // The form for cards is 2.1's, in bf16, and computes with eight channels at a time.
+        let fits = decoder % 8 == 0 && encoder.is_none_or(|dim| dim % 8 == 0) && 4 * decoder <= 768;
+        let bf16 = weights.device().is_cuda() && weights.dtype() == DType::BF16;
+        let l = &mut Loader::new(weights).for_card(kind == Kind::Wan21 && bf16 && fits);
         let (encoder, outlet) = match encoder {
             Some(dim) => (
                 Some(Network::encoder(l, kind, dim, 2 * z)?),
@@ -233,6 +239,14 @@ impl WanVae {
         let column = |f: &dyn Fn(&(f32, f32)) -> f32| -> Result<Tensor> {
             Tensor::from_vec(table.iter().map(f).collect::<Vec<f32>>(), (z, 1, 1, 1), weights.device())
         };
+        let (mean, inverse_deviation) = (column(&|s| s.0)?, column(&|s| 1.0 / s.1)?);
+        #[cfg(feature = "cuda")]
+        let card = inlet.matrix()?.map(|(matrix, bias)| -> Result<_> {
+            // W (z / s + m) + b
+            let row = |t: &Tensor| t.flatten_all()?.unsqueeze(0);
+            let shift = matrix.broadcast_mul(&row(&mean)?)?.sum(1)?;
+            Ok((matrix.broadcast_div(&row(&inverse_deviation)?)?.contiguous()?, (shift + bias)?))
+        });
         Ok(WanVae {
             kind,
             dtype: weights.dtype(),
@@ -240,8 +254,10 @@ impl WanVae {
             decoder,
             outlet,
             inlet,
-            mean: column(&|s| s.0)?,
-            inverse_deviation: column(&|s| 1.0 / s.1)?,
+            mean,
+            inverse_deviation,
+            #[cfg(feature = "cuda")]
+            card: card.transpose()?,
         })
     }
 
@@ -304,7 +320,7 @@ impl WanVae {
             }
             let x = frames.narrow(0, at, size)?;
             at += size;
-            out.push(self.encode_chunk(encoder, state, &x, probe)?);
+            out.push(self.encode_chunk(encoder, outlet, state, &x, probe)?);
             state.chunks += 1;
         }
         let rest = frames.dim(0)? - at;
@@ -312,14 +328,21 @@ impl WanVae {
         if out.is_empty() {
             return Ok(None);
         }
-        let moments = outlet.forward(&Tensor::cat(&out, 0)?, &mut state.history)?;
+        let moments = Tensor::cat(&out, 0)?;
         let mu = moments.narrow(1, 0, self.channels())?.transpose(0, 1)?.to_dtype(DType::F32)?;
         mu.broadcast_sub(&self.mean)?.broadcast_mul(&self.inverse_deviation).map(Some)
     }
 
-    fn encode_chunk(&self, net: &Network, state: &mut Encoding, x: &Tensor, probe: Probe) -> Result<Tensor> {
+    fn encode_chunk(
+        &self,
+        net: &Network,
+        outlet: &CausalConv,
+        state: &mut Encoding,
+        x: &Tensor,
+        probe: Probe,
+    ) -> Result<Tensor> {
         let (n, h) = (state.chunks, &mut state.history);
-        let mut x = match self.kind {
+        let x = match self.kind {
             Kind::Wan21 => x.clone(),
             // pixels of a 2×2 square into channels ordered (colour, column, row)
             Kind::Wan22 => {
@@ -333,23 +356,33 @@ impl WanVae {
                     .reshape((t, c * 4, height / 2, width / 2))?
             }
         };
-        x = net.inlet.forward(&x, h)?;
-        probe(&format!("conv1.{n}"), &x);
+        let mut x = net.inlet.onward(self.enter(x)?, h)?;
+        x.show(probe, || format!("conv1.{n}"))?;
         for (i, level) in net.levels.iter().enumerate() {
-            let kept = x.clone();
+            let kept = if level.around { x.plain() } else { None };
             for layer in &level.layers {
-                x = layer.forward(&x, h)?;
+                x = layer.forward(x, h)?;
             }
-            if level.around {
-                x = (&x + shortcut_down(&kept, x.dim(1)?, level.factors())?)?;
+            if let (Some(kept), Video::Plain(y)) = (kept, &x) {
+                x = Video::Plain((y + shortcut_down(&kept, y.dim(1)?, level.factors())?)?);
             }
-            probe(&format!("downsamples.{i}.{n}"), &x);
+            x.show(probe, || format!("downsamples.{i}.{n}"))?;
         }
         for (i, layer) in net.middle.iter().enumerate() {
-            x = layer.forward(&x, h)?;
-            probe(&format!("middle.{i}.{n}"), &x);
+            x = layer.forward(x, h)?;
+            x.show(probe, || format!("middle.{i}.{n}"))?;
         }
-        net.head.forward(&x, h)
+        let x = net.head.forward(x, h)?;
+        outlet.onward(x, h)?.leave()
+    }
+
+    /// `[frames, channels, height, width]` in the form that the layers take.
+    fn enter(&self, x: Tensor) -> Result<Video> {
+        #[cfg(feature = "cuda")]
+        if self.card.is_some() {
+            return Video::on_card(&x, 4);
+        }
+        Ok(Video::Plain(x))
     }
 
     /// Decodes whole normalised latents `[channels, n, h, w]` to `[3, 1 + 4(n−1), height, width]` in −1..1, f32.
@@ -364,51 +397,81 @@ impl WanVae {
 
     /// [`WanVae::decode_next`] that shows intermediate results as `upsamples.3.1`: layer, then chunk.
     pub fn decode_probed(&self, state: &mut Decoding, latents: &Tensor, probe: Probe) -> Result<Tensor> {
+        let parts = self.decode_parts(state, latents, probe)?;
+        let planes = parts.into_iter().map(Video::planes).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&planes, 1)
+    }
+
+    /// Decodes further latents to what video encoders take: planar YUV 4:2:0 in BT.601 limited range, `[frames,
+    /// width · height · 3/2]` bytes where the network lives; on a card nothing but these bytes has to leave it.
+    pub fn decode_i420(&self, state: &mut Decoding, latents: &Tensor) -> Result<Tensor> {
+        let parts = self.decode_parts(state, latents, &mut quiet)?;
+        Tensor::cat(&parts.into_iter().map(Video::i420).collect::<Result<Vec<_>>>()?, 0)
+    }
+
+    fn decode_parts(&self, state: &mut Decoding, latents: &Tensor, probe: Probe) -> Result<Vec<Video>> {
+        let n = latents.dim(1)?;
+        if n == 0 {
+            candle_core::bail!("no latents to decode");
+        }
+        let mut parts = Vec::new();
+        #[cfg(feature = "cuda")]
+        if let Some((matrix, bias)) = &self.card {
+            let latents = latents.to_dtype(DType::F32)?;
+            let mut at = 0;
+            while at < n {
+                // The very first latent stands alone, as its upsampling differs.
+                let size = if state.chunks == 0 { 1 } else { PASS.min(n - at) };
+                let z = latents.narrow(1, at, size)?.contiguous()?;
+                let x = self.decoder.inlet.latents(&z, matrix, bias, PASS, &mut state.history)?;
+                parts.push(self.decode_chunk(state, x, probe)?);
+                state.chunks += size;
+                at += size;
+            }
+            return Ok(parts);
+        }
         let z = latents.to_dtype(DType::F32)?.broadcast_div(&self.inverse_deviation)?.broadcast_add(&self.mean)?;
         let z = z.transpose(0, 1)?.contiguous()?.to_dtype(self.dtype)?;
         let z = self.inlet.forward(&z, &mut state.history)?;
-        let mut out = Vec::new();
-        for i in 0..z.dim(0)? {
-            out.push(self.decode_chunk(state, &z.narrow(0, i, 1)?, probe)?);
+        for i in 0..n {
+            let x = self.decoder.inlet.onward(Video::Plain(z.narrow(0, i, 1)?), &mut state.history)?;
+            parts.push(self.decode_chunk(state, x, probe)?);
             state.chunks += 1;
         }
-        if out.is_empty() {
-            candle_core::bail!("no latents to decode");
-        }
-        Tensor::cat(&out, 0)?.transpose(0, 1)?.to_dtype(DType::F32)?.contiguous()?.clamp(-1.0, 1.0)
+        Ok(parts)
     }
 
-    fn decode_chunk(&self, state: &mut Decoding, z: &Tensor, probe: Probe) -> Result<Tensor> {
+    /// From the decoder's first convolution to pixels.
+    fn decode_chunk(&self, state: &mut Decoding, mut x: Video, probe: Probe) -> Result<Video> {
         let (n, h, net) = (state.chunks, &mut state.history, &self.decoder);
-        let mut x = net.inlet.forward(z, h)?;
-        probe(&format!("conv1.{n}"), &x);
+        x.show(probe, || format!("conv1.{n}"))?;
         for (i, layer) in net.middle.iter().enumerate() {
-            x = layer.forward(&x, h)?;
-            probe(&format!("middle.{i}.{n}"), &x);
+            x = layer.forward(x, h)?;
+            x.show(probe, || format!("middle.{i}.{n}"))?;
         }
         for (i, level) in net.levels.iter().enumerate() {
-            let kept = x.clone();
+            let kept = if level.around { x.plain() } else { None };
             for layer in &level.layers {
-                x = layer.forward(&x, h)?;
+                x = layer.forward(x, h)?;
             }
             let factors = level.factors();
-            if level.around && factors.1 > 1 {
-                x = (&x + shortcut_up(&kept, x.dim(1)?, factors, n == 0)?)?;
+            if let (Some(kept), Video::Plain(y), true) = (kept, &x, factors.1 > 1) {
+                x = Video::Plain((y + shortcut_up(&kept, y.dim(1)?, factors, n == 0)?)?);
             }
-            probe(&format!("upsamples.{i}.{n}"), &x);
+            x.show(probe, || format!("upsamples.{i}.{n}"))?;
         }
-        x = net.head.forward(&x, h)?;
-        match self.kind {
-            Kind::Wan21 => Ok(x),
-            Kind::Wan22 => {
+        x = net.head.forward(x, h)?;
+        match (self.kind, x) {
+            (Kind::Wan22, Video::Plain(x)) => {
                 let (t, c, height, width) = x.dims4()?;
-                x.reshape((t, c / 4, 2, 2, height, width))?.permute(vec![0, 1, 4, 3, 5, 2])?.contiguous()?.reshape((
-                    t,
-                    c / 4,
-                    height * 2,
-                    width * 2,
-                ))
+                let x = x.reshape((t, c / 4, 2, 2, height, width))?.permute(vec![0, 1, 4, 3, 5, 2])?.contiguous()?;
+                Ok(Video::Plain(x.reshape((t, c / 4, height * 2, width * 2))?))
             }
+            (_, x) => Ok(x),
         }
     }
 }
+
+/// Latents that a card decodes in one pass: a block of the streaming model. More would only take more memory.
+#[cfg(feature = "cuda")]
+const PASS: usize = 3;

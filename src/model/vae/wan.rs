@@ -5,10 +5,31 @@
 //! A video is held frame-major, `[frames, channels, height, width]`, so that every spatial convolution is one batched
 //! 2-D convolution and the temporal part is a sum over shifted frames. What a layer remembers from chunk to chunk is a
 //! [`Slot`] of [`History`]; the layers themselves are immutable and shared.
+//!
+//! On an NVIDIA card, in bf16, 2.1's layers go channels-last, `[frames, height, width, channels]`: cuDNN convolves, and
+//! all that lies between two convolutions (bias, residual sum, norm, SiLU, the past in front) is one pass over memory.
+//! Past frames are fixed buffers there, zero at the start, which is what §5.3's rules about missing history amount to.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+
+#[cfg(feature = "cuda")]
+use crate::model::kernels::cuda::{
+    gemm::{self, Product},
+    vae::{self as card, Convolution, Way},
+};
 use crate::model::{Result as Loaded, weights::Weights};
+
+/// Video between layers.
+pub(super) enum Video {
+    /// `[frames, channels, height, width]`.
+    Plain(Tensor),
+    /// On a card.
+    #[cfg(feature = "cuda")]
+    Card(card::Video),
+}
 
 /// Called with the name and value of an intermediate result; tests compare them, everyone else passes [`quiet`].
 pub type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor);
@@ -16,8 +37,62 @@ pub type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor);
 /// A probe that looks at nothing.
 pub fn quiet(_: &str, _: &Tensor) {}
 
+impl Video {
+    /// The tensor of the plain form.
+    pub(super) fn plain(&self) -> Option<Tensor> {
+        match self {
+            Video::Plain(x) => Some(x.clone()),
+            #[cfg(feature = "cuda")]
+            Video::Card(_) => None,
+        }
+    }
+
+    /// Shows the plain form.
+    pub(super) fn show(&self, probe: Probe, name: impl FnOnce() -> String) -> Result<()> {
+        if let Some(x) = self.plain() {
+            probe(&name(), &x);
+        }
+        Ok(())
+    }
+
+    /// `[frames, channels, height, width]` to a card's form; channels are filled up to a multiple of 8.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_card(x: &Tensor, usual: usize) -> Result<Video> {
+        let c = x.dim(1)?;
+        let x = x.pad_with_zeros(1, 0, c.next_multiple_of(8) - c)?.permute((0, 2, 3, 1))?.contiguous()?;
+        Ok(Video::Card(card::Video::new(x, None, usual)))
+    }
+
+    /// `[frames, channels, height, width]`.
+    pub(super) fn leave(self) -> Result<Tensor> {
+        match self {
+            Video::Plain(x) => Ok(x),
+            #[cfg(feature = "cuda")]
+            Video::Card(x) => x.settled().map_err(card_error)?.permute((0, 3, 1, 2))?.contiguous(),
+        }
+    }
+
+    /// Pictures as `[3, frames, height, width]` in −1…1, f32.
+    pub(super) fn planes(self) -> Result<Tensor> {
+        match self {
+            Video::Plain(x) => x.transpose(0, 1)?.to_dtype(DType::F32)?.contiguous()?.clamp(-1.0, 1.0),
+            #[cfg(feature = "cuda")]
+            Video::Card(x) => x.planes().map_err(card_error),
+        }
+    }
+
+    /// Pictures as planar YUV 4:2:0, `[frames, height · width · 3/2]` bytes.
+    pub(super) fn i420(self) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Video::Card(x) = &self {
+            return x.i420().map_err(card_error);
+        }
+        crate::model::picture::i420(&self.planes()?)
+    }
+}
+
 /// What one temporal layer remembers.
-#[derive(Clone, Default)]
+#[derive(Default)]
 enum Slot {
     /// Nothing has passed yet.
     #[default]
@@ -29,7 +104,7 @@ enum Slot {
 }
 
 /// Everything a pass remembers from chunk to chunk: one slot per temporal layer. A new value starts a new video.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(super) struct History(Vec<Slot>);
 
 impl History {
@@ -39,17 +114,43 @@ impl History {
         }
         &mut self.0[index]
     }
+
+    /// The buffer of past frames of a layer on a card: zeros when nothing has passed yet.
+    #[cfg(feature = "cuda")]
+    fn buffer(
+        &mut self,
+        index: usize,
+        (device, h, w): (&Device, usize, usize),
+        past: usize,
+        channels: usize,
+    ) -> Loaded<Tensor> {
+        let slot = self.slot(index);
+        if let Slot::Frames(t) = slot {
+            return Ok(t.clone());
+        }
+        let blank = card::blank(device, (past, h, w, channels))?;
+        *slot = Slot::Frames(blank.clone());
+        Ok(blank)
+    }
 }
 
 /// Reads layers and numbers the temporal ones.
 pub(super) struct Loader<'a> {
     pub(super) weights: &'a Weights,
     slots: usize,
+    /// Layers take the form for cards.
+    card: bool,
 }
 
 impl<'a> Loader<'a> {
     pub(super) fn new(weights: &'a Weights) -> Self {
-        Loader { weights, slots: 0 }
+        Loader { weights, slots: 0, card: false }
+    }
+
+    /// Layers take the form for cards: channels of all layers are multiples of 8, numbers bf16.
+    pub(super) fn for_card(mut self, card: bool) -> Self {
+        self.card = card && cfg!(feature = "cuda");
+        self
     }
 
     fn next_slot(&mut self) -> usize {
@@ -84,6 +185,8 @@ pub(super) struct CausalConv {
     bias: Tensor,
     pad: usize,
     slot: Option<usize>,
+    #[cfg(feature = "cuda")]
+    card: Option<Convolution>,
 }
 
 impl CausalConv {
@@ -94,10 +197,101 @@ impl CausalConv {
         (input, out): (usize, usize),
         (time, side): (usize, usize),
     ) -> Loaded<Self> {
+        Self::load_strided(l, name, (input, out), (time, side), 1)
+    }
+
+    /// The same with every `stride`-th frame only, on cards (elsewhere [`CausalConv::valid`] is told).
+    fn load_strided(
+        l: &mut Loader,
+        name: &str,
+        (input, out): (usize, usize),
+        (time, side): (usize, usize),
+        _stride: usize,
+    ) -> Loaded<Self> {
         let w = l.weights.get((out, input, time, side, side), &format!("{name}.weight"))?;
-        let taps = (0..time).map(|k| w.narrow(2, k, 1)?.squeeze(2)?.contiguous()).collect::<Result<_>>()?;
         let slot = (time > 1).then(|| l.next_slot());
-        Ok(CausalConv { taps, bias: l.bias(name, out)?, pad: side / 2, slot })
+        let bias = l.bias(name, out)?;
+        let pad = side / 2;
+        #[cfg(feature = "cuda")]
+        let card = if l.card { Some(Convolution::new(&w, &bias, (pad, pad), (_stride, 1))?) } else { None };
+        let taps = match l.card {
+            true => Vec::new(),
+            false => (0..time).map(|k| w.narrow(2, k, 1)?.squeeze(2)?.contiguous()).collect::<Result<_>>()?,
+        };
+        Ok(CausalConv {
+            taps,
+            bias,
+            pad,
+            slot,
+            #[cfg(feature = "cuda")]
+            card,
+        })
+    }
+
+    /// On a card: the sum on its way through `norm` and SiLU into this convolution. Also the sum itself if `keep`.
+    #[cfg(feature = "cuda")]
+    fn card(
+        &self,
+        x: &card::Video,
+        norm: Option<&Norm>,
+        keep: bool,
+        history: &mut History,
+    ) -> Loaded<(Option<Tensor>, card::Video)> {
+        let Some(conv) = &self.card else {
+            return Err(crate::model::Error::Input("this layer was not loaded for a card".into()));
+        };
+        let cache = match self.slot {
+            Some(slot) => Some(history.buffer(slot, x.place()?, conv.past(), x.channels()?)?),
+            None => None,
+        };
+        let way = Way { gain: norm.map(|n| &n.gain), silu: norm.is_some(), cache: cache.as_ref() };
+        let (sum, input) = match (keep, norm.is_some() || cache.is_some()) {
+            (true, _) => {
+                let (sum, input) = x.settled_and(&way)?;
+                (Some(sum), input)
+            }
+            (false, true) => (None, x.into(&way)?),
+            (false, false) => (None, x.settled()?),
+        };
+        Ok((sum, card::Video::new(conv.run(&input, x.usual)?, Some(&conv.bias), x.usual)))
+    }
+
+    /// The matrix `[out, in]` and bias of a 1×1×1 convolution on a card, f32.
+    #[cfg(feature = "cuda")]
+    pub(super) fn matrix(&self) -> Result<Option<(Tensor, Tensor)>> {
+        let Some(c) = &self.card else { return Ok(None) };
+        Ok(Some((c.weight.flatten_from(1)?.to_dtype(DType::F32)?, c.bias.clone())))
+    }
+
+    /// Latents `[16, frames, h, w]` on a card through a matrix into this convolution; `usual` come at once.
+    #[cfg(feature = "cuda")]
+    pub(super) fn latents(
+        &self,
+        z: &Tensor,
+        matrix: &Tensor,
+        bias: &Tensor,
+        usual: usize,
+        history: &mut History,
+    ) -> Result<Video> {
+        let (Some(conv), Some(slot)) = (&self.card, self.slot) else {
+            candle_core::bail!("this layer was not loaded for a card")
+        };
+        let (c, _, h, w) = z.dims4()?;
+        let mut run = || {
+            let cache = history.buffer(slot, (z.device(), h, w), conv.past(), c)?;
+            let x = card::latents(z, matrix, bias, &cache)?;
+            Ok(card::Video::new(conv.run(&x, usual)?, Some(&conv.bias), usual))
+        };
+        run().map_err(card_error).map(Video::Card)
+    }
+
+    /// Outputs of this convolution go on as they are, before the next norm.
+    pub(super) fn onward(&self, x: Video, history: &mut History) -> Result<Video> {
+        match x {
+            Video::Plain(x) => Ok(Video::Plain(self.forward(&x, history)?)),
+            #[cfg(feature = "cuda")]
+            Video::Card(x) => Ok(Video::Card(self.card(&x, None, false, history).map_err(card_error)?.1)),
+        }
     }
 
     /// Convolves `[frames, in, h, w]` with every temporal tap; `frames − taps + 1` frames come out, every `stride`-th.
@@ -146,6 +340,15 @@ impl CausalConv {
     }
 }
 
+/// The tensor library's error, as the layers give it.
+#[cfg(feature = "cuda")]
+fn card_error(e: crate::model::Error) -> candle_core::Error {
+    match e {
+        crate::model::Error::Candle(e) => e,
+        other => candle_core::Error::Msg(other.to_string()),
+    }
+}
+
 /// L2 normalisation over channels times √C times a learned gain.
 pub(super) struct Norm {
     gain: Tensor,
@@ -157,6 +360,10 @@ impl Norm {
         let mut shape = vec![1; axes];
         shape[0] = c;
         let g = l.weights.get(shape, &format!("{name}.gamma"))?;
+        if l.card {
+            let gain = (g.to_dtype(DType::F32)?.flatten_all()? * (c as f64).sqrt())?;
+            return Ok(Norm { gain });
+        }
         Ok(Norm { gain: (g.reshape((1, c, 1, 1))? * (c as f64).sqrt())? })
     }
 
@@ -171,6 +378,9 @@ pub(super) struct Residual {
     first: (Norm, CausalConv),
     second: (Norm, CausalConv),
     shortcut: Option<CausalConv>,
+    /// On a card: the biases of the last convolution and the shortcut together.
+    #[cfg(feature = "cuda")]
+    bias: Option<Tensor>,
 }
 
 impl Residual {
@@ -180,11 +390,33 @@ impl Residual {
             false => None,
         };
         let r = |k: usize| format!("{name}.residual.{k}");
+        let first = (Norm::load(l, &r(0), input, 4)?, CausalConv::load(l, &r(2), (input, out), (3, 3))?);
+        let second = (Norm::load(l, &r(3), out, 4)?, CausalConv::load(l, &r(6), (out, out), (3, 3))?);
+        #[cfg(feature = "cuda")]
+        let bias = match (&second.1.card, shortcut.as_ref().and_then(|s| s.card.as_ref())) {
+            (Some(a), Some(b)) => Some((&a.bias + &b.bias)?),
+            (Some(a), None) => Some(a.bias.clone()),
+            _ => None,
+        };
         Ok(Residual {
-            first: (Norm::load(l, &r(0), input, 4)?, CausalConv::load(l, &r(2), (input, out), (3, 3))?),
-            second: (Norm::load(l, &r(3), out, 4)?, CausalConv::load(l, &r(6), (out, out), (3, 3))?),
+            first,
+            second,
             shortcut,
+            #[cfg(feature = "cuda")]
+            bias,
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn card(&self, x: &card::Video, history: &mut History) -> Loaded<card::Video> {
+        let (sum, y) = self.first.1.card(x, Some(&self.first.0), true, history)?;
+        let (_, y) = self.second.1.card(&y, Some(&self.second.0), false, history)?;
+        let kept = card::Video::new(sum.unwrap_or_else(|| x.x.clone()), None, x.usual);
+        let kept = match &self.shortcut {
+            Some(c) => c.card(&kept, None, false, history)?.1.x,
+            None => kept.x,
+        };
+        Ok(card::Video { x: kept, y: Some(y.x), bias: self.bias.clone(), usual: x.usual })
     }
 
     fn forward(&self, x: &Tensor, history: &mut History) -> Result<Tensor> {
@@ -211,7 +443,26 @@ impl Attention {
             Ok((l.weights.get((out, c, 1, 1), &format!("{n}.weight"))?, l.bias(&n, out)?))
         };
         let norm = Norm::load(l, &format!("{name}.norm"), c, 3)?;
-        Ok(Attention { norm, qkv: conv("to_qkv", 3 * c)?, proj: conv("proj", c)? })
+        let (mut qkv, mut proj) = (conv("to_qkv", 3 * c)?, conv("proj", c)?);
+        if l.card {
+            for pair in [&mut qkv, &mut proj] {
+                *pair = (pair.0.flatten_from(1)?.contiguous()?, pair.1.flatten_all()?.contiguous()?);
+            }
+        }
+        Ok(Attention { norm, qkv, proj })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn card(&self, x: &card::Video) -> Loaded<card::Video> {
+        let (sum, normed) = x.settled_and(&Way { gain: Some(&self.norm.gain), ..Way::default() })?;
+        let (t, h, w, c) = normed.dims4()?;
+        let product = |x: &Tensor, (weight, bias): &(Tensor, Tensor)| {
+            gemm::product(&Product { x, weight, scales: None, bias: Some(bias), gelu: false })
+        };
+        let qkv = product(&normed.reshape((t * h * w, c))?, &self.qkv)?;
+        let mixed = card::attention(&qkv.reshape((t, h * w, 3 * c))?)?;
+        let y = product(&mixed.reshape((t * h * w, c))?, &self.proj)?.reshape((t, h, w, c))?;
+        Ok(card::Video { x: sum, y: Some(y), bias: None, usual: x.usual })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -234,6 +485,8 @@ pub(super) struct Resample {
     time: Option<CausalConv>,
     slot: usize,
     down: bool,
+    #[cfg(feature = "cuda")]
+    card: Option<Convolution>,
 }
 
 impl Resample {
@@ -241,18 +494,61 @@ impl Resample {
         let time = match temporal {
             true => {
                 let widened = if down { input } else { 2 * input };
-                Some(CausalConv::load(l, &format!("{name}.time_conv"), (input, widened), (3, 1))?)
+                let (name, stride) = (format!("{name}.time_conv"), if down { 2 } else { 1 });
+                Some(CausalConv::load_strided(l, &name, (input, widened), (3, 1), stride)?)
             }
             false => None,
         };
         let spatial = format!("{name}.resample.1");
+        let kernel = l.weights.get((out, input, 3, 3), &format!("{spatial}.weight"))?;
+        let bias = l.bias(&spatial, out)?;
+        #[cfg(feature = "cuda")]
+        let card = match l.card {
+            // one column to the right and one row below
+            true if down => Some(Convolution::new(&kernel.unsqueeze(2)?, &bias, (0, 1), (1, 2))?),
+            true => Some(Convolution::new(&kernel.unsqueeze(2)?, &bias, (1, 1), (1, 1))?),
+            false => None,
+        };
         Ok(Resample {
-            kernel: l.weights.get((out, input, 3, 3), &format!("{spatial}.weight"))?,
-            bias: l.bias(&spatial, out)?,
+            kernel,
+            bias,
             time,
             slot: l.next_slot(),
             down,
+            #[cfg(feature = "cuda")]
+            card,
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn card(&self, x: &card::Video, history: &mut History) -> Loaded<card::Video> {
+        let Some(space) = &self.card else {
+            return Err(crate::model::Error::Input("this layer was not loaded for a card".into()));
+        };
+        let moved = |y: Tensor, usual: usize| card::Video::new(y, Some(&space.bias), usual);
+        if self.down {
+            let small = moved(space.run(&x.settled()?, x.usual)?, x.usual);
+            let Some(time) = self.time.as_ref().and_then(|t| t.card.as_ref()) else { return Ok(small) };
+            let first = matches!(history.slot(self.slot), Slot::Empty);
+            let cache = history.buffer(self.slot, small.place()?, 1, small.channels()?)?;
+            let (sum, joined) = small.settled_and(&Way { cache: Some(&cache), ..Way::default() })?;
+            let usual = (x.usual / 2).max(1);
+            return Ok(match first {
+                true => card::Video::new(sum, None, usual),
+                false => card::Video::new(time.run(&joined, usual)?, Some(&time.bias), usual),
+            });
+        }
+        let Some(time) = self.time.as_ref().and_then(|t| t.card.as_ref()) else {
+            return Ok(moved(space.run(&x.spread(1)?, x.usual)?, x.usual));
+        };
+        if matches!(history.slot(self.slot), Slot::Empty) {
+            *history.slot(self.slot) = Slot::Started;
+            return Ok(moved(space.run(&x.spread(1)?, 2 * x.usual)?, 2 * x.usual));
+        }
+        let cache = history.buffer(self.slot, x.place()?, 2, x.channels()?)?;
+        let joined = x.into(&Way { cache: Some(&cache), ..Way::default() })?;
+        let y = card::Video::new(time.run(&joined, x.usual)?, Some(&time.bias), x.usual);
+        Ok(moved(space.run(&y.spread(2)?, 2 * x.usual)?, 2 * x.usual))
     }
 
     /// Whether frames are halved or doubled too.
@@ -329,11 +625,22 @@ impl Layer {
         ])
     }
 
-    pub(super) fn forward(&self, x: &Tensor, history: &mut History) -> Result<Tensor> {
-        match self {
-            Layer::Residual(r) => r.forward(x, history),
-            Layer::Attention(a) => a.forward(x),
-            Layer::Resample(r) => r.forward(x, history),
+    pub(super) fn forward(&self, x: Video, history: &mut History) -> Result<Video> {
+        match x {
+            Video::Plain(x) => Ok(Video::Plain(match self {
+                Layer::Residual(r) => r.forward(&x, history)?,
+                Layer::Attention(a) => a.forward(&x)?,
+                Layer::Resample(r) => r.forward(&x, history)?,
+            })),
+            #[cfg(feature = "cuda")]
+            Video::Card(x) => {
+                let y = match self {
+                    Layer::Residual(r) => r.card(&x, history),
+                    Layer::Attention(a) => a.card(&x),
+                    Layer::Resample(r) => r.card(&x, history),
+                };
+                Ok(Video::Card(y.map_err(card_error)?))
+            }
         }
     }
 }
@@ -347,7 +654,11 @@ impl Head {
         Ok(Head(norm, CausalConv::load(l, &format!("{name}.2"), (input, out), (3, 3))?))
     }
 
-    pub(super) fn forward(&self, x: &Tensor, history: &mut History) -> Result<Tensor> {
-        self.1.forward(&self.0.forward(x)?.silu()?, history)
+    pub(super) fn forward(&self, x: Video, history: &mut History) -> Result<Video> {
+        match x {
+            Video::Plain(x) => Ok(Video::Plain(self.1.forward(&self.0.forward(&x)?.silu()?, history)?)),
+            #[cfg(feature = "cuda")]
+            Video::Card(x) => Ok(Video::Card(self.1.card(&x, Some(&self.0), false, history).map_err(card_error)?.1)),
+        }
     }
 }

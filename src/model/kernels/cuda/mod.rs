@@ -5,6 +5,7 @@
 //! | `rows.cu`, [`rows`] | fused row-wise operations |
 //! | [`gemm`] | matrix products by cuBLASLt: bf16 with epilogues, e4m3 with a scale per row and per channel |
 //! | `cudnn.cpp`, [`attention`] | scaled dot-product attention by cuDNN: bf16 and e4m3 |
+//! | `vae.cu`, `vae.cpp`, [`vae`] | the video autoencoder: convolutions by cuDNN and the passes between them |
 //! | [`graph`] | a sequence of launches recorded once and replayed |
 //! | [`time`] | time by the card's events, memory |
 //!
@@ -19,6 +20,7 @@ pub mod rows;
 #[cfg(test)]
 mod tests;
 pub mod time;
+pub mod vae;
 
 use std::{
     collections::HashMap,

@@ -1,0 +1,179 @@
+// Convolutions over video and the products of the video autoencoder's attention, by cuDNN; channels last.
+//
+// A convolution over 1 frame and one over 12 must round alike, or streaming would not equal one pass bit for bit. So the
+// engine is chosen once for a layer and a picture size, by timing cuDNN's shortlist on a block of `reference` frames, and
+// every other number of frames runs on the engine of the same name.
+#include "cudnn.hpp"
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+using namespace lq;
+
+namespace {
+
+// Numbers of a convolution: channels in and out, picture, kernel, padding in front and behind, strides.
+struct Shape {
+    int64_t cin, cout, height, width, kt, ks, before, behind, stride_t, stride_s;
+    auto key(int device) const {
+        return std::make_tuple(device, cin, cout, height, width, kt, ks, before, behind, stride_t, stride_s);
+    }
+    int64_t frames_out(int64_t frames) const { return (frames - kt) / stride_t + 1; }
+    int64_t side(int64_t n) const { return (n + before + behind - ks) / stride_s + 1; }
+};
+
+using Key = decltype(Shape().key(0));
+
+std::shared_ptr<fe::graph::Graph> convolution(const Shape &s, int64_t frames) {
+    auto graph = std::make_shared<fe::graph::Graph>();
+    graph->set_io_data_type(fe::DataType_t::BFLOAT16)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
+    const int64_t h = s.height, w = s.width, c = s.cin, plane = h * w * c;
+    auto options = fe::graph::Conv_fprop_attributes().set_name("convolution");
+    auto x = fe::graph::Tensor_attributes().set_uid(1), kernel = fe::graph::Tensor_attributes().set_uid(2);
+    const int64_t k = s.ks, oh = s.side(h), ow = s.side(w), out = s.frames_out(frames);
+    if (s.kt == 1) { // every frame for itself: a batch of pictures
+        x.set_dim({frames, c, h, w}).set_stride({plane, 1, w * c, c});
+        kernel.set_dim({s.cout, c, k, k}).set_stride({k * k * c, 1, k * c, c});
+        options.set_pre_padding({s.before, s.before}).set_post_padding({s.behind, s.behind});
+        options.set_stride({s.stride_s, s.stride_s}).set_dilation({1, 1});
+    } else {
+        x.set_dim({1, c, frames, h, w}).set_stride({frames * plane, 1, plane, w * c, c});
+        kernel.set_dim({s.cout, c, s.kt, k, k}).set_stride({s.kt * k * k * c, 1, k * k * c, k * c, c});
+        options.set_pre_padding({0, s.before, s.before}).set_post_padding({0, s.behind, s.behind});
+        options.set_stride({s.stride_t, s.stride_s, s.stride_s}).set_dilation({1, 1, 1});
+    }
+    auto y = graph->conv_fprop(graph->tensor(x), graph->tensor(kernel), options);
+    const int64_t n = s.cout;
+    y->set_output(true).set_uid(3);
+    if (s.kt == 1)
+        y->set_dim({frames, n, oh, ow}).set_stride({oh * ow * n, 1, ow * n, n});
+    else
+        y->set_dim({1, n, out, oh, ow}).set_stride({out * oh * ow * n, 1, oh * ow * n, ow * n, n});
+    return graph;
+}
+
+// Ready for its plans to be built one by one.
+bool prepare(cudnnHandle_t handle, fe::graph::Graph &graph) {
+    auto status = graph.validate();
+    if (status.is_good()) status = graph.build_operation_graph(handle);
+    if (status.is_good()) status = graph.create_execution_plans({fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK});
+    if (status.is_bad()) error() = status.get_message();
+    return status.is_good();
+}
+
+// Memory for a moment.
+struct Room {
+    void *at = nullptr;
+    explicit Room(size_t bytes) {
+        if (cudaMalloc(&at, bytes ? bytes : 1) != cudaSuccess) at = nullptr;
+    }
+    ~Room() { cudaFree(at); }
+};
+
+// The name of the fastest of the first engines that can be built; empty when none can.
+std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_t most_room) {
+    auto graph = convolution(s, frames);
+    if (!prepare(handle, *graph)) return "";
+    const size_t in = frames * s.height * s.width * s.cin * 2, weights = s.cout * s.cin * s.kt * s.ks * s.ks * 2;
+    const size_t out = s.frames_out(frames) * s.side(s.height) * s.side(s.width) * s.cout * 2;
+    Room x(in), w(weights), y(out), room(most_room);
+    cudaStream_t stream = nullptr;
+    cudnnGetStream(handle, &stream);
+    std::unordered_map<int64_t, void *> operands{{1, x.at}, {2, w.at}, {3, y.at}};
+    // Small numbers of no meaning: an unwritten bf16 might be slow to multiply.
+    if (!x.at || !w.at || !y.at || !room.at) return "";
+    cudaMemsetAsync(x.at, 0x3c, in, stream);
+    cudaMemsetAsync(w.at, 0x3b, weights, stream);
+    cudaEvent_t begin, end;
+    cudaEventCreate(&begin);
+    cudaEventCreate(&end);
+    std::string best;
+    float least = 1e30f;
+    const int64_t count = graph->get_execution_plan_count();
+    for (int64_t i = 0, tried = 0; i < count && tried < 6; i++) {
+        if (graph->build_plan_at_index(handle, i).is_bad()) continue;
+        if (graph->get_workspace_size_plan_at_index(i) > most_room) continue;
+        tried++;
+        float time = 1e30f;
+        for (int run = 0; run < 3; run++) {
+            cudaEventRecord(begin, stream);
+            if (graph->execute_plan_at_index(handle, operands, room.at, i).is_bad()) break;
+            cudaEventRecord(end, stream);
+            if (cudaEventSynchronize(end) != cudaSuccess) break;
+            float now = 1e30f;
+            cudaEventElapsedTime(&now, begin, end);
+            if (run > 0 && now < time) time = now;
+        }
+        std::string name;
+        if (time < least && graph->get_plan_name_at_index(i, name).is_good()) least = time, best = name;
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return best;
+}
+
+} // namespace
+
+extern "C" {
+
+// A convolution of `frames` frames [frames, height, width, cin] with [cout, kt, ks, ks, cin] (uid 1, 2) to uid 3. In
+// time nothing is padded. None and a text when cuDNN has no way.
+void *lq_convolution_plan(void *handle_, const int64_t *numbers, int64_t frames, int64_t reference, int64_t most_room) {
+    static std::mutex lock;
+    static std::map<Key, std::string> chosen;
+    auto handle = (cudnnHandle_t)handle_;
+    Shape s{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+            numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]};
+    int device = 0;
+    cudaGetDevice(&device);
+    std::string name;
+    {
+        std::lock_guard<std::mutex> guard(lock);
+        auto found = chosen.find(s.key(device));
+        if (found == chosen.end()) found = chosen.emplace(s.key(device), fastest(handle, s, reference, most_room)).first;
+        name = found->second;
+    }
+    auto graph = convolution(s, frames);
+    if (!prepare(handle, *graph)) return nullptr;
+    const int64_t count = graph->get_execution_plan_count();
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t i = 0; i < count; i++) {
+            std::string its;
+            // The second pass takes what works: a result that may round differently is better than none.
+            if (pass == 0 && (graph->get_plan_name_at_index(i, its).is_bad() || its != name)) continue;
+            if (graph->build_plan_at_index(handle, i).is_bad()) continue;
+            if (graph->get_workspace_size_plan_at_index(i) > most_room) continue;
+            const int64_t workspace = graph->get_workspace_size_plan_at_index(i);
+            return new Plan{std::move(graph), workspace};
+        }
+    error() = "no engine for this convolution";
+    return nullptr;
+}
+
+// `c = a · b`, [rows, depth] · [depth, columns], from bf16; rows of `a` stand `a_step` apart. `b` is read as [columns,
+// depth] with rows `b_step` apart when `turned`, else as [depth, columns]. `c` is f32 when `wide`, else bf16.
+void *lq_product_plan(void *handle, int turned, int wide, int64_t rows, int64_t depth, int64_t columns, int64_t a_step,
+                      int64_t b_step, int64_t c_step) {
+    auto graph = std::make_shared<fe::graph::Graph>();
+    graph->set_io_data_type(fe::DataType_t::BFLOAT16)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
+    auto a = graph->tensor(
+        fe::graph::Tensor_attributes().set_uid(1).set_dim({1, rows, depth}).set_stride({rows * a_step, a_step, 1}));
+    auto b_stride = turned ? std::vector<int64_t>{columns * b_step, 1, b_step} : std::vector<int64_t>{depth * b_step, b_step, 1};
+    auto b = graph->tensor(fe::graph::Tensor_attributes().set_uid(2).set_dim({1, depth, columns}).set_stride(b_stride));
+    auto c = graph->matmul(a, b, fe::graph::Matmul_attributes().set_name("product"));
+    c->set_output(true)
+        .set_uid(3)
+        .set_dim({1, rows, columns})
+        .set_stride({rows * c_step, c_step, 1})
+        .set_data_type(wide ? fe::DataType_t::FLOAT : fe::DataType_t::BFLOAT16);
+    return finish((cudnnHandle_t)handle, graph);
+}
+}

@@ -1,0 +1,347 @@
+//! Doors to the kernels of `vae.cu` and the plans of `vae.cpp`: video `[frames, height, width, channels]` in bf16.
+
+use std::ffi::c_void;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{address, context, empty, launched};
+use crate::model::{Error, Result};
+
+unsafe extern "C" {
+    fn lq_vae_pass(
+        x: u64,
+        y: u64,
+        bias: u64,
+        sum: u64,
+        gain: u64,
+        out: u64,
+        cache: u64,
+        frames: i32,
+        past: i32,
+        pixels: i32,
+        channels: i32,
+        silu: i32,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_vae_spread(
+        x: u64,
+        y: u64,
+        bias: u64,
+        out: u64,
+        frames: i32,
+        height: i32,
+        width: i32,
+        channels: i32,
+        halves: i32,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_vae_latents(
+        z: u64,
+        matrix: u64,
+        bias: u64,
+        out: u64,
+        cache: u64,
+        frames: i32,
+        pixels: i32,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_vae_planes(y: u64, bias: u64, out: u64, frames: i32, pixels: i32, stream: *mut c_void) -> i32;
+    fn lq_vae_i420(y: u64, bias: u64, out: u64, frames: i32, height: i32, width: i32, stream: *mut c_void) -> i32;
+    fn lq_vae_softmax(x: u64, out: u64, rows: i32, columns: i32, step: i32, scale: f32, stream: *mut c_void) -> i32;
+    fn lq_convolution_plan(
+        handle: *mut c_void,
+        numbers: *const i64,
+        frames: i64,
+        reference: i64,
+        most_room: i64,
+    ) -> *mut c_void;
+    fn lq_product_plan(
+        handle: *mut c_void,
+        turned: i32,
+        wide: i32,
+        rows: i64,
+        depth: i64,
+        columns: i64,
+        a_step: i64,
+        b_step: i64,
+        c_step: i64,
+    ) -> *mut c_void;
+}
+
+/// Bytes that an engine of a convolution may ask for beside its operands.
+const MOST_ROOM: i64 = 256 << 20;
+
+/// Video whose last sum was not made yet: it is `x + y + bias`, and the next pass over it adds them on its way.
+pub struct Video {
+    /// `[frames, height, width, channels]`, bf16.
+    pub x: Tensor,
+    pub y: Option<Tensor>,
+    /// `[channels]`, f32.
+    pub bias: Option<Tensor>,
+    /// Frames that come at once at this place when a whole block passes: what engines are chosen for.
+    pub usual: usize,
+}
+
+fn at(t: Option<&Tensor>) -> Result<u64> {
+    t.map_or(Ok(0), address)
+}
+
+fn fits(what: &str, good: bool) -> Result<()> {
+    if good { Ok(()) } else { Err(Error::Input(format!("operands of the video {what} do not fit each other"))) }
+}
+
+/// What happens to a sum on its way into a convolution.
+#[derive(Default)]
+pub struct Way<'a> {
+    /// RMS norm over channels with this gain `[channels]`, f32, `√channels` in it.
+    pub gain: Option<&'a Tensor>,
+    pub silu: bool,
+    /// `[past, height, width, channels]`: put in front of the result, then replaced by its last frames.
+    pub cache: Option<&'a Tensor>,
+}
+
+impl Video {
+    pub fn new(x: Tensor, bias: Option<&Tensor>, usual: usize) -> Video {
+        Video { x, y: None, bias: bias.cloned(), usual }
+    }
+
+    /// Where it is, rows and columns.
+    pub fn place(&self) -> Result<(&Device, usize, usize)> {
+        let (_, h, w, _) = self.x.dims4()?;
+        Ok((self.x.device(), h, w))
+    }
+
+    pub fn channels(&self) -> Result<usize> {
+        Ok(self.x.dim(3)?)
+    }
+
+    fn dims(&self) -> Result<[usize; 4]> {
+        let (t, h, w, c) = self.x.dims4()?;
+        let like = |o: &Option<Tensor>| o.as_ref().is_none_or(|y| y.dims() == [t, h, w, c] && y.dtype() == DType::BF16);
+        let bias = self.bias.as_ref().is_none_or(|b| b.dims() == [c] && b.dtype() == DType::F32);
+        fits("sum", self.x.dtype() == DType::BF16 && like(&self.y) && bias)?;
+        Ok([t, h, w, c])
+    }
+
+    /// The sum itself, and the sum on its way: either only when asked for.
+    fn pass(&self, keep: bool, way: Option<&Way>) -> Result<(Tensor, Option<Tensor>)> {
+        let [t, h, w, c] = self.dims()?;
+        let device = self.x.device();
+        let pending = self.y.is_some() || self.bias.is_some();
+        let sum = if keep && pending { Some(empty(device, (t, h, w, c), DType::BF16)?) } else { None };
+        let (gain, cache) = (way.and_then(|w| w.gain), way.and_then(|w| w.cache));
+        let past = cache.map_or(0, |k| k.dims()[0]);
+        fits("norm", gain.is_none_or(|g| g.dims() == [c] && g.dtype() == DType::F32))?;
+        fits("past", cache.is_none_or(|k| k.dims() == [past, h, w, c] && k.dtype() == DType::BF16))?;
+        let out = way.map(|_| empty(device, (past + t, h, w, c), DType::BF16)).transpose()?;
+        if sum.is_some() || out.is_some() {
+            // SAFETY: shapes and types were checked; the cache is touched by this stream's work only.
+            let status = unsafe {
+                lq_vae_pass(
+                    address(&self.x)?,
+                    at(self.y.as_ref())?,
+                    at(self.bias.as_ref())?,
+                    at(sum.as_ref())?,
+                    at(gain)?,
+                    at(out.as_ref())?,
+                    at(cache)?,
+                    t as i32,
+                    past as i32,
+                    (h * w) as i32,
+                    c as i32,
+                    i32::from(way.is_some_and(|w| w.silu)),
+                    context(device)?.stream(),
+                )
+            };
+            launched("a pass over video", status)?;
+        }
+        Ok((sum.unwrap_or_else(|| self.x.clone()), out))
+    }
+
+    /// The sum.
+    pub fn settled(&self) -> Result<Tensor> {
+        Ok(self.pass(true, None)?.0)
+    }
+
+    /// The sum, and what goes into the next convolution: `[past + frames, …]`.
+    pub fn settled_and(&self, way: &Way) -> Result<(Tensor, Tensor)> {
+        let (sum, out) = self.pass(true, Some(way))?;
+        Ok((sum, out.unwrap_or_else(|| self.x.clone())))
+    }
+
+    /// Only what goes into the next convolution.
+    pub fn into(&self, way: &Way) -> Result<Tensor> {
+        Ok(self.pass(false, Some(way))?.1.unwrap_or_else(|| self.x.clone()))
+    }
+
+    /// Rows and columns doubled by repeating; `halves` of the channels become frames.
+    pub fn spread(&self, halves: usize) -> Result<Tensor> {
+        let [t, h, w, c] = self.dims()?;
+        fits("frames", halves > 0 && c % (8 * halves) == 0)?;
+        let out = empty(self.x.device(), (t * halves, 2 * h, 2 * w, c / halves), DType::BF16)?;
+        // SAFETY: shapes and types were checked.
+        let status = unsafe {
+            lq_vae_spread(
+                address(&self.x)?,
+                at(self.y.as_ref())?,
+                at(self.bias.as_ref())?,
+                address(&out)?,
+                t as i32,
+                h as i32,
+                w as i32,
+                (c / halves) as i32,
+                halves as i32,
+                context(self.x.device())?.stream(),
+            )
+        };
+        launched("doubling of video", status)?;
+        Ok(out)
+    }
+
+    /// Three of eight channels as planes `[3, frames, height, width]` in −1…1, f32.
+    pub fn planes(&self) -> Result<Tensor> {
+        let [t, h, w, c] = self.dims()?;
+        fits("planes", c == 8 && self.y.is_none() && self.bias.is_some())?;
+        let out = empty(self.x.device(), (3, t, h, w), DType::F32)?;
+        let stream = context(self.x.device())?.stream();
+        // SAFETY: shapes and types were checked.
+        let status = unsafe {
+            lq_vae_planes(address(&self.x)?, at(self.bias.as_ref())?, address(&out)?, t as i32, (h * w) as i32, stream)
+        };
+        launched("planes of video", status)?;
+        Ok(out)
+    }
+
+    /// Three of eight channels as planar YUV 4:2:0: `[frames, height · width · 3/2]` bytes.
+    pub fn i420(&self) -> Result<Tensor> {
+        let [t, h, w, c] = self.dims()?;
+        let even = h % 2 == 0 && w % 2 == 0;
+        fits("colours", c == 8 && even && self.y.is_none() && self.bias.is_some())?;
+        let out = empty(self.x.device(), (t, h * w / 2 * 3), DType::U8)?;
+        let stream = context(self.x.device())?.stream();
+        // SAFETY: shapes and types were checked.
+        let status = unsafe {
+            let bias = at(self.bias.as_ref())?;
+            lq_vae_i420(address(&self.x)?, bias, address(&out)?, t as i32, h as i32, w as i32, stream)
+        };
+        launched("colours of video", status)?;
+        Ok(out)
+    }
+}
+
+/// Latents `[16, frames, h, w]` in f32 through `matrix` `[16, 16]` and `bias` `[16]`, with `cache` in front:
+/// `[2 + frames, h, w, 16]`.
+pub fn latents(z: &Tensor, matrix: &Tensor, bias: &Tensor, cache: &Tensor) -> Result<Tensor> {
+    let (c, t, h, w) = z.dims4()?;
+    let f32s = [z, matrix, bias].iter().all(|t| t.dtype() == DType::F32);
+    fits("latents", f32s && c == 16 && matrix.dims() == [16, 16] && bias.dims() == [16])?;
+    fits("latents", cache.dims() == [2, h, w, 16] && cache.dtype() == DType::BF16)?;
+    let out = empty(z.device(), (2 + t, h, w, 16), DType::BF16)?;
+    let stream = context(z.device())?.stream();
+    // SAFETY: shapes and types were checked; the cache is touched by this stream's work only.
+    let status = unsafe {
+        lq_vae_latents(
+            address(z)?,
+            address(matrix)?,
+            address(bias)?,
+            address(&out)?,
+            address(cache)?,
+            t as i32,
+            (h * w) as i32,
+            stream,
+        )
+    };
+    launched("latents", status)?;
+    Ok(out)
+}
+
+/// A convolution: nothing is padded in time.
+#[derive(Clone)]
+pub struct Convolution {
+    /// `[out, taps, side, side, in]`, bf16; channels are multiples of 8.
+    pub weight: Tensor,
+    /// `[out]`, f32: added by whoever reads the result.
+    pub bias: Tensor,
+    /// Rows and columns of zeros in front and behind.
+    pub padding: (usize, usize),
+    /// In time and in space.
+    pub stride: (usize, usize),
+}
+
+impl Convolution {
+    /// From the official form `[out, in, taps, side, side]` (any type) and `[out]`; channels are filled up with zeros.
+    pub fn new(weight: &Tensor, bias: &Tensor, padding: (usize, usize), stride: (usize, usize)) -> Result<Self> {
+        let (out, input, ..) = weight.dims5()?;
+        let fill = |t: &Tensor, axis: usize, n: usize| t.pad_with_zeros(axis, 0, n.next_multiple_of(8) - n);
+        let weight = fill(&fill(weight, 0, out)?, 1, input)?.permute((0, 2, 3, 4, 1))?.contiguous()?;
+        let bias = fill(&bias.flatten_all()?.to_dtype(DType::F32)?, 0, out)?.contiguous()?;
+        Ok(Self { weight: weight.to_dtype(DType::BF16)?, bias, padding, stride })
+    }
+
+    /// Frames of past that a causal convolution of this kind wants in front.
+    pub fn past(&self) -> usize {
+        self.weight.dims()[1] - 1
+    }
+
+    /// `[frames, height, width, in]` → `[frames', height', width', out]`, without bias. `usual`: frames that come out
+    /// when a whole block passes.
+    pub fn run(&self, x: &Tensor, usual: usize) -> Result<Tensor> {
+        let ((t, h, w, c), (out, taps, side, _, input)) = (x.dims4()?, self.weight.dims5()?);
+        fits("convolution", c == input && t >= taps && x.dtype() == DType::BF16)?;
+        let (before, behind) = self.padding;
+        let extent = |n: usize| (n + before + behind - side) / self.stride.1 + 1;
+        let frames = (t - taps) / self.stride.0 + 1;
+        let y = empty(x.device(), (frames, extent(h), extent(w), out), DType::BF16)?;
+        let numbers = [c, out, h, w, taps, side, before, behind, self.stride.0, self.stride.1].map(|n| n as i64);
+        let reference = ((usual.max(1) - 1) * self.stride.0 + taps) as i64;
+        let context = context(x.device())?;
+        let key = ("convolution", [&numbers[..], &[t as i64, reference]].concat());
+        let plan = context.plan(key, |handle| {
+            // SAFETY: ten numbers, as the other side reads them.
+            unsafe { lq_convolution_plan(handle, numbers.as_ptr(), t as i64, reference, MOST_ROOM) }
+        })?;
+        context.run(&plan, &[(1, address(x)?), (2, address(&self.weight)?), (3, address(&y)?)])?;
+        Ok(y)
+    }
+}
+
+/// Self-attention of one head over the pixels of each frame: `[frames, pixels, 3 · channels]` (queries, keys, values) →
+/// `[frames, pixels, channels]`; softmax in f32.
+pub fn attention(qkv: &Tensor) -> Result<Tensor> {
+    let (t, p, c3) = qkv.dims3()?;
+    fits("attention", c3 % 24 == 0 && qkv.dtype() == DType::BF16)?;
+    let (c, device, step) = (c3 / 3, qkv.device(), p.next_multiple_of(8));
+    let context = context(device)?;
+    let out = empty(device, (t, p, c), DType::BF16)?;
+    let (scores, weights) = (empty(device, (p, step), DType::F32)?, empty(device, (p, step), DType::BF16)?);
+    let product = |turned: bool, wide: bool, depth: usize, columns: usize, steps: [usize; 3]| {
+        let [m, k, n, a, b, c] = [p, depth, columns, steps[0], steps[1], steps[2]].map(|n| n as i64);
+        let key = ("product", vec![i64::from(turned), i64::from(wide), m, k, n, a, b, c]);
+        context.plan(key, |handle| {
+            // SAFETY: takes numbers.
+            unsafe { lq_product_plan(handle, i32::from(turned), i32::from(wide), m, k, n, a, b, c) }
+        })
+    };
+    let compare = product(true, true, c, p, [c3, c3, step])?;
+    let mix = product(false, false, p, c, [step, c3, c])?;
+    let scale = 1.0 / (c as f32).sqrt();
+    for frame in 0..t {
+        let q = address(qkv)? + (2 * frame * p * c3) as u64;
+        let (k, v) = (q + 2 * c as u64, q + 4 * c as u64);
+        context.run(&compare, &[(1, q), (2, k), (3, address(&scores)?)])?;
+        // SAFETY: both have `p` rows of `step`.
+        let status = unsafe {
+            let (from, to) = (address(&scores)?, address(&weights)?);
+            lq_vae_softmax(from, to, p as i32, p as i32, step as i32, scale, context.stream())
+        };
+        launched("softmax", status)?;
+        let to = address(&out)? + (2 * frame * p * c) as u64;
+        context.run(&mix, &[(1, address(&weights)?), (2, v), (3, to)])?;
+    }
+    Ok(out)
+}
+
+/// Zeros to remember frames in.
+pub fn blank(device: &Device, shape: (usize, usize, usize, usize)) -> Result<Tensor> {
+    Ok(Tensor::zeros(shape, DType::BF16, device)?)
+}
