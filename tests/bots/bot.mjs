@@ -1,9 +1,8 @@
-// A bot that speaks: node bot.mjs http://127.0.0.1:8080 (Node 22, or 20 with the package ws). Each line typed is
+// A bot that speaks: node bot.mjs http://127.0.0.1:8080 (Node 22; Node 20 with --experimental-websocket). Each line typed is
 // answered aloud; a new one interrupts.
 import { execFileSync } from 'node:child_process';
 import readline from 'node:readline';
 
-const WebSocket = globalThis.WebSocket ?? (await import('ws')).WebSocket;
 const service = process.argv[2].replace(/\/$/, '');
 
 const answer = (line) => `You said: ${line}`; // Put your language model here.

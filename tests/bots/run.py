@@ -11,6 +11,9 @@ import urllib.request
 from aiortc import RTCPeerConnection, RTCSessionDescription
 
 HERE = pathlib.Path(__file__).parent
+VERSION = int(subprocess.run(["node", "-p", "process.versions.node.split('.')[0]"], capture_output=True, text=True).stdout)
+# Node 20 has WebSocket behind a flag.
+FLAG = ["--experimental-websocket"] if VERSION < 22 else []
 
 
 async def watch(base, query, frames):
@@ -80,7 +83,7 @@ async def main():
             line = service.stdout.readline()
             assert line, "the service ended before it listened"
             base = re.search(r"http://127\.0\.0\.1:\d+", line)
-        for name, command in {"Python": [sys.executable, HERE / "bot.py"], "JavaScript": ["node", HERE / "bot.mjs"]}.items():
+        for name, command in {"Python": [sys.executable, HERE / "bot.py"], "JavaScript": ["node", *FLAG, HERE / "bot.mjs"]}.items():
             said, frames = await talk(base[0], command)
             ended = re.findall(r"speak_ended.*?interrupted['\"]?: (\w+)", said, re.S | re.I)
             results = {
