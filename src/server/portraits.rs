@@ -8,8 +8,15 @@ use crate::media::Portrait;
 use std::{
     collections::HashMap,
     sync::Mutex,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
+
+/// That the person shown agreed, in the words of whoever brought the picture.
+#[derive(Clone, Debug)]
+pub(super) struct Consent {
+    pub(super) statement: String,
+    pub(super) at: SystemTime,
+}
 
 /// The store. `now` is an argument everywhere.
 pub(super) struct Portraits {
@@ -20,6 +27,7 @@ pub(super) struct Portraits {
 
 struct Kept {
     portrait: Portrait,
+    consent: Consent,
     used: Instant,
 }
 
@@ -29,7 +37,7 @@ impl Portraits {
     }
 
     /// Keeps a picture under an id that cannot be guessed.
-    pub(super) fn put(&self, portrait: Portrait, now: Instant) -> String {
+    pub(super) fn put(&self, portrait: Portrait, consent: Consent, now: Instant) -> String {
         let id = unguessable();
         let mut pictures = self.pictures.lock().unwrap_or_else(|e| e.into_inner());
         Self::forget_old(&mut pictures, self.ttl, now);
@@ -38,7 +46,7 @@ impl Portraits {
             let Some(oldest) = oldest else { break };
             pictures.remove(&oldest);
         }
-        pictures.insert(id.clone(), Kept { portrait, used: now });
+        pictures.insert(id.clone(), Kept { portrait, consent, used: now });
         id
     }
 
@@ -49,6 +57,12 @@ impl Portraits {
         let kept = pictures.get_mut(id)?;
         kept.used = now;
         Some(kept.portrait.clone())
+    }
+
+    /// What was stated when the picture was brought.
+    pub(super) fn consent(&self, id: &str) -> Option<Consent> {
+        let pictures = self.pictures.lock().unwrap_or_else(|e| e.into_inner());
+        pictures.get(id).map(|k| k.consent.clone())
     }
 
     /// Pictures kept now, and the bytes they take.
@@ -71,6 +85,10 @@ pub(super) fn unguessable() -> String {
 mod tests {
     use super::*;
 
+    fn agreed() -> Consent {
+        Consent { statement: "It is me.".into(), at: SystemTime::UNIX_EPOCH }
+    }
+
     fn picture() -> Portrait {
         Portrait { width: 1, height: 1, rgb: vec![0u8; 3].into() }
     }
@@ -79,13 +97,14 @@ mod tests {
     fn the_one_unused_for_longest_leaves_first() {
         let store = Portraits::new(2, Duration::from_secs(60));
         let t = Instant::now();
-        let a = store.put(picture(), t);
-        let b = store.put(picture(), t + Duration::from_secs(1));
+        let a = store.put(picture(), agreed(), t);
+        let b = store.put(picture(), agreed(), t + Duration::from_secs(1));
         assert!(store.get(&a, t + Duration::from_secs(2)).is_some());
-        let c = store.put(picture(), t + Duration::from_secs(3));
+        let c = store.put(picture(), agreed(), t + Duration::from_secs(3));
         assert!(store.get(&b, t + Duration::from_secs(4)).is_none(), "b was unused for longest");
         assert!(store.get(&a, t + Duration::from_secs(4)).is_some());
         assert!(store.get(&c, t + Duration::from_secs(4)).is_some());
+        assert_eq!(store.consent(&c).unwrap().statement, "It is me.");
         assert_eq!(store.size(), (2, 6));
     }
 
@@ -93,7 +112,7 @@ mod tests {
     fn a_picture_is_forgotten_after_its_time_unless_used() {
         let store = Portraits::new(2, Duration::from_secs(60));
         let t = Instant::now();
-        let a = store.put(picture(), t);
+        let a = store.put(picture(), agreed(), t);
         assert!(store.get(&a, t + Duration::from_secs(59)).is_some());
         assert!(store.get(&a, t + Duration::from_secs(118)).is_some());
         assert!(store.get(&a, t + Duration::from_secs(178)).is_none());

@@ -1,6 +1,6 @@
 //! Who can be shown: the built-in presenters, and pictures that visitors bring.
 
-use super::{Service, error::ApiError};
+use super::{Service, error::ApiError, portraits::Consent};
 use crate::{
     codec::picture::{PictureLimits, decode_portrait},
     media::Portrait,
@@ -8,14 +8,14 @@ use crate::{
 use axum::{
     Json,
     body::Body,
-    extract::{Path, State},
+    extract::{Path, Query, State, rejection::QueryRejection},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::{
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// Somebody who can be shown without an upload.
@@ -81,11 +81,40 @@ struct Stored {
     width: u32,
     height: u32,
     expires_after_s: u64,
+    /// The statement that was recorded, and when (seconds since 1970).
+    consent: String,
+    consented_at: u64,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Stated {
+    consent: Option<String>,
+}
+
+/// Longest statement, characters.
+const MAX_CONSENT: usize = 1000;
+
+/// # Errors
+/// 400 with a sentence where nothing, or too much, was stated.
+fn consent(stated: Result<Query<Stated>, QueryRejection>) -> Result<Consent, ApiError> {
+    let refused = |text: &str| Err(ApiError::bad_request("no_consent", text));
+    let statement = stated.ok().and_then(|q| q.0.consent).map(|s| s.trim().to_string()).unwrap_or_default();
+    if statement.is_empty() {
+        return refused(
+            "State that the person in the picture agreed to be shown speaking: add ?consent= and your statement, in \
+             words. It is kept with the picture.",
+        );
+    }
+    if statement.chars().count() > MAX_CONSENT {
+        return refused("The statement of consent may have at most 1000 characters.");
+    }
+    Ok(Consent { statement, at: SystemTime::now() })
 }
 
 /// `POST /v1/portraits`: keeps a picture for a while.
 pub(super) async fn upload(
     State(service): State<Arc<Service>>,
+    stated: Result<Query<Stated>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -103,9 +132,12 @@ pub(super) async fn upload(
         format!("The picture is larger than {} MB. Make it smaller and try again.", service.config.portrait_max_mb)
     })
     .await?;
+    let consent = consent(stated)?;
     let portrait = read_picture(&service, bytes).await?;
     let (width, height) = (portrait.width, portrait.height);
-    let id = service.portraits.put(portrait, Instant::now());
+    let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (statement, consented_at) = (consent.statement.clone(), since(consent.at));
+    let id = service.portraits.put(portrait, consent, Instant::now());
     let location = format!("/v1/portraits/{id}");
     let stored = Stored {
         presenter: format!("{PORTRAIT}{id}"),
@@ -113,6 +145,8 @@ pub(super) async fn upload(
         width,
         height,
         expires_after_s: service.config.portrait_ttl_s,
+        consent: statement,
+        consented_at,
     };
     let mut response = (StatusCode::CREATED, Json(stored)).into_response();
     if let Ok(location) = HeaderValue::from_str(&location) {
@@ -165,6 +199,10 @@ pub(super) async fn portrait(service: &Service, asked: Option<&str>) -> Result<(
                 "This uploaded picture is not kept any more. Upload it again and start anew.",
             )
         })?;
+        if let Some(consent) = service.portraits.consent(id) {
+            let short = id.get(..8).unwrap_or_default();
+            tracing::info!(portrait = short, consent = ?consent.statement, "an uploaded picture is shown");
+        }
         // The id is a secret of whoever uploaded the picture; logs and panels say only what it is.
         return Ok(("portrait".into(), picture));
     }

@@ -201,10 +201,10 @@ fn limited(key: &str, asked: Option<u64>, allowed: u64) -> Result<u64, ApiError>
     match asked {
         None => Ok(allowed),
         Some(0) if allowed > 0 => {
-            Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}.")))
+            Err(ApiError::unusable("limit_too_high", format!("At most {allowed} is allowed for limits.{key}.")))
         }
         Some(s) if allowed > 0 && s > allowed => {
-            Err(ApiError::unusable("limit_too_high", format!("limits.{key} may be at most {allowed}.")))
+            Err(ApiError::unusable("limit_too_high", format!("At most {allowed} is allowed for limits.{key}.")))
         }
         Some(s) => Ok(s),
     }

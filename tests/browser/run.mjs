@@ -11,6 +11,8 @@ import {
 } from './lib.mjs';
 import * as pages from './pages.mjs';
 
+import { bot as cuts } from './bot.mjs';
+
 const words = process.argv.slice(2);
 const options = Object.fromEntries(words.filter((w) => w.includes('=')).map((w) => w.split('=')));
 const secondsOr = (usual) => Number(options.seconds || usual);
@@ -465,8 +467,10 @@ async function dark(checks) {
 
 // ---- which and how -------------------------------------------------------------------------------------------------
 
+/** Interruptions of a bot; 100 unless `ci` asks. */
+const interrupt = (checks) => cuts(checks, { engine: engineOr('card'), count: Number(options.count || (words.includes('ci') ? 20 : 100)), timed });
 const of = (scenario) => (checks) => scenario(checks, options);
-const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark,
+const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark, interrupt,
   overlay: of(pages.overlay), bot: of(pages.bot), recording: of(pages.recording), looks: of(pages.looks) };
 const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'recording', 'dark'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
 const asked = words.filter((w) => !w.includes('=')).flatMap((w) => SETS[w] || [w]);

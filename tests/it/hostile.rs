@@ -447,7 +447,7 @@ fn pictures(house: &House, from: u64, inputs: &mut usize) {
         b"<svg xmlns='http://www.w3.org/2000/svg'/>".to_vec(),
     ]);
     for (i, case) in cases.iter().enumerate() {
-        let answer = house.ask("POST", "/v1/portraits", &[("Content-Type", "image/png")], case);
+        let answer = house.ask("POST", "/v1/portraits?consent=test", &[("Content-Type", "image/png")], case);
         let fine = answer.status == 201 || answer.is_clear();
         assert!(fine, "picture {i} of seed {from}: {} {}", answer.status, answer.body);
     }

@@ -367,7 +367,7 @@ async fn presenters_and_pictures_of_ones_own() {
     assert_eq!((info["engine"]["fps"].as_u64(), info["engine"]["name"].as_str()), (Some(25), Some("card")));
     assert_eq!(info["portrait_max_bytes"], 1 << 20);
 
-    let stored = house.post("/v1/portraits", "image/png", CARD).await;
+    let stored = house.post("/v1/portraits?consent=It%20is%20me.", "image/png", CARD).await;
     assert_eq!(stored.status, 201, "{}", stored.text());
     let told = stored.json();
     assert_eq!((told["width"].as_u64(), told["height"].as_u64()), (Some(256), Some(256)));
@@ -376,6 +376,9 @@ async fn presenters_and_pictures_of_ones_own() {
     assert_eq!(live.status, 201, "{}", live.text());
     house.ask("DELETE", live.header("location"), &[], b"").await;
 
+    let silent = house.post("/v1/portraits?consent=%20", "image/png", CARD).await;
+    assert_eq!((silent.status, silent.code()), (400, "no_consent".into()));
+    assert_eq!(told["consent"], "It is me.");
     let cases: [(&str, Vec<u8>, u16, &str); 6] = [
         ("text/plain", CARD.to_vec(), 415, "not_a_picture"),
         ("multipart/form-data", CARD.to_vec(), 415, "not_a_picture"),
@@ -385,7 +388,7 @@ async fn presenters_and_pictures_of_ones_own() {
         ("image/png", vec![0; (1 << 20) + 1], 413, "too_large"),
     ];
     for (kind, body, status, code) in cases {
-        let answer = house.post("/v1/portraits", kind, &body).await;
+        let answer = house.post("/v1/portraits?consent=test", kind, &body).await;
         assert_eq!((answer.status, answer.code().as_str()), (status, code), "{kind}, {} bytes", body.len());
     }
 }

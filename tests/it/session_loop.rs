@@ -276,7 +276,7 @@ fn a_hundred_interruptions_without_a_picture_of_what_was_cut_off() {
         let port = w.speech.port();
         let (mut delays, mut said) = (vec![], vec![]);
         for k in 0..100 {
-            let samples = (0..24_000 * 6).map(|i| 0.9 * (i as f32 * 0.1).sin()).collect();
+            let samples = (0..24_000 * 6).map(|i| 0.5 * (i as f32 * 0.1).sin()).collect();
             let push = port.push(Pcm { at: MediaTime::ZERO, rate: 24_000, samples });
             said.push(futures::executor::block_on(push).unwrap());
             w.run_until(w.seconds() + 0.8 + 0.0137 * f64::from(k % 29));
