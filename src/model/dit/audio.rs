@@ -1,8 +1,8 @@
 //! Audio tokens (`casual_audio_encoder`, the checkpoint's spelling) and their injection into the picture's tokens.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::Config;
+use super::{Config, place::Portable};
 use crate::model::{
     Error, Result,
     nn::{
@@ -163,6 +163,21 @@ pub struct BlockAudio {
     pub injectors: Vec<InjectorAudio>,
     /// The tokens it was made of.
     pub tokens: AudioTokens,
+}
+
+impl Portable for Injector {
+    fn moved(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            q: self.q.moved(device)?,
+            k: self.k.moved(device)?,
+            v: self.v.moved(device)?,
+            o: self.o.moved(device)?,
+            norm_q: self.norm_q.to_device(device)?,
+            norm_k: self.norm_k.to_device(device)?,
+            adain: self.adain.moved(device)?,
+            ..*self
+        })
+    }
 }
 
 impl Injector {

@@ -234,6 +234,7 @@ impl Dit {
             let text = state.text.as_ref().and_then(|t| t.blocks.get(i));
             trace.within(|| format!("blocks.{i}"));
             block
+                .bring(&self.device)?
                 .forward(&mut x, m, &runs, text, trace, |a, y| {
                     let p = a.project(y)?;
                     let kv = a.kept(&p)?;
@@ -367,6 +368,7 @@ impl Dit {
                 let text = text.and_then(|t| t.blocks.get(i));
                 trace.within(|| format!("blocks.{i}"));
                 block
+                    .bring(&self.device)?
                     .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| {
                         a.remember(y, rope, &ring.layers[i], slot)
                     })
@@ -375,6 +377,7 @@ impl Dit {
                 trace.see_tokens(|| format!("blocks.{i}"), &mut x)?;
                 if let Some(j) = self.injector_after(i) {
                     speech.injectors[j]
+                        .bring(&self.device)?
                         .forward(&mut x, &audio.injectors[j], frames)
                         .at(|| format!("audio after block {i}"))?;
                     trace.see_tokens(|| format!("after_inject.{i}"), &mut x)?;
@@ -386,7 +389,7 @@ impl Dit {
             through(tokens, &rope, &slot, audio, trace)?
         } else {
             let desk = Desk::lay(&mut state.desk, &tokens, &rope, &slot, audio)?;
-            let graphs = state.graphs && !trace.on();
+            let graphs = state.graphs && !trace.on() && !self.travels();
             ring.replay.run(&self.device, graphs, || {
                 through(desk.tokens.clone(), &desk.rope, &desk.slot, &desk.audio, trace).map(drop)
             })?;
