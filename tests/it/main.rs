@@ -12,6 +12,7 @@ mod net;
 mod peer;
 mod pocket;
 mod prompts;
+mod quantised;
 mod recording;
 mod s2v;
 mod server;

@@ -77,7 +77,9 @@ impl Attention {
 
     fn moved(&self, device: &Device) -> Result<Self> {
         let inputs = match &self.inputs {
-            Inputs::Apart { q, k, v } => Inputs::Apart { q: q.moved(device)?, k: k.moved(device)?, v: v.moved(device)? },
+            Inputs::Apart { q, k, v } => {
+                Inputs::Apart { q: q.moved(device)?, k: k.moved(device)?, v: v.moved(device)? }
+            }
             Inputs::Stacked(all) => Inputs::Stacked(all.moved(device)?),
         };
         Ok(Self {

@@ -273,7 +273,7 @@ impl Dit {
     /// Element type of a stream's tokens between blocks. LiveAvatar's are bf16 (MODEL.md §12 of the specification), which
     /// halves what the passes between two matrices move; where nothing else is bf16 they stay f32.
     fn stream_type(&self) -> DType {
-        let bf16 = self.blocks.first().is_some_and(|b| b.own.computes_in_bf16());
+        let bf16 = self.blocks.first().is_some_and(|b| b.kept().own.computes_in_bf16());
         if bf16 && !matches!(self.device, Device::Cpu) { DType::BF16 } else { DType::F32 }
     }
 
@@ -447,7 +447,7 @@ impl Dit {
     fn ring(&self, state: &StreamState, conditioning: usize, rows: usize) -> Result<Ring> {
         let mut layers = Vec::with_capacity(self.blocks.len());
         for (block, kept) in self.blocks.iter().zip(&state.conditioning) {
-            layers.push(block.own.memory(kept, conditioning + rows, HEADROOM)?);
+            layers.push(block.kept().own.memory(kept, conditioning + rows, HEADROOM)?);
         }
         Ok(Ring { layers, replay: Replay::default(), conditioning: None, rows })
     }
