@@ -8,7 +8,8 @@ use candle_core::{
     quantized::{GgmlDType, QTensor, gguf_file},
 };
 use loquent::model::{
-    dit::{ClipInputs, Config, Dit, Trace},
+    dit::{BlockAudio, ClipInputs, Config, Dit, Trace},
+    nn::Residual,
     weights::{Adapted, Source, Tensors, Weights, open},
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -213,4 +214,31 @@ fn blocks_that_travel_compute_the_same_bits() {
         let dit = Dit::load_offloaded(config(), &w, resident).unwrap();
         assert_eq!(velocity(&dit), whole, "{resident} resident blocks");
     }
+}
+
+#[test]
+fn every_voice_reaches_its_own_tokens() {
+    let dit = transformer(Arc::new(Tensors::new(checkpoint(), "bf16")), DType::F32);
+    let mut rng = StdRng::seed_from_u64(10);
+    let voices = [0, 1].map(|_| dit.audio(&random(&[25, 32, 8], 1.0, &mut rng)).unwrap());
+    // two latent frames of four tokens
+    let x = random(&[8, 256], 1.0, &mut rng);
+    let heard = |audio: &BlockAudio| -> Vec<Vec<f32>> {
+        let mut y = Residual::new(x.clone());
+        dit.injector(0).unwrap().forward(&mut y, &audio.injectors[0], 2).unwrap();
+        (y.into_tokens().unwrap() - &x).unwrap().to_vec2().unwrap()
+    };
+    let alone = [heard(&voices[0]), heard(&voices[1])];
+    let [one, two] = voices;
+    let mask = |v: [f32; 4]| Tensor::new(&v, &Device::Cpu).unwrap().reshape((4, 1)).unwrap();
+    let both =
+        BlockAudio::together(vec![(one, mask([1.0, 1.0, 0.0, 0.0])), (two, mask([0.0, 1.0, 1.0, 0.0]))]).unwrap();
+    for (i, row) in heard(&both).into_iter().enumerate() {
+        for (c, v) in row.into_iter().enumerate() {
+            let (a, b) = (alone[0][i][c], alone[1][i][c]);
+            let want = [a, a + b, b, 0.0][i % 4];
+            assert!((v - want).abs() < 1e-5, "token {i}: {v} instead of {want}");
+        }
+    }
+    assert!(BlockAudio::together(Vec::new()).is_err());
 }
