@@ -20,5 +20,6 @@ mod server;
 mod session;
 mod session_loop;
 mod sessions;
+mod small_decoder;
 mod tidy;
 mod voice;
