@@ -11,6 +11,7 @@ mod intake;
 mod liveliness;
 mod noise;
 pub mod pocket;
+pub mod pose;
 pub mod s2v;
 pub mod speakers;
 pub mod studio;
