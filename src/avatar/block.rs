@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::speakers::hear;
 use super::studio::{Studio, last, slide, still, without_first};
 use crate::model::{
     At, Error, Result,
@@ -69,12 +70,14 @@ pub struct Blocks {
     schedule: Arc<Schedule>,
     state: StreamState,
     done: usize,
+    /// Where each of several speakers is heard; empty for one.
+    reach: Vec<Tensor>,
 }
 
 impl Blocks {
     fn open(studio: &Studio, opening: &Opening, schedule: Arc<Schedule>) -> Result<Self> {
         let state = studio.dit.open(opening, &schedule)?;
-        Ok(Blocks { schedule, state, done: 0 })
+        Ok(Blocks { schedule, state, done: 0, reach: Vec::new() })
     }
 
     /// One block: features `[layers, channels, 4 · frames_per_block]`, noise `[16, frames_per_block, h, w]` → latents.
@@ -86,7 +89,7 @@ impl Blocks {
         distance: &[usize],
         probe: Probe,
     ) -> Result<Tensor> {
-        let audio = studio.dit.audio(features)?;
+        let audio = hear(studio, features, &self.reach)?;
         let latents = block(studio, &mut self.state, &self.schedule, &audio, noise, distance, probe)
             .at(|| format!("block {}", self.done))?;
         self.done += 1;
@@ -139,6 +142,12 @@ impl Deferred {
     /// Latents of the motion window.
     pub fn motion(&self) -> &Tensor {
         &self.motion
+    }
+
+    /// From now on features belong to several speakers, one after the other along the layers; see
+    /// [`super::speakers::reach`]. Before the first block.
+    pub fn cast(&mut self, reach: Vec<Tensor>) {
+        self.blocks.reach = reach;
     }
 
     /// The latents of a whole clip `[16, T, h, w]` from its features `[layers, channels, clip_frames]`, noise and ρ per
@@ -244,6 +253,12 @@ impl Continuous {
     /// Latents of the picture repeated `[16, frames, h, w]`.
     pub fn motion(&self) -> &Tensor {
         &self.motion
+    }
+
+    /// From now on features belong to several speakers, one after the other along the layers; see
+    /// [`super::speakers::reach`]. Before the first block.
+    pub fn cast(&mut self, reach: Vec<Tensor>) {
+        self.blocks.reach = reach;
     }
 
     /// The next block: features `[layers, channels, 4 · frames_per_block]`, noise `[16, frames_per_block, h, w]`, ρ per

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::speakers::hear;
 use super::studio::{Studio, last, slide, still, without_first};
 use crate::model::{
     At, Error, Result,
@@ -83,6 +84,8 @@ pub struct ClipStream {
     window: Tensor,
     motion: Tensor,
     clips: usize,
+    /// Where each of several speakers is heard; empty for one.
+    reach: Vec<Tensor>,
 }
 
 impl ClipStream {
@@ -97,7 +100,13 @@ impl ClipStream {
             window = slide(&window, &still(picture, FIRST_FRAMES)?, FIRST_FRAMES)?;
         }
         let motion = studio.vae.encode(&window)?;
-        Ok(ClipStream { settings, words, reference, window, motion, clips: 0 })
+        Ok(ClipStream { settings, words, reference, window, motion, clips: 0, reach: Vec::new() })
+    }
+
+    /// From now on features belong to several speakers, one after the other along the layers; see
+    /// [`super::speakers::reach`].
+    pub fn cast(&mut self, reach: Vec<Tensor>) {
+        self.reach = reach;
     }
 
     /// Latent of the picture `[16, 1, h, w]`.
@@ -141,8 +150,8 @@ impl ClipStream {
     ) -> Result<Tensor> {
         let unmoved = self.unmoved();
         let guided = self.settings.guidance > 1.0;
-        let audio = studio.dit.audio(features)?;
-        let silence = if guided { Some(studio.dit.audio(&features.zeros_like()?)?) } else { None };
+        let audio = hear(studio, features, &self.reach)?;
+        let silence = if guided { Some(hear(studio, &features.zeros_like()?, &self.reach)?) } else { None };
         let mut sampler = self.settings.solver.start(self.settings.steps, self.settings.shift)?;
         let mut x = noise.clone();
         for step in 0..self.settings.steps {

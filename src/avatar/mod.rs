@@ -3,6 +3,7 @@
 //! Push audio, pull frames. Weights are shared and immutable; everything one face remembers lives in its [`Stream`]
 //! and dies with it. How audio is cut never changes the frames.
 
+pub mod base;
 pub mod block;
 pub mod clip;
 mod embedded;
@@ -10,7 +11,9 @@ mod intake;
 mod liveliness;
 mod noise;
 pub mod pocket;
+pub mod pose;
 pub mod s2v;
+pub mod speakers;
 pub mod studio;
 mod test_card;
 

@@ -86,8 +86,8 @@ fn level(v: f32) -> i32 {
 /// Bits behind the point in Pillow's 8-bit coefficients.
 const PRECISION: u32 = 32 - 8 - 2;
 
-/// For each output position the first input position and the fixed-point weights from there.
-fn coefficients(input: usize, output: usize) -> Vec<(usize, Vec<i32>)> {
+/// For each output position the first input position and the weights from there, which sum to one.
+fn weights(input: usize, output: usize) -> Vec<(usize, Vec<f64>)> {
     let scale = input as f64 / output as f64;
     let filter_scale = scale.max(1.0);
     let support = filter_scale;
@@ -99,13 +99,34 @@ fn coefficients(input: usize, output: usize) -> Vec<(usize, Vec<i32>)> {
             let weights: Vec<f64> =
                 (first..end).map(|x| (1.0 - ((x as f64 - centre + 0.5) / filter_scale).abs()).max(0.0)).collect();
             let sum: f64 = weights.iter().sum();
-            let fixed = |w: f64| {
-                let v = if sum != 0.0 { w / sum } else { w } * f64::from(1u32 << PRECISION);
-                if v < 0.0 { (v - 0.5) as i32 } else { (v + 0.5) as i32 }
-            };
-            (first, weights.into_iter().map(fixed).collect())
+            (first, weights.into_iter().map(|w| if sum != 0.0 { w / sum } else { w }).collect())
         })
         .collect()
+}
+
+/// The same in Pillow's fixed point.
+fn coefficients(input: usize, output: usize) -> Vec<(usize, Vec<i32>)> {
+    let fixed = |w: f64| {
+        let v = w * f64::from(1u32 << PRECISION);
+        if v < 0.0 { (v - 0.5) as i32 } else { (v + 0.5) as i32 }
+    };
+    weights(input, output).into_iter().map(|(first, w)| (first, w.into_iter().map(fixed).collect())).collect()
+}
+
+/// A plane of `width`×`height` with one of its axes resized, in floats.
+fn resize_axis(from: &[f32], (width, height): (usize, usize), across: bool, size: usize) -> Vec<f32> {
+    let (count, new) = if across { (width, (size, height)) } else { (height, (width, size)) };
+    let table = weights(count, size);
+    let mut out = Vec::with_capacity(new.0 * new.1);
+    for y in 0..new.1 {
+        for x in 0..new.0 {
+            let (first, weights) = if across { &table[x] } else { &table[y] };
+            let at = |i: usize| if across { y * width + i } else { i * width + x };
+            let taps = weights.iter().enumerate().map(|(i, w)| f64::from(from[at(first + i)]) * w);
+            out.push(taps.sum::<f64>() as f32);
+        }
+    }
+    out
 }
 
 /// Resizes interleaved 8-bit RGB as Pillow's `resize(BILINEAR)` does, bit for bit.
@@ -140,26 +161,53 @@ pub fn resize(rgb: &[u8], (width, height): (usize, usize), (new_width, new_heigh
     rows
 }
 
-/// Prepares interleaved 8-bit RGB: short side to `min(height, width)`, centre crop to `height`×`width`, black where the
-/// picture is smaller. `[3, 1, height, width]` in −1..1, f32, on the CPU.
-pub fn prepare(rgb: &[u8], (w, h): (usize, usize), (height, width): (usize, usize)) -> Result<Tensor> {
-    if w == 0 || h == 0 || height == 0 || width == 0 || rgb.len() != w * h * 3 {
-        return Err(Error::Input(format!("a picture of {w}×{h} pixels with {} bytes cannot be used", rgb.len())));
-    }
+/// Size of a picture whose short side is that of the output.
+fn short_side((w, h): (usize, usize), (height, width): (usize, usize)) -> Result<(usize, usize)> {
     let short = height.min(width);
     let long = |long: usize, of: usize| ((short * long) as f64 / of as f64) as usize;
     let (nw, nh) = if w <= h { (short, long(h, w)) } else { (long(w, h), short) };
     if nw.max(nh) > 1 << 16 {
         return Err(Error::Input(format!("a picture of {w}×{h} pixels is too elongated to be used")));
     }
-    let small = if (nw, nh) == (w, h) { rgb.to_vec() } else { resize(rgb, (w, h), (nw, nh)) };
-    let offset = |size: usize, crop: usize| -> isize {
-        if size < crop {
-            -(((crop - size) / 2) as isize)
-        } else {
-            ((size - crop) as f64 / 2.0).round_ties_even() as isize
+    Ok((nw, nh))
+}
+
+/// Where a crop of `crop` begins in `size`; negative where it is larger.
+fn offset(size: usize, crop: usize) -> isize {
+    if size < crop { -(((crop - size) / 2) as isize) } else { ((size - crop) as f64 / 2.0).round_ties_even() as isize }
+}
+
+/// As [`prepare`] for frames of a pose video, which the official program normalises first: resized in floats (with
+/// antialiasing, as torchvision does), and mid-grey where the picture is smaller.
+pub fn prepare_float(rgb: &[u8], (w, h): (usize, usize), (height, width): (usize, usize)) -> Result<Tensor> {
+    if w == 0 || h == 0 || height == 0 || width == 0 || rgb.len() != w * h * 3 {
+        return Err(Error::Input(format!("a picture of {w}×{h} pixels with {} bytes cannot be used", rgb.len())));
+    }
+    let (nw, nh) = short_side((w, h), (height, width))?;
+    let (top, left) = (offset(nh, height), offset(nw, width));
+    let mut out = Vec::with_capacity(3 * height * width);
+    for c in 0..3 {
+        let plane: Vec<f32> = rgb[c..].iter().step_by(3).map(|&v| f32::from(v) / 255.0 * 2.0 - 1.0).collect();
+        let plane = resize_axis(&resize_axis(&plane, (w, h), true, nw), (nw, h), false, nh);
+        for y in 0..height as isize {
+            for x in 0..width as isize {
+                let (sy, sx) = (y + top, x + left);
+                let inside = (0..nh as isize).contains(&sy) && (0..nw as isize).contains(&sx);
+                out.push(if inside { plane[sy as usize * nw + sx as usize] } else { 0.0 });
+            }
         }
-    };
+    }
+    Ok(Tensor::from_vec(out, (3, 1, height, width), &Device::Cpu)?)
+}
+
+/// Prepares interleaved 8-bit RGB: short side to `min(height, width)`, centre crop to `height`×`width`, black where the
+/// picture is smaller. `[3, 1, height, width]` in −1..1, f32, on the CPU.
+pub fn prepare(rgb: &[u8], (w, h): (usize, usize), (height, width): (usize, usize)) -> Result<Tensor> {
+    if w == 0 || h == 0 || height == 0 || width == 0 || rgb.len() != w * h * 3 {
+        return Err(Error::Input(format!("a picture of {w}×{h} pixels with {} bytes cannot be used", rgb.len())));
+    }
+    let (nw, nh) = short_side((w, h), (height, width))?;
+    let small = if (nw, nh) == (w, h) { rgb.to_vec() } else { resize(rgb, (w, h), (nw, nh)) };
     let (top, left) = (offset(nh, height), offset(nw, width));
     let mut out = Vec::with_capacity(3 * height * width);
     for c in 0..3 {

@@ -1,5 +1,6 @@
-//! The small video decoder of the TAEHV family in the layout of `taew2_1.pth` (madebyollin/taehv, taehv.py): a fast
-//! stand-in for Wan 2.1's decoder. Takes the same normalised latents.
+//! The small video decoder of the TAEHV family in the layout of `taew2_1.pth` (madebyollin/taehv at 1f14a56, taehv.py):
+//! a fast stand-in for Wan 2.1's decoder. Takes the same normalised latents. `tests/it/small_decoder.rs` holds it against
+//! what the reference gave for random weights.
 //!
 //! Layers are numbered through in `decoder.N`: 1 a convolution, then three stages of three memory blocks, an
 //! upsampling without weights, a growth in time (1×1) and a convolution, and at 22 the convolution to pixels. A memory
@@ -51,6 +52,8 @@ pub struct Small {
     begun: bool,
 }
 
+/// Frames that each stage makes of one, at most (decoder_time_upscale of the reference).
+const GROWTH: [usize; 3] = [1, 2, 2];
 /// Widths as published.
 const WIDTHS: [usize; 4] = [256, 128, 64, 64];
 
@@ -72,13 +75,13 @@ impl Taehv {
                 blocks.push([conv(0, 2 * input)?, conv(2, input)?, conv(4, input)?]);
             }
             let (grow, out) = (format!("decoder.{}.conv", at + 4), format!("decoder.{}", at + 5));
-            let times = (width(&format!("{grow}.weight"), if i > 0 { 2 * input } else { input }) / input).max(1);
+            let stored = (width(&format!("{grow}.weight"), GROWTH[i] * input) / input).max(1);
+            let times = stored.min(GROWTH[i]);
+            let grown = Conv::load(w, &grow, (input, input * stored), 1, false)?;
+            // a file may hold more growth than is used; the last frames are the ones that count
+            let grown = Conv(grown.0.narrow(0, input * (stored - times), input * times)?, None);
             let next = width(&format!("{out}.weight"), WIDTHS[i + 1]);
-            stages.push(Stage {
-                blocks,
-                grow: Conv::load(w, &grow, (input, input * times), 1, false)?,
-                out: Conv::load(w, &out, (input, next), 3, false)?,
-            });
+            stages.push(Stage { blocks, grow: grown, out: Conv::load(w, &out, (input, next), 3, false)? });
             growth *= times;
             input = next;
         }

@@ -1,5 +1,6 @@
 //! Fast tests, no GPU, no browser: one binary so that candle is linked once.
 
+mod base;
 mod batch;
 mod checkpoints;
 mod codec;
@@ -13,11 +14,13 @@ mod net;
 mod peer;
 mod pocket;
 mod prompts;
+mod quantised;
 mod recording;
 mod s2v;
 mod server;
 mod session;
 mod session_loop;
 mod sessions;
+mod small_decoder;
 mod tidy;
 mod voice;

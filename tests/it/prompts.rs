@@ -34,3 +34,22 @@ fn a_long_prompt_is_cut_and_keeps_its_end() {
     assert_eq!(tokenizer.encode("").unwrap().last(), Some(&1));
     assert!(Tokenizer::from_json(b"{}", 8).is_err());
 }
+
+/// What Python's `ftfy` 6.3.1, `html.unescape` twice and whitespace collapse made of good and mis-decoded text.
+const MENDED: &str = include_str!("../data/ftfy.json");
+
+#[test]
+fn most_prompts_are_mended_as_ftfy_mends_them() {
+    let all: Vec<Value> = serde_json::from_str(MENDED).unwrap();
+    let mut other = Vec::new();
+    for v in &all {
+        let (text, want) = (v["text"].as_str().unwrap(), v["clean"].as_str().unwrap());
+        let got = loquent::model::umt5::clean::clean(text);
+        if got != want {
+            other.push(format!("{text:?} became {got:?}, ftfy makes {want:?}"));
+        }
+    }
+    // Known to differ: text of which every letter alone could be meant (ftfy judges the whole), Windows-1250 and -1251,
+    // terminal colours, digraphs.
+    assert!(other.len() <= 19, "{} of {}:\n{}", other.len(), all.len(), other.join("\n"));
+}

@@ -1,8 +1,8 @@
 //! Audio tokens (`casual_audio_encoder`, the checkpoint's spelling) and their injection into the picture's tokens.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::Config;
+use super::{Config, place::Portable};
 use crate::model::{
     Error, Result,
     nn::{
@@ -141,18 +141,25 @@ pub struct InjectorAudio {
     affine: Affine,
     k: Tensor,
     v: Tensor,
+    /// Where it is heard among several voices, `[n, 1]` over a frame's tokens; none = everywhere.
+    reach: Option<Tensor>,
+    /// The other voices.
+    others: Vec<InjectorAudio>,
 }
 
 impl InjectorAudio {
     /// The same in memory of its own.
     pub(super) fn copy(&self) -> Result<Self> {
         let affine = Affine { scale: self.affine.scale.copy()?, shift: self.affine.shift.copy()? };
-        Ok(Self { affine, k: self.k.copy()?, v: self.v.copy()? })
+        let others: Result<_> = self.others.iter().map(Self::copy).collect();
+        let reach = self.reach.as_ref().map(Tensor::copy).transpose()?;
+        Ok(Self { affine, k: self.k.copy()?, v: self.v.copy()?, reach, others: others? })
     }
 
-    /// All that an injector reads.
-    pub(super) fn tensors(&self) -> [&Tensor; 4] {
-        [&self.affine.scale, &self.affine.shift, &self.k, &self.v]
+    /// All that an injector reads and that changes from block to block.
+    pub(super) fn tensors(&self) -> Vec<&Tensor> {
+        let own = [&self.affine.scale, &self.affine.shift, &self.k, &self.v];
+        own.into_iter().chain(self.others.iter().flat_map(Self::tensors)).collect()
     }
 }
 
@@ -163,6 +170,42 @@ pub struct BlockAudio {
     pub injectors: Vec<InjectorAudio>,
     /// The tokens it was made of.
     pub tokens: AudioTokens,
+}
+
+impl BlockAudio {
+    /// Several voices at once, each with where it is heard: `[n, 1]` over the tokens of a frame, 1 or 0. What an injector
+    /// makes of each voice is summed under these.
+    pub fn together(voices: Vec<(BlockAudio, Tensor)>) -> Result<BlockAudio> {
+        let mut voices = voices.into_iter().map(|(mut audio, reach)| {
+            audio.injectors.iter_mut().for_each(|j| j.reach = Some(reach.clone()));
+            audio
+        });
+        let Some(mut all) = voices.next() else { return Err(Error::Input("there is no voice to hear".into())) };
+        for other in voices {
+            if other.tokens.frames != all.tokens.frames || other.injectors.len() != all.injectors.len() {
+                return Err(Error::Input("voices of different length cannot be heard at once".into()));
+            }
+            for (own, other) in all.injectors.iter_mut().zip(other.injectors) {
+                own.others.push(other);
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Portable for Injector {
+    fn moved(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            q: self.q.moved(device)?,
+            k: self.k.moved(device)?,
+            v: self.v.moved(device)?,
+            o: self.o.moved(device)?,
+            norm_q: self.norm_q.to_device(device)?,
+            norm_k: self.norm_k.to_device(device)?,
+            adain: self.adain.moved(device)?,
+            ..*self
+        })
+    }
 }
 
 impl Injector {
@@ -193,7 +236,7 @@ impl Injector {
         let affine =
             Affine { scale: (m.narrow(1, d, d)? + 1.0)?.contiguous()?, shift: m.narrow(1, 0, d)?.contiguous()? };
         let k = norm::rms_norm(&self.k.forward(&audio.local)?, &self.norm_k, self.eps)?;
-        Ok(InjectorAudio { affine, k, v: self.v.forward(&audio.local)? })
+        Ok(InjectorAudio { affine, k, v: self.v.forward(&audio.local)?, reach: None, others: Vec::new() })
     }
 
     /// Adds to `x` `[frames · n, dim]` what it heard. The LayerNorm's eps is 1e-5 here, unlike everywhere else.
@@ -202,10 +245,38 @@ impl Injector {
         if frames == 0 || rows % frames != 0 {
             return Err(Error::Input(format!("{rows} tokens cannot belong to {frames} frames of audio")));
         }
-        let y = x.norm(&audio.affine, &vec![rows / frames; frames], 1e-5, self.q.form())?;
+        let mut sum = self.heard(x, audio, frames)?;
+        if audio.reach.is_none() && audio.others.is_empty() {
+            return x.add(sum, None);
+        }
+        sum = within(&sum, audio.reach.as_ref(), frames)?;
+        for other in &audio.others {
+            sum = (sum + within(&self.heard(x, other, frames)?, other.reach.as_ref(), frames)?)?;
+        }
+        x.add(sum, None)
+    }
+
+    /// What one voice adds to every token.
+    fn heard(&self, x: &mut Residual, audio: &InjectorAudio, frames: usize) -> Result<Tensor> {
+        let y = x.norm(&audio.affine, &vec![x.rows() / frames; frames], 1e-5, self.q.form())?;
         let q = self.q.forward_rows(&y, Activation::None)?;
         let form = self.o.form();
         let y = attention_to_few(&q, &self.norm_q, &audio.k, &audio.v, self.heads, frames, self.eps, form)?;
-        x.add(self.o.forward_rows(&y, Activation::None)?, None)
+        self.o.forward_rows(&y, Activation::None)
     }
+}
+
+/// `y` `[frames · n, dim]` where a voice is heard, zero elsewhere.
+fn within(y: &Tensor, reach: Option<&Tensor>, frames: usize) -> Result<Tensor> {
+    let Some(reach) = reach else { return Ok(y.clone()) };
+    let (rows, dim) = y.dims2()?;
+    if reach.dims() != [rows / frames, 1] {
+        return Err(Error::Input(format!(
+            "a mask of {:?} does not cover {} tokens a frame",
+            reach.dims(),
+            rows / frames
+        )));
+    }
+    let y = y.reshape((frames, rows / frames, dim))?;
+    Ok(y.broadcast_mul(&reach.to_dtype(y.dtype())?.unsqueeze(0)?)?.reshape((rows, dim))?)
 }

@@ -40,6 +40,7 @@ impl Dit {
         for (i, block) in self.blocks.iter().enumerate() {
             trace.within(|| format!("mid.blocks.{i}"));
             block
+                .bring(&self.device)?
                 .forward(&mut x, &timing.blocks[i], &runs, text.blocks.get(i), trace, |a, y| a.whole(y, &rope))
                 .at(|| format!("block {i}"))?;
             trace.outside();

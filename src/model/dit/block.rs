@@ -1,8 +1,8 @@
 //! One transformer block, the text's side of it, and the head.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::{BlockModulation, Config, trace::Trace};
+use super::{BlockModulation, Config, place::Portable, trace::Trace};
 use crate::model::{
     Error, Result,
     nn::{
@@ -72,6 +72,22 @@ impl Attention {
             // A result in e4m3 needs a matrix that takes it.
             fp8: weights.fp8() == Fp8::All && o.form() == Form::Scaled && c.head() % 16 == 0 && c.head() <= 128,
             o,
+        })
+    }
+
+    fn moved(&self, device: &Device) -> Result<Self> {
+        let inputs = match &self.inputs {
+            Inputs::Apart { q, k, v } => {
+                Inputs::Apart { q: q.moved(device)?, k: k.moved(device)?, v: v.moved(device)? }
+            }
+            Inputs::Stacked(all) => Inputs::Stacked(all.moved(device)?),
+        };
+        Ok(Self {
+            inputs,
+            o: self.o.moved(device)?,
+            norm_q: self.norm_q.to_device(device)?,
+            norm_k: self.norm_k.to_device(device)?,
+            ..*self
         })
     }
 
@@ -212,7 +228,7 @@ impl Block {
 
     /// The block's modulation for `e0` `[runs, 6, dim]`.
     pub fn modulation(&self, e0: &Tensor) -> Result<BlockModulation> {
-        BlockModulation::new(&self.modulation, e0)
+        BlockModulation::new(&self.modulation.to_device(e0.device())?, e0)
     }
 
     /// The text's keys and values for this block, from embedded text `[tokens, dim]`; none where there is no text.
@@ -252,6 +268,20 @@ impl Block {
         let y = self.first.forward_through_gelu(&y, &self.second)?;
         trace.see("ffn", &y);
         x.add(y, Some((&m.feed_forward_gate, runs)))
+    }
+}
+
+impl Portable for Block {
+    fn moved(&self, device: &Device) -> Result<Self> {
+        let text = self.text.as_ref().map(|(norm, a)| -> Result<_> { Ok((norm.moved(device)?, a.moved(device)?)) });
+        Ok(Self {
+            own: self.own.moved(device)?,
+            text: text.transpose()?,
+            first: self.first.moved(device)?,
+            second: self.second.moved(device)?,
+            modulation: self.modulation.to_device(device)?,
+            eps: self.eps,
+        })
     }
 }
 

@@ -77,6 +77,7 @@ impl Dit {
             let text = inputs.text.and_then(|t| t.blocks.get(i));
             trace.within(|| format!("mid.blocks.{i}"));
             block
+                .bring(&self.device)?
                 .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| a.whole(y, &rope))
                 .at(|| format!("block {i}"))?;
             trace.outside();
@@ -85,6 +86,7 @@ impl Dit {
                 let all = x.into_tokens()?;
                 let mut heard = Residual::new(all.narrow(0, 0, n)?.force_contiguous()?);
                 speech.injectors[j]
+                    .bring(&self.device)?
                     .forward(&mut heard, &inputs.audio.injectors[j], frames)
                     .at(|| format!("audio after block {i}"))?;
                 let others = all.narrow(0, n, all.dim(0)? - n)?;

@@ -175,8 +175,11 @@ impl Config {
         {
             return wrong(format!("patch {:?} or freq_dim {} is not supported", self.patch, self.freq_dim));
         }
-        if self.speech() && self.dim % self.num_audio_token.max(1) != 0 || self.dim % 4 != 0 {
-            return wrong(format!("width {} cannot be split into {} audio tokens", self.dim, self.num_audio_token));
+        if self.speech() && (self.dim % 4 != 0 || self.num_audio_token == 0) {
+            return wrong(format!(
+                "width {} with {} audio tokens a frame: the audio encoder needs a width divisible by four and a token",
+                self.dim, self.num_audio_token
+            ));
         }
         if self.audio_inject_layers.iter().any(|l| *l >= self.num_layers) && self.speech() {
             return wrong(format!(

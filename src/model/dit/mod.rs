@@ -24,6 +24,7 @@ mod clip;
 mod config;
 mod desk;
 mod motion;
+mod place;
 mod stream;
 mod time;
 mod trace;
@@ -35,6 +36,7 @@ pub use block::{Attention, Block, Head, KeysValues};
 pub use clip::ClipInputs;
 pub use config::{Cond, Conditioning, Config, FramePack, Prediction};
 pub use motion::{DropMode, FramePacker};
+use place::Placed;
 pub use stream::{Opening, Schedule, StreamState};
 pub use time::{BlockModulation, TimeEmbedding, Timing};
 pub use trace::Trace;
@@ -60,7 +62,7 @@ pub struct Dit {
     patch: PatchEmbed,
     time: TimeEmbedding,
     text: Option<(Linear, Linear)>,
-    blocks: Vec<Block>,
+    blocks: Vec<Placed<Block>>,
     head: Head,
     speech: Option<Speech>,
     device: candle_core::Device,
@@ -74,13 +76,19 @@ struct Speech {
     mask: Tensor,
     packer: FramePacker,
     audio: AudioEncoder,
-    injectors: Vec<Injector>,
+    injectors: Vec<Placed<Injector>>,
 }
 
 impl Dit {
     /// Reads the transformer below `weights` (official key names). The caller ends the load with
     /// [`Weights::finish`], which reports what was missing.
     pub fn load(config: Config, weights: &Weights) -> Result<Self> {
+        Self::load_offloaded(config, weights, usize::MAX)
+    }
+
+    /// The same with only the first `resident` blocks on the device. The others, and the injectors after them, stay in
+    /// host memory and travel to the device for each use, one at a time: the same numbers, less device memory.
+    pub fn load_offloaded(config: Config, weights: &Weights, resident: usize) -> Result<Self> {
         config.check()?;
         let c = &config;
         let f32s = weights.with_dtype(DType::F32);
@@ -93,8 +101,9 @@ impl Dit {
             None
         };
         let speech = if c.speech() {
-            let injectors: Result<_> =
-                (0..c.audio_inject_layers.len()).map(|j| Injector::load(weights, c, j)).collect();
+            let injectors: Result<_> = (c.audio_inject_layers.iter().enumerate())
+                .map(|(j, after)| Placed::load(weights, *after >= resident, |w| Injector::load(w, c, j)))
+                .collect();
             Some(Speech {
                 cond: PatchEmbed::load(weights, "cond_encoder", 16, c.dim, c.patch)?,
                 mask: f32s.get((3, c.dim), "trainable_cond_mask.weight")?,
@@ -105,7 +114,8 @@ impl Dit {
         } else {
             None
         };
-        let blocks: Result<_> = (0..c.num_layers).map(|i| Block::load(&weights.pp(format!("blocks.{i}")), c)).collect();
+        let block = |i: usize| Placed::load(&weights.pp(format!("blocks.{i}")), i >= resident, |w| Block::load(w, c));
+        let blocks: Result<_> = (0..c.num_layers).map(block).collect();
         Ok(Self {
             patch: PatchEmbed::load(weights, "patch_embedding", c.in_dim, c.dim, c.patch)?,
             time: TimeEmbedding::load(weights, c)?,
@@ -125,12 +135,12 @@ impl Dit {
 
     /// One of the blocks, for tests that look at it alone.
     pub fn block(&self, i: usize) -> Option<&Block> {
-        self.blocks.get(i)
+        self.blocks.get(i).map(Placed::kept)
     }
 
     /// One of the injectors, for the same.
     pub fn injector(&self, j: usize) -> Option<&Injector> {
-        self.speech.as_ref()?.injectors.get(j)
+        self.speech.as_ref()?.injectors.get(j).map(Placed::kept)
     }
 
     /// The packer of motion latents; absent in the base family.
@@ -169,7 +179,7 @@ impl Dit {
     pub fn embedded_text(&self, embedded: Tensor) -> Result<TextContext> {
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
-            blocks.extend(block.text(&embedded).at(|| format!("text of block {i}"))?);
+            blocks.extend(block.bring(&self.device)?.text(&embedded).at(|| format!("text of block {i}"))?);
         }
         Ok(TextContext { blocks, embedded })
     }
@@ -177,7 +187,7 @@ impl Dit {
     /// Modulations for a list of timesteps, one per run of tokens; the head sees the first `head` of them.
     pub fn timing(&self, timesteps: &[f32], head: usize) -> Result<Timing> {
         let (e, e0) = self.time.forward(timesteps)?;
-        let blocks: Result<Vec<_>> = self.blocks.iter().map(|b| b.modulation(&e0)).collect();
+        let blocks: Result<Vec<_>> = self.blocks.iter().map(|b| b.kept().modulation(&e0)).collect();
         Ok(Timing { blocks: blocks?, head: self.head.modulation(&e.narrow(0, 0, head)?)?, e0 })
     }
 
@@ -191,8 +201,14 @@ impl Dit {
 
     /// The same from audio tokens.
     pub fn audio_from_tokens(&self, tokens: AudioTokens) -> Result<BlockAudio> {
-        let injectors: Result<_> = self.speech()?.injectors.iter().map(|j| j.prepare(&tokens)).collect();
+        let injectors: Result<_> =
+            self.speech()?.injectors.iter().map(|j| j.bring(&self.device)?.prepare(&tokens)).collect();
         Ok(BlockAudio { injectors: injectors.at(|| "audio keys")?, tokens })
+    }
+
+    /// Whether parts of it travel to the device for each use.
+    fn travels(&self) -> bool {
+        self.blocks.iter().any(Placed::travels)
     }
 
     fn injector_after(&self, block: usize) -> Option<usize> {

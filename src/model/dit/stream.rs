@@ -237,6 +237,7 @@ impl Dit {
             let text = state.text.as_ref().and_then(|t| t.blocks.get(i));
             trace.within(|| format!("blocks.{i}"));
             block
+                .bring(&self.device)?
                 .forward(&mut x, m, &runs, text, trace, |a, y| {
                     let p = a.project(y)?;
                     let kv = a.kept(&p)?;
@@ -275,7 +276,7 @@ impl Dit {
     /// Element type of a stream's tokens between blocks. LiveAvatar's are bf16 (MODEL.md §12 of the specification), which
     /// halves what the passes between two matrices move; where nothing else is bf16 they stay f32.
     fn stream_type(&self) -> DType {
-        let bf16 = self.blocks.first().is_some_and(|b| b.own.computes_in_bf16());
+        let bf16 = self.blocks.first().is_some_and(|b| b.kept().own.computes_in_bf16());
         if bf16 && !matches!(self.device, Device::Cpu) { DType::BF16 } else { DType::F32 }
     }
 
@@ -383,6 +384,7 @@ impl Dit {
                 let text = text.and_then(|t| t.blocks.get(i));
                 trace.within(|| format!("blocks.{i}"));
                 block
+                    .bring(&self.device)?
                     .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| {
                         a.remember(y, rope, &ring.layers[i], slot)
                     })
@@ -391,6 +393,7 @@ impl Dit {
                 trace.see_tokens(|| format!("blocks.{i}"), &mut x)?;
                 if let Some(j) = self.injector_after(i) {
                     speech.injectors[j]
+                        .bring(&self.device)?
                         .forward(&mut x, &audio.injectors[j], frames)
                         .at(|| format!("audio after block {i}"))?;
                     trace.see_tokens(|| format!("after_inject.{i}"), &mut x)?;
@@ -402,7 +405,7 @@ impl Dit {
             through(tokens, &rope, &slot, audio, trace)?
         } else {
             let desk = Desk::lay(&mut state.desk, &tokens, &rope, &slot, audio)?;
-            let graphs = state.graphs && !trace.on();
+            let graphs = state.graphs && !trace.on() && !self.travels();
             ring.replay.run(&self.device, graphs, || {
                 through(desk.tokens.clone(), &desk.rope, &desk.slot, &desk.audio, trace).map(drop)
             })?;
@@ -466,7 +469,7 @@ impl Dit {
     fn ring(&self, state: &StreamState, conditioning: usize, rows: usize) -> Result<Ring> {
         let mut layers = Vec::with_capacity(self.blocks.len());
         for (block, kept) in self.blocks.iter().zip(&state.conditioning) {
-            layers.push(block.own.memory(kept, conditioning + rows, HEADROOM)?);
+            layers.push(block.kept().own.memory(kept, conditioning + rows, HEADROOM)?);
         }
         Ok(Ring { layers, replay: Replay::default(), conditioning: None, rows })
     }

@@ -143,6 +143,13 @@ impl Linear {
         self.matrix.device()
     }
 
+    /// The same on another device.
+    pub fn moved(&self, device: &Device) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|b| b.to_device(device)).transpose()?;
+        let packed = if device.is_cpu() && self.device().is_cpu() { self.packed.clone() } else { OnceLock::new() };
+        Ok(Self { matrix: self.matrix.moved(device, self.matrix.dtype())?, bias, packed, isa: self.isa })
+    }
+
     /// How the numbers are kept.
     pub fn matrix(&self) -> &Matrix {
         &self.matrix

@@ -15,6 +15,13 @@ pub struct Affine {
     pub shift: Tensor,
 }
 
+impl Affine {
+    /// The same on another device.
+    pub fn moved(&self, device: &Device) -> Result<Self> {
+        Ok(Self { scale: self.scale.to_device(device)?, shift: self.shift.to_device(device)? })
+    }
+}
+
 fn fused(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
 }

@@ -184,6 +184,11 @@ impl Weights {
         self.fp8
     }
 
+    /// The same place with tensors kept on `device`, from where they travel for each use.
+    pub fn kept_on(&self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self.clone() }
+    }
+
     /// Where tensors go.
     pub fn device(&self) -> &Device {
         &self.device

@@ -1,6 +1,5 @@
 //! Motion tokens and where they stand.
 
-use candle_core::Device;
 use loquent::model::{
     dit::DropMode,
     nn::rope::{Rope, Rounding},
@@ -22,7 +21,7 @@ pub fn check(golden: &Golden, check: &mut Check) -> Result<(), String> {
             other => return Err(format!("unknown drop mode {other:?}")),
         };
         let (tokens, groups) = packer.forward(&motion, keep, mode).map_err(text)?;
-        let rope = Rope::new(&groups, dit.config().head(), Rounding::Exact, &Device::Cpu).map_err(text)?;
+        let rope = Rope::new(&groups, dit.config().head(), Rounding::Exact, &crate::data::device()).map_err(text)?;
         check.same(&format!("tokens.{i}"), &tokens)?;
         check.same(&format!("rope_cos.{i}"), &rope.cos().map_err(text)?)?;
         check.same(&format!("rope_sin.{i}"), &rope.sin().map_err(text)?)?;

@@ -28,7 +28,7 @@ fn wav2vec2_feat(g: &Golden) -> Outcome {
     let mut got = Got::new();
     let x = features::normalise(&g.input("waveform")?.to_vec1::<f32>()?);
     assert_eq!(net.frames(x.len()), g.output("hidden_states")?.dim(1)?);
-    let x = Tensor::new(x, &Device::Cpu)?;
+    let x = Tensor::new(x, &crate::data::device())?;
     let states = net.hidden_states(&x, &mut |name, t| {
         got.insert(format!("mid.{name}"), t.clone());
     })?;

@@ -97,7 +97,7 @@ fn s2v(g: &Golden) -> Outcome {
     let mut got = Got::new();
     // without a pose the official program encodes a clip of −1 and multiplies it by zero
     let (_, _, h, w) = picture.dims4()?;
-    let none = Tensor::full(-1f32, (3, frames, h, w), &Device::Cpu)?;
+    let none = Tensor::full(-1f32, (3, frames, h, w), picture.device())?;
     got.insert("cond_latents".into(), clip::pose_latents(&studio, &none)?);
     let mut face = ClipStream::open(&studio, &picture, words, settings)?;
     got.insert("ref_latents".into(), face.reference().clone());
@@ -123,7 +123,7 @@ fn s2v(g: &Golden) -> Outcome {
 /// Every second pixel of every second row.
 fn half(video: &Tensor) -> candle_core::Result<Tensor> {
     let (_, _, h, w) = video.dims4()?;
-    let every = |n: usize| Tensor::new((0..n).step_by(2).map(|i| i as u32).collect::<Vec<_>>(), &Device::Cpu);
+    let every = |n: usize| Tensor::new((0..n).step_by(2).map(|i| i as u32).collect::<Vec<_>>(), video.device());
     video.contiguous()?.index_select(&every(h)?, 2)?.index_select(&every(w)?, 3)
 }
 

@@ -1,0 +1,131 @@
+//! The base family's pipelines with tiny random networks: which expert is asked, what a picture changes.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use loquent::{
+    avatar::base::{BaseSettings, Expert, Experts, Start, latents, noise, output_size},
+    model::{
+        dit::{Config, Dit},
+        vae::{Kind, WanVae},
+        weights::{Tensors, Weights},
+    },
+};
+
+fn filled(ask: impl Fn(&Weights), seed: u64) -> Weights {
+    let asked = Weights::new(Arc::new(Tensors::new([], "nothing")), &Device::Cpu, DType::F32);
+    ask(&asked);
+    let made: Vec<(String, Tensor)> = (asked.asked().into_iter().enumerate())
+        .map(|(i, (name, shape))| {
+            let shape5 = (1, 1, 1, shape.iter().product());
+            let t = noise(seed * 1000 + i as u64, shape5, &Device::Cpu).unwrap().reshape(shape.as_slice()).unwrap();
+            let fan: usize = shape.iter().skip(1).product();
+            let gain = name.ends_with("gamma") || (name.contains("norm") && name.ends_with("weight"));
+            let t = if gain { ((t * 0.1).unwrap() + 1.0).unwrap() } else { (t / (fan as f64).sqrt()).unwrap() };
+            (name, t)
+        })
+        .collect();
+    Weights::new(Arc::new(Tensors::new(made, "random")), &Device::Cpu, DType::F32)
+}
+
+fn config(model_type: &str, in_dim: usize, out_dim: usize) -> Config {
+    Config {
+        model_type: model_type.into(),
+        in_dim,
+        out_dim,
+        dim: 48,
+        num_heads: 2,
+        num_layers: 2,
+        ffn_dim: 64,
+        freq_dim: 32,
+        text_len: 6,
+        text_dim: 16,
+        audio_inject_layers: Vec::new(),
+        ..Config::default()
+    }
+}
+
+fn expert(config: &Config, seed: u64) -> Expert {
+    let weights = filled(|w| drop(Dit::load(config.clone(), w).unwrap()), seed);
+    let dit = Arc::new(Dit::load(config.clone(), &weights).unwrap());
+    let words = |n: u64| {
+        let states = noise(n, (1, 1, 3, 16), &Device::Cpu).unwrap().reshape((3, 16)).unwrap();
+        Some(Arc::new(dit.text(&states).unwrap()))
+    };
+    Expert { prompt: words(1).unwrap(), negative: words(2), dit }
+}
+
+fn vae(kind: Kind) -> WanVae {
+    WanVae::load(&filled(|w| drop(WanVae::build(w, kind, Some(4), 4).unwrap()), 3)).unwrap()
+}
+
+fn settings(of: BaseSettings, steps: usize) -> BaseSettings {
+    BaseSettings { frames: 9, steps, ..of }
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn experts_share_the_noise_levels_at_the_boundary() {
+    let c = config("t2v", 16, 16);
+    let both = Experts::Two { low: expert(&c, 1), high: expert(&c, 2) };
+    let s = BaseSettings::t2v_a14b();
+    for (t, high, guidance) in [(999.0, true, 4.0), (875.0, true, 4.0), (874.0, false, 3.0), (1.0, false, 3.0)] {
+        let (asked, g) = both.at(t, &s);
+        let Experts::Two { low, high: h } = &both else { unreachable!() };
+        assert!(Arc::ptr_eq(&asked.dit, if high { &h.dit } else { &low.dit }), "t {t}");
+        assert_eq!(g, guidance, "t {t}");
+    }
+    // both experts have a part in a video, and passes are two per step
+    let vae = vae(Kind::Wan21);
+    let start = noise(9, (16, 3, 4, 6), &Device::Cpu).unwrap();
+    let mut passes = 0;
+    let mut run = |experts: &Experts| {
+        let s = settings(BaseSettings::t2v_a14b(), 4);
+        let mut probe = |name: &str, _: &Tensor| passes += usize::from(name == "pred");
+        values(&latents(experts, &vae, &Start::Words, &s, &start, &mut probe).unwrap())
+    };
+    let Experts::Two { low, high } = &both else { unreachable!() };
+    let (mixed, only_low, only_high) = (run(&both), run(&Experts::One(low.clone())), run(&Experts::One(high.clone())));
+    assert!(mixed != only_low && mixed != only_high && mixed.iter().all(|v| v.is_finite()));
+    assert_eq!(passes, 3 * 4 * 2);
+}
+
+#[test]
+fn i2v_hears_of_its_picture_and_needs_one() {
+    let e = Experts::One(expert(&config("i2v", 36, 16), 4));
+    let vae = vae(Kind::Wan21);
+    let s = settings(BaseSettings::i2v_a14b(), 2);
+    let start = noise(9, (16, 3, 4, 6), &Device::Cpu).unwrap();
+    let picture = |v: f64| (Tensor::ones((3, 1, 32, 48), DType::F32, &Device::Cpu).unwrap() * v).unwrap();
+    let run = |p: &Tensor| values(&latents(&e, &vae, &Start::Picture(p), &s, &start, &mut |_, _| {}).unwrap());
+    assert_ne!(run(&picture(0.5)), run(&picture(-0.5)));
+    let none = latents(&e, &vae, &Start::Words, &s, &start, &mut |_, _| {}).unwrap_err().to_string();
+    assert!(none.contains("needs a picture"), "{none}");
+}
+
+#[test]
+fn ti2v_keeps_the_given_frame_and_decodes() {
+    let vae = vae(Kind::Wan22);
+    let e = Experts::One(expert(&config("ti2v", 48, 48), 5));
+    let s = settings(BaseSettings::ti2v_5b(), 2);
+    let start = noise(9, (48, 3, 4, 2), &Device::Cpu).unwrap();
+    let picture = noise(3, (3, 1, 64, 32), &Device::Cpu).unwrap().tanh().unwrap();
+    let x = latents(&e, &vae, &Start::Picture(&picture), &s, &start, &mut |_, _| {}).unwrap();
+    assert_eq!(values(&x.narrow(1, 0, 1).unwrap()), values(&vae.encode(&picture).unwrap()));
+    assert_eq!(vae.decode(&x).unwrap().dims(), [3, 9, 64, 32]);
+    let free = latents(&e, &vae, &Start::Words, &s, &start, &mut |_, _| {}).unwrap();
+    assert_ne!(values(&free), values(&x));
+    let wrong = BaseSettings { frames: 10, ..s };
+    assert!(latents(&e, &vae, &Start::Words, &wrong, &start, &mut |_, _| {}).is_err());
+}
+
+#[test]
+fn sizes_keep_the_aspect_in_whole_patches() {
+    assert_eq!(output_size((1280, 720), 720 * 1280, 16).unwrap(), (720, 1280));
+    assert_eq!(output_size((1000, 1000), 480 * 832, 16).unwrap(), (624, 624));
+    assert_eq!(output_size((1280, 704), 704 * 1280, 32).unwrap(), (704, 1280));
+    assert!(output_size((0, 5), 1000, 16).is_err() && output_size((5, 5), 10, 16).is_err());
+}
