@@ -59,6 +59,7 @@
 //! | change picture quality, steps, cache length | `model::dit`, `model::sampler`, a profile in `config/` |
 //! | make one op faster | `model::kernels` (write the plain twin first) |
 //! | load a different checkpoint | `model::weights` |
+//! | change how the large engine hears, cuts and shows | `avatar::s2v` |
 //! | fix lips that lead or lag the voice | `session::playout` |
 //! | change what an interruption does | `session::machine` |
 //! | admit more people per device | `engine` |

@@ -69,6 +69,8 @@ pub struct OpenOptions {
     pub prompt: Option<String>,
     /// What it should not look like, for models with guidance; `None` takes the configured one.
     pub negative_prompt: Option<String>,
+    /// A pose to follow ([`crate::codec::pose`]), for models that can: its picture k belongs to frame k.
+    pub pose: Option<std::path::PathBuf>,
     /// Whether frames shall come with a matte, as far as the engine has one ([`Geometry::matte`]).
     pub matte: MatteWish,
 }
@@ -88,7 +90,7 @@ impl MatteWish {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { seed: 1, steps: None, prompt: None, negative_prompt: None, matte: MatteWish::default() }
+        OpenOptions { seed: 1, steps: None, prompt: None, negative_prompt: None, pose: None, matte: MatteWish::default() }
     }
 }
 

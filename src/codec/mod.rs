@@ -12,6 +12,7 @@ pub mod marks;
 pub mod mp4;
 mod opus;
 pub mod picture;
+pub mod pose;
 mod resample;
 mod tracks;
 mod view;

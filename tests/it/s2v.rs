@@ -1,16 +1,30 @@
 //! The 14B engine in its tiny form: both modes through the `Stream` contract, whole folders, and what is said when
 //! something is wrong.
 
+use crate::{
+    session::ms,
+    session_loop::{Recorder, spec},
+};
+use candle_core::{DType, Device, Tensor};
 use loquent::{
     avatar::{
         AvatarError, Generator, OpenOptions, Stream, presenters,
         s2v::{self, Config, Mode, SolverName},
     },
     codec::picture::{PictureLimits, decode_portrait},
+    engine::{self, Engine, Kind},
     media::{AudioBlock, FrameBlock, MediaTime, Portrait, SPEECH_RATE},
-    model::weights::synth::{self, Whole},
+    model::{
+        dit::{self, Dit, Opening},
+        sampler::Euler,
+        weights::{
+            Tensors, Weights,
+            synth::{self, Whole},
+        },
+    },
+    session::{self, Reason, Registry, SinkRole, host},
 };
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 fn tiny(mode: Mode) -> Config {
     Config {
@@ -77,7 +91,7 @@ fn both_modes_keep_the_contract_of_a_stream() {
         let geometry = generator.geometry();
         assert_eq!((geometry.fps, geometry.first_block_frames, geometry.block_frames), (fps, first, each));
         assert_eq!((geometry.width, geometry.height), (64, 64));
-        let speech = speech(if mode == Mode::Block { 1.5 } else { 2.3 });
+        let speech = speech(1.3);
         let options = options(mode);
         let whole = speak(generator.as_mut(), &speech, usize::MAX >> 1, &options);
         let frames = (speech.len() as u64 * u64::from(fps)).div_ceil(u64::from(SPEECH_RATE));
@@ -93,7 +107,7 @@ fn both_modes_keep_the_contract_of_a_stream() {
         }
         let shown = rgb(&whole);
         assert!(shown.windows(2).any(|p| p[0] != p[1]), "something moves");
-        for cut in [160, 20_000] {
+        for cut in [160] {
             assert!(rgb(&speak(generator.as_mut(), &speech, cut, &options)) == shown, "{mode:?} cut by {cut}");
         }
         let other = OpenOptions { seed: 6, ..options };
@@ -198,4 +212,77 @@ fn a_folder_is_complete_or_one_message_says_what_is_not() {
     for folder in [folder, away] {
         std::fs::remove_dir_all(folder).unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_shows_what_the_large_engine_makes() {
+    let settings =
+        engine::Config { generator: Kind::S2v, warm_up_blocks: 1, steps: Some(1), ..engine::Config::default() };
+    let start = move || Engine::start("s2v", &settings, || s2v::load(&tiny(Mode::Block), &[], Arc::new(|_| {})));
+    let engine = tokio::task::spawn_blocking(start).await.unwrap().unwrap();
+    let registry = Registry::new();
+    let spec = session::SessionSpec { portrait: face(), ..spec(&engine) };
+    let control = registry.enter(spec.id.clone(), "test", Instant::now());
+    let handle = registry.get(&spec.id).unwrap();
+    let task = tokio::spawn(host(spec, engine.admit().unwrap(), control, session::Config::default()));
+    let sink = Arc::new(Recorder::default());
+    let watching = handle.attach(sink.clone(), SinkRole::Viewer);
+    for _ in 0..1200 {
+        if handle.snapshot().metrics.blocks >= 3 && sink.videos.lock().unwrap().len() > 12 {
+            break;
+        }
+        tokio::time::sleep(ms(100)).await;
+    }
+    let blocks = handle.snapshot().metrics.blocks;
+    handle.close(Reason::Stopped);
+    assert_eq!(task.await.unwrap(), Reason::Stopped);
+    drop(watching);
+    let videos = sink.videos.lock().unwrap();
+    assert!(blocks >= 3 && videos.len() > 12, "{blocks} blocks, {} pictures", videos.len());
+    assert!(videos[0].0.keyframe && videos.windows(2).all(|v| v[1].0.at > v[0].0.at));
+}
+
+#[test]
+fn thousands_of_blocks_leave_a_state_as_large_as_it_was() {
+    let config = dit::Config {
+        dim: 32,
+        num_heads: 1,
+        num_layers: 2,
+        ffn_dim: 64,
+        freq_dim: 32,
+        text_dim: 8,
+        text_len: 4,
+        audio_dim: 8,
+        audio_inject_layers: vec![0],
+        ..dit::Config::default()
+    };
+    let empty = Weights::new(Arc::new(Tensors::new([], "shapes")), &Device::Cpu, DType::F32);
+    Dit::load(config.clone(), &empty).unwrap();
+    let wave =
+        |n: usize| Tensor::from_vec((0..n).map(|i| (i as f32 * 0.7).sin() * 0.2).collect::<Vec<_>>(), n, &Device::Cpu);
+    let filled = empty.asked().into_iter().map(|(name, shape)| {
+        let count = shape.iter().product();
+        (name, wave(count).unwrap().reshape(shape).unwrap())
+    });
+    let weights = Weights::new(Arc::new(Tensors::new(filled, "waves")), &Device::Cpu, DType::F32);
+    let dit = Dit::load(config, &weights).unwrap();
+    weights.finish().unwrap();
+    let schedule = Arc::new(dit.schedule(Euler::live_avatar(1, 3.0).unwrap()).unwrap());
+    let text = Some(Arc::new(dit.text(&wave(16).unwrap().reshape((2, 8)).unwrap()).unwrap()));
+    let reference = wave(16 * 64).unwrap().reshape((16, 1, 8, 8)).unwrap();
+    let opening = Opening { reference: &reference, motion: None, text };
+    let mut state = dit.open(&opening, &schedule).unwrap();
+    let heard = wave(25 * 8 * 12).unwrap().reshape((25, 8, 12)).unwrap();
+    let noise = wave(16 * 3 * 64).unwrap().reshape((16, 3, 8, 8)).unwrap();
+    let mut before = None;
+    for block in 0..3000 {
+        let audio = dit.audio(&heard).unwrap();
+        let latents = dit.generate(&mut state, &audio, noise.clone(), None, &[17]).unwrap();
+        if block % 500 == 499 {
+            let sum = latents.abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(sum.is_finite() && sum > 0.0, "block {block}");
+            assert_eq!(state.bytes(), *before.get_or_insert(state.bytes()), "block {block}");
+        }
+    }
+    assert_eq!(state.position(), 9000);
 }

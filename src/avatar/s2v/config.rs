@@ -117,7 +117,7 @@ impl Default for Config {
             solver: None,
             clip_frames: None,
             first_frame: false,
-            audio_context_ms: 4000,
+            audio_context_ms: 8000,
             audio_ahead_ms: 320,
         }
     }

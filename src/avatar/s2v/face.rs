@@ -7,7 +7,7 @@ use std::{
 
 use candle_core::{Device, Tensor};
 
-use super::ears::Ears;
+use super::{ears::Ears, pose::Pose};
 use crate::{
     avatar::{
         AvatarError, Intake, Result, Stream,
@@ -32,8 +32,7 @@ pub(super) enum Way {
     },
     Clip {
         face: Box<ClipStream>,
-        /// Pose latents of clip 0, 1, …; absent clips have no pose.
-        pose: Vec<Tensor>,
+        pose: Option<Pose>,
     },
 }
 
@@ -68,7 +67,8 @@ impl Face {
                 face.imagine(&studio, &features, &noise, &distance, &mut quiet)?
             }
             Way::Clip { face, pose } => {
-                face.imagine(&studio, &features, &noise, pose.get(self.index as usize), &mut quiet)?
+                let pose = pose.as_mut().map(|p| p.clip(&studio, frames)).transpose()?;
+                face.imagine(&studio, &features, &noise, pose.as_ref(), &mut quiet)?
             }
         };
         let imagined = settled(&device, began)?;

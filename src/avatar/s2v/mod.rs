@@ -16,6 +16,7 @@ mod config;
 mod ears;
 mod face;
 mod parts;
+mod pose;
 mod words;
 
 pub use config::{Config, Mode, Offload, Place, Precision, Size, SolverName, adapter};
@@ -45,6 +46,7 @@ use crate::{
 };
 use face::{Face, Way};
 use parts::{Parts, fits};
+use pose::Pose;
 use words::Reader;
 
 /// LiveAvatar's rate, steps, shift and area.
@@ -259,6 +261,9 @@ impl Generator for S2v {
         let (frames, lost) = self.frames();
         let way = match &self.how {
             How::Block { settings, shift } => {
+                if options.pose.is_some() {
+                    return Err(AvatarError::Options("block mode takes no pose; leave --pose out, or --mode clip".into()));
+                }
                 let (settings, shift) = (settings.clone(), *shift);
                 let steps = options.steps.unwrap_or(BLOCK_STEPS);
                 let schedule = self.schedule(steps, shift)?;
@@ -266,6 +271,7 @@ impl Generator for S2v {
                 Way::Block { face: Box::new(face), steps }
             }
             How::Clip(settings) => {
+                let pose = options.pose.as_deref().map(|p| Pose::open(p, size, lost)).transpose()?;
                 let mut settings = settings.clone();
                 settings.steps = options.steps.unwrap_or(settings.steps);
                 let negative = options.negative_prompt.as_deref().unwrap_or(self.config.negative());
@@ -274,7 +280,7 @@ impl Generator for S2v {
                     false => None,
                 };
                 let face = ClipStream::open(&studio, &picture, Words { prompt, negative }, settings).map_err(failed)?;
-                Way::Clip { face: Box::new(face), pose: Vec::new() }
+                Way::Clip { face: Box::new(face), pose }
             }
         };
         let lead = lost * SPEECH_RATE as usize / geometry.fps as usize;

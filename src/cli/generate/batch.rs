@@ -27,6 +27,7 @@ struct Line {
     presenter: Option<String>,
     prompt: Option<String>,
     negative_prompt: Option<String>,
+    pose: Option<PathBuf>,
     seed: Option<u64>,
     steps: Option<usize>,
 }
@@ -173,6 +174,7 @@ fn entries(args: &Args) -> anyhow::Result<Vec<Entry>> {
             }
             task.options.seed = line.seed.unwrap_or(task.options.seed);
             task.options.steps = line.steps.or(task.options.steps);
+            task.options.pose = line.pose.map(|p| beside.join(p)).or(task.options.pose);
             task.options.prompt = line.prompt;
             task.options.negative_prompt = line.negative_prompt;
             Ok(task)

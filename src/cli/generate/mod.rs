@@ -34,7 +34,7 @@ pub(super) struct Args {
     /// The voice: WAV, MP3, FLAC, Ogg (Vorbis, Opus) or M4A. Several give one video each, in the folder --out.
     #[arg(long, value_name = "SPEECH", num_args = 1.., required_unless_present = "manifest")]
     audio: Vec<PathBuf>,
-    /// One JSON object a line: audio, and if wanted out, image, presenter, prompt, negative_prompt, seed, steps. Paths are
+    /// One JSON object a line: audio, and if wanted out, image, presenter, prompt, negative_prompt, pose, seed, steps. Paths are
     /// relative to the manifest.
     #[arg(long, value_name = "JOBS.jsonl", conflicts_with = "audio")]
     manifest: Option<PathBuf>,
@@ -55,6 +55,9 @@ pub(super) struct Args {
     engine: Choice,
     #[command(flatten)]
     large: large::Flags,
+    /// A pose to follow: a folder of pictures at 16 a second, or a Y4M video (large engine, clip mode).
+    #[arg(long, value_name = "FILE")]
+    pose: Option<PathBuf>,
     /// End after so many clips (large engine).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     max_clips: Option<u64>,
@@ -135,8 +138,8 @@ impl Args {
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let official = s2v::Config { size: "official".into(), ..s2v::Config::default() };
     let config = args.large.over(args.engine, official)?;
-    if args.engine != Choice::S2v && args.max_clips.is_some() {
-        bail!("the {} engine makes no clips: --max-clips belongs to --engine s2v", args.engine.name());
+    if args.engine != Choice::S2v && (args.max_clips.is_some() || args.pose.is_some()) {
+        bail!("the {} engine has neither --max-clips nor --pose; these belong to --engine s2v", args.engine.name());
     }
     let common = args.common(&config);
     if !args.quiet {

@@ -37,7 +37,7 @@ pub(super) struct Task {
 impl Task {
     /// What can be told without a model: inputs that are not there, outputs that would overwrite them.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        let inputs = [Some(&self.audio), self.image.as_ref()];
+        let inputs = [Some(&self.audio), self.image.as_ref(), self.options.pose.as_ref()];
         for given in inputs.into_iter().flatten() {
             std::fs::metadata(given).with_context(|| format!("cannot open {}", given.display()))?;
         }
