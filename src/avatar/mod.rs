@@ -90,7 +90,14 @@ impl MatteWish {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { seed: 1, steps: None, prompt: None, negative_prompt: None, pose: None, matte: MatteWish::default() }
+        OpenOptions {
+            seed: 1,
+            steps: None,
+            prompt: None,
+            negative_prompt: None,
+            pose: None,
+            matte: MatteWish::default(),
+        }
     }
 }
 

@@ -95,8 +95,8 @@ impl PoseFile {
             Kind::Folder(names) => {
                 let Some(name) = names.pop_front() else { return Ok(None) };
                 let limits = PictureLimits::default();
-                let bytes = super::audio_file::read_bytes(&name, limits.bytes as u64 + 1)
-                    .map_err(|e| wrong(e.to_string()))?;
+                let bytes =
+                    super::audio_file::read_bytes(&name, limits.bytes as u64 + 1).map_err(|e| wrong(e.to_string()))?;
                 let picture = decode_portrait(&bytes, &limits);
                 picture.map(Some).map_err(|e| wrong(format!("{}: {e}", name.display())))
             }

@@ -47,7 +47,7 @@ impl FromStr for View {
                 let value = digits.and_then(|d| u32::from_str_radix(d, 16).ok());
                 let Some(value) = value else {
                     return Err(format!(
-                        "\"{s}\" is no view; allowed are plain, stacked (or transparent), green, blue, magenta, black, \
+                        "There is no view \"{s}\"; allowed are plain, stacked (or transparent), green, blue, magenta, black, \
                          white, or a colour such as #00b140"
                     ));
                 };

@@ -2,7 +2,7 @@
 //!
 //! A place is taken before the offer is looked at; everything a refused or broken offer took is given back by `drop`.
 
-use super::{Service, error::ApiError, presenters::portrait, rtc};
+use super::{Service, error::ApiError, presenters::portrait, resource};
 use crate::{
     avatar::OpenOptions,
     engine::Refusal,
@@ -36,14 +36,14 @@ pub(super) async fn offer(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let offer = rtc::offer(&headers, body).await?;
+    let offer = resource::offer(&headers, body).await?;
     let Query(asked) = asked.map_err(|e| {
         ApiError::bad_request("wrong_query", format!("{}. Allowed are presenter=ID and seed=NUMBER.", e.body_text()))
     })?;
 
     let slot = service.rooms.engine.admit().map_err(refused)?;
     let (presenter, portrait) = portrait(&service, asked.presenter.as_deref()).await?;
-    let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(rtc::net_error)?;
+    let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(resource::net_error)?;
 
     let id = SessionId::random();
     let path = format!("/v1/live/{}", id.as_str());
@@ -68,7 +68,7 @@ pub(super) async fn offer(
         drop(listed);
     });
 
-    Ok(rtc::created(&service, &path, &etag, answer))
+    Ok(resource::created(&service, &path, &etag, answer))
 }
 
 pub(super) fn refused(refusal: Refusal) -> ApiError {

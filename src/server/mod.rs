@@ -36,7 +36,7 @@ mod portraits;
 mod presenters;
 mod publish;
 mod recording;
-mod rtc;
+mod resource;
 mod say;
 mod sessions;
 mod whip;
@@ -94,14 +94,14 @@ pub struct Rooms {
 pub struct Service {
     config: Config,
     rooms: Rooms,
-    peers: rtc::Peers,
+    peers: resource::Peers,
     sessions: sessions::Sessions,
     recordings: recording::Recordings,
     sayings: say::Sayings,
     /// Places for WebSockets, which leave the count of connections when they begin.
     sockets: Arc<Semaphore>,
     /// New WHIP and WHEP connections: how fast, and how many at once.
-    offers: Mutex<rtc::Pace>,
+    offers: Mutex<resource::Pace>,
     connections: Arc<Semaphore>,
     publications: publish::Publications,
     portraits: portraits::Portraits,
@@ -117,12 +117,12 @@ impl Service {
             portraits: portraits::Portraits::new(config.portraits_kept, ttl),
             decoders: Semaphore::new(DECODERS),
             draining: AtomicBool::new(false),
-            peers: rtc::Peers::default(),
+            peers: resource::Peers::default(),
             sessions: sessions::Sessions::default(),
             recordings: recording::Recordings::default(),
             sayings: say::Sayings::default(),
             sockets: Arc::new(Semaphore::new(config.max_connections)),
-            offers: Mutex::new(rtc::Pace::new(whip::OFFERS, Instant::now())),
+            offers: Mutex::new(resource::Pace::new(whip::OFFERS, Instant::now())),
             connections: Arc::new(Semaphore::new(config.connections_max)),
             publications: publish::Publications::default(),
             rooms,
@@ -150,20 +150,21 @@ impl Service {
     }
 
     fn router(self: &Arc<Self>) -> Router {
-        let one = patch(rtc::patch).delete(rtc::delete).options(rtc::options_of_one).get(rtc::nothing);
-        let offers = |route: MethodRouter<Arc<Service>>| route.options(rtc::options).get(whip::nothing);
+        let one =
+            patch(resource::patch).delete(resource::delete).options(resource::options_of_one).get(resource::nothing);
+        let offers = |route: MethodRouter<Arc<Service>>| route.options(resource::options).get(whip::nothing);
         Router::new()
             .route("/", get(pages::index))
             .route("/{file}", get(pages::file))
             .route("/v1/info", get(info::info))
             .route("/v1/openapi.json", get(openapi::document))
-            .route("/v1/live", post(live::offer).options(rtc::options).get(rtc::nothing))
+            .route("/v1/live", post(live::offer).options(resource::options).get(resource::nothing))
             .route("/v1/live/{id}", one.clone())
             .route("/v1/sessions", post(sessions::begin).get(sessions::list))
             .route("/v1/sessions/{id}", get(sessions::one).patch(sessions::change).delete(sessions::end))
             .route("/v1/sessions/{id}/token", post(sessions::token))
             .route("/v1/sessions/{id}/interrupt", post(sessions::interrupt))
-            .route("/v1/sessions/{id}/live", post(sessions::join).options(rtc::options).get(rtc::nothing))
+            .route("/v1/sessions/{id}/live", post(sessions::join).options(resource::options).get(resource::nothing))
             .route("/v1/sessions/{id}/ws", get(ws::open))
             .route("/v1/sessions/{id}/whip", offers(post(whip::publish)))
             .route("/v1/sessions/{id}/whep", offers(post(whip::play)))

@@ -6,7 +6,7 @@
 //! | `GET` | all of this session, also those given up, until they are deleted or the session ends |
 //! | `GET`, `DELETE …/{publication}` | how one stands; ends it, tells the other server, and answers when it has |
 
-use super::{Service, error::ApiError, rtc, sessions};
+use super::{Service, error::ApiError, resource, sessions};
 use crate::{
     net::{Publication, PublishState, Target, Url},
     session::SessionId,
@@ -106,7 +106,7 @@ pub(super) async fn begin(
     let _ = shown.set_password(None);
     shown.set_query(None);
     let target = Target { url, token: wanted.token };
-    let publication = service.rooms.net.publish(target, handle).map_err(rtc::net_error)?;
+    let publication = service.rooms.net.publish(target, handle).map_err(resource::net_error)?;
     let name = format!("{:032x}", rand::random::<u128>());
     let entry = Arc::new(Entry { url: shown.to_string(), publication });
     of_session.insert(name.clone(), entry.clone());

@@ -9,7 +9,7 @@
 //! | sessions | `engine.sessions` | 503 with `Retry-After` |
 //! | ends that are remembered, for whoever asks later | 256 | the oldest leaves |
 
-use super::{Service, error::ApiError, live, livekit, presenters, rtc};
+use super::{Service, error::ApiError, live, livekit, presenters, resource};
 use crate::{
     avatar::OpenOptions,
     codec::View,
@@ -495,8 +495,8 @@ pub(super) async fn join(
     body: Body,
 ) -> Result<Response, ApiError> {
     let handle = access(&service, &headers, query.as_deref(), &id)?;
-    let offer = rtc::offer(&headers, body).await?;
-    let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(rtc::net_error)?;
+    let offer = resource::offer(&headers, body).await?;
+    let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(resource::net_error)?;
     let path = format!("/v1/live/{}", SessionId::random().as_str());
     let peer = Arc::new(peer);
     let etag = peer.etag();
@@ -507,5 +507,5 @@ pub(super) async fn join(
         peer.ended().await;
         drop((place, listed));
     });
-    Ok(rtc::created(&service, &path, &etag, answer))
+    Ok(resource::created(&service, &path, &etag, answer))
 }

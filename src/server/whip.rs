@@ -4,10 +4,10 @@
 //! | --- | --- |
 //! | `POST /v1/sessions/{id}/whip` | a publisher's offer: its voice is the session's microphone; a newer publisher takes over |
 //! | `POST /v1/sessions/{id}/whep` | a player's offer: the presenter's voice and face; `?view=` for another background |
-//! | `PATCH`, `DELETE …/whip/{connection}`, `…/whep/{connection}` | as for every connection: [`rtc`] |
+//! | `PATCH`, `DELETE …/whip/{connection}`, `…/whep/{connection}` | as for every connection: [`resource`] |
 //! | `POST /whip/{id}`, `/whep/{id}` | 307 to the above: short enough to be typed |
 
-use super::{Service, error::ApiError, rtc, sessions};
+use super::{Service, error::ApiError, resource, sessions};
 use crate::{
     codec::View,
     net::Link,
@@ -45,7 +45,7 @@ pub(super) async fn publish(
     body: Body,
 ) -> Result<Response, ApiError> {
     let (handle, offer, permit) = admitted(&service, &id, query.as_deref(), &headers, body).await?;
-    let (link, answer) = service.rooms.net.answer_whip(&offer).await.map_err(rtc::net_error)?;
+    let (link, answer) = service.rooms.net.answer_whip(&offer).await.map_err(resource::net_error)?;
     Ok(begin(&service, "whip", &id, link, answer, permit, |media| listen(media, handle)))
 }
 
@@ -69,7 +69,7 @@ pub(super) async fn play(
         error.retry_after = Some(COME_AGAIN);
         return Err(error);
     }
-    let (link, answer) = service.rooms.net.answer_whep(&offer).await.map_err(rtc::net_error)?;
+    let (link, answer) = service.rooms.net.answer_whep(&offer).await.map_err(resource::net_error)?;
     Ok(begin(&service, "whep", &id, link, answer, permit, |media| watch(media, handle, view)))
 }
 
@@ -87,7 +87,7 @@ pub(super) async fn moved(OriginalUri(uri): OriginalUri, Path(id): Path<String>)
 /// `GET` and `HEAD` where offers are posted: no content, and a type that says what may be posted, so that players find
 /// out what this is (draft-ietf-wish-whep-03 §4.1).
 pub(super) async fn nothing() -> Response {
-    (StatusCode::OK, [(header::CONTENT_TYPE, rtc::SDP)]).into_response()
+    (StatusCode::OK, [(header::CONTENT_TYPE, resource::SDP)]).into_response()
 }
 
 /// What comes before the offer is looked at: its type, the caller's right, the pace, a place.
@@ -100,7 +100,7 @@ async fn admitted(
 ) -> Result<(Handle, String, OwnedSemaphorePermit), ApiError> {
     let handle = sessions::access(service, headers, query, id)?;
     service.offers.lock().unwrap_or_else(|e| e.into_inner()).take(Instant::now())?;
-    let offer = rtc::offer(headers, body).await?;
+    let offer = resource::offer(headers, body).await?;
     let permit = service.connections.clone().try_acquire_owned().map_err(|_| {
         let why = "As many connections stand as server.connections_max allows.";
         ApiError::unavailable("full", why, Duration::from_secs(5))
@@ -131,7 +131,7 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
         peer.close().await;
         drop((listed, permit));
     });
-    rtc::created(service, &path, &etag, answer)
+    resource::created(service, &path, &etag, answer)
 }
 
 /// Waits until a presenter is there.

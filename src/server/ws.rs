@@ -59,6 +59,10 @@ use tokio::sync::broadcast::error::RecvError;
 
 /// Largest message.
 const MAX_MESSAGE: usize = 1 << 20;
+/// What is read of a message before the connection is given up: somewhat above [`MAX_MESSAGE`], because bytes that were
+/// never read make the system reset the connection, and the reason would not arrive.
+const READABLE: usize = 4 * MAX_MESSAGE;
+const TOO_LARGE: &str = "message above 1 MiB";
 /// Sound read but not yet in the session's buffer.
 const AHEAD: usize = 1 << 20;
 /// Messages that are not understood before the connection is given up.
@@ -103,7 +107,7 @@ pub(super) async fn open(
         let text = "As many WebSockets are open as server.max_connections allows.";
         return Err(ApiError::unavailable("full", text, Duration::from_secs(5)));
     };
-    Ok(upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE).on_upgrade(move |socket| async move {
+    Ok(upgrade.max_message_size(READABLE).max_frame_size(READABLE).on_upgrade(move |socket| async move {
         metrics().websockets.inc();
         serve(socket, service, handle, rate).await;
         metrics().websockets.dec();
@@ -178,13 +182,15 @@ async fn serve(mut socket: WebSocket, service: Arc<Service>, handle: Handle, rat
             message = socket.recv(), if talk.bytes < AHEAD => {
                 silent = 0;
                 match message {
+                    Some(Ok(Message::Text(text))) if text.len() > MAX_MESSAGE => return goodbye(socket, 1009, TOO_LARGE).await,
+                    Some(Ok(Message::Binary(sound))) if sound.len() > MAX_MESSAGE => return goodbye(socket, 1009, TOO_LARGE).await,
                     Some(Ok(Message::Text(text))) => talk.text(&text),
                     Some(Ok(Message::Binary(sound))) => talk.sound(&sound),
                     Some(Ok(Message::Ping(_) | Message::Pong(_))) => Then::Nothing,
                     Some(Ok(Message::Close(_))) | None => return,
                     Some(Err(e)) => {
                         let too_large = e.to_string().to_ascii_lowercase().contains("too l");
-                        let (code, text) = if too_large { (1009, "message above 1 MiB") } else { (1002, "not a WebSocket message") };
+                        let (code, text) = if too_large { (1009, TOO_LARGE) } else { (1002, "not a WebSocket message") };
                         return goodbye(socket, code, text).await;
                     }
                 }

@@ -371,7 +371,6 @@ async fn common(table: &mut Table, tried: &Tried, kind: &'static str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not yet run whole since its last change: take this line out when it is green"]
 async fn whip_and_whep_are_as_their_documents_want_them() {
     let ice = IceServer {
         urls: vec![TURN.into(), "stun:stun.example.net".into()],

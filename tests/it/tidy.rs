@@ -101,6 +101,8 @@ fn libraries_stay_in_their_rooms() {
     for (path, text) in sources() {
         let here = room(&path);
         for line in code(&text).lines() {
+            // A place for a test's files is no setting.
+            let line = line.replace("std::env::temp_dir", "");
             for (library, rooms) in homes {
                 let Some(at) = line.find(library) else { continue };
                 let before = line[..at].chars().next_back();

@@ -26,14 +26,8 @@ const DISTANCE: (usize, usize) = (4, 30);
 
 /// The two ways to frames.
 pub(super) enum Way {
-    Block {
-        face: Box<Continuous>,
-        steps: usize,
-    },
-    Clip {
-        face: Box<ClipStream>,
-        pose: Option<Pose>,
-    },
+    Block { face: Box<Continuous>, steps: usize },
+    Clip { face: Box<ClipStream>, pose: Option<Pose> },
 }
 
 /// Everything one face remembers.

@@ -262,7 +262,9 @@ impl Generator for S2v {
         let way = match &self.how {
             How::Block { settings, shift } => {
                 if options.pose.is_some() {
-                    return Err(AvatarError::Options("block mode takes no pose; leave --pose out, or --mode clip".into()));
+                    return Err(AvatarError::Options(
+                        "block mode takes no pose; leave --pose out, or --mode clip".into(),
+                    ));
                 }
                 let (settings, shift) = (settings.clone(), *shift);
                 let steps = options.steps.unwrap_or(BLOCK_STEPS);

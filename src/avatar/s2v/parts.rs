@@ -255,7 +255,8 @@ pub(super) fn precision(config: &Config, device: &Device) -> Result<DType> {
     }
     if config.dtype == Precision::Fp8 && !model::kernels::fp8(device) {
         return Err(AvatarError::Options(
-            "this card does not compute in fp8 (that takes compute capability 9.0, Hopper or later); take --dtype bf16".into(),
+            "this card does not compute in fp8 (that takes compute capability 9.0, Hopper or later); take --dtype bf16"
+                .into(),
         ));
     }
     Ok(dtype)
@@ -292,7 +293,7 @@ pub(super) fn transformer(
     let weights = watched(&parts.transformer, Part::Speech.name(), device, dtype, watcher).with_fp8(fp8);
     let dit = match settings.offload {
         Offload::None => Dit::load(config, &weights)?,
-        Offload::Blocks => return Err(Error::Config("blocks cannot be offloaded in this build".into())),
+        Offload::Blocks => Dit::load_offloaded(config, &weights, 0)?,
     };
     weights.finish()?;
     Ok(dit)
