@@ -425,9 +425,13 @@ pub(super) async fn end(
     headers: HeaderMap,
 ) -> Result<StatusCode, ApiError> {
     let handle = controlled(&service, &headers, &id)?;
-    let mut events = handle.events();
     handle.close(Reason::Stopped);
-    let over = async { while events.recv().await.is_ok_and(|e| !matches!(e, session::SessionEvent::Closed(_))) {} };
+    // Until its place is free, which is a moment after its last event.
+    let over = async {
+        while service.rooms.sessions.get(handle.id()).is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
     let _ = tokio::time::timeout(GOODBYE, over).await;
     Ok(StatusCode::NO_CONTENT)
 }
