@@ -129,7 +129,8 @@ fn resize_axis(from: &[f32], (width, height): (usize, usize), across: bool, size
     out
 }
 
-/// Resizes interleaved 8-bit RGB as Pillow's `resize(BILINEAR)` does, bit for bit.
+/// Resizes interleaved 8-bit RGB as Pillow's `resize(BILINEAR)` before version 13 does, bit for bit: across, then down.
+/// (Pillow 13 takes the cheaper order, which moves some pixels by one level; the reference values are of the older.)
 pub fn resize(rgb: &[u8], (width, height): (usize, usize), (new_width, new_height): (usize, usize)) -> Vec<u8> {
     let clip = |sum: i64| (sum >> PRECISION).clamp(0, 255) as u8;
     let half = 1i64 << (PRECISION - 1);

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(256)
 
 // Softmax of rows of f32 that stand `step` apart, as bf16 rows the same distance apart; `scale` is applied first.
 __global__ void __launch_bounds__(512) softmax(const float *x, bf16 *out, int columns, int step, float scale) {
-    __shared__ float room[33];
+    __shared__ float room[32];
     const float *row = x + (size_t)blockIdx.x * step;
     bf16 *to = out + (size_t)blockIdx.x * step;
     float most = -INFINITY;
@@ -227,10 +227,10 @@ __global__ void __launch_bounds__(512) softmax(const float *x, bf16 *out, int co
     most = room[0];
     for (int i = 1; i < blockDim.x / 32; i++) most = fmaxf(most, room[i]);
     __syncthreads();
-    float sum = 0.f;
-    for (int i = threadIdx.x; i < columns; i += blockDim.x) sum += __expf((row[i] - most) * scale);
-    sum = over_block<Sum>(sum, room);
-    const float inverse = 1.f / sum;
+    float sum[1] = {0.f};
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) sum[0] += __expf((row[i] - most) * scale);
+    over_block<Sum>(sum, room);
+    const float inverse = 1.f / sum[0];
     for (int i = threadIdx.x; i < columns; i += blockDim.x) to[i] = __float2bfloat16_rn(__expf((row[i] - most) * scale) * inverse);
 }
 
