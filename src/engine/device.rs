@@ -2,7 +2,7 @@
 
 use super::{
     Config, EngineError, Health, Seat,
-    lane::{INPUT_BLOCKS, Lane, LaneEvent, LaneInput, OUTPUT_BLOCKS, Speech, Track},
+    lane::{Change, INPUT_BLOCKS, Lane, LaneEvent, LaneInput, OUTPUT_BLOCKS, Speech, Track},
     stats::Meter,
 };
 use crate::{
@@ -210,7 +210,7 @@ impl Device {
             }
             let mut at = 0;
             while at < tracks.len() {
-                match self.feed(geometry, &mut tracks[at]) {
+                match self.feed(generator, geometry, &mut tracks[at]) {
                     Ok(true) => at += 1,
                     Ok(false) => drop(tracks.swap_remove(at)),
                     Err(Fault::Face(error)) => tracks.swap_remove(at).end(LaneEvent::Failed(describe(&error))),
@@ -237,7 +237,7 @@ impl Device {
                 Woken::Look => None,
                 Woken::Stop => return None,
                 Woken::Open(command) => self.open(generator, tracks, command).err(),
-                Woken::Heard(i, speech) => match self.hear(geometry, &mut tracks[i], speech) {
+                Woken::Heard(i, speech) => match self.hear(generator, geometry, &mut tracks[i], speech) {
                     Ok(()) => None,
                     Err(Fault::Face(error)) => {
                         tracks.swap_remove(i).end(LaneEvent::Failed(describe(&error)));
@@ -289,7 +289,7 @@ impl Device {
     }
 
     /// Takes what waits for a lane. `Ok(false)`: its reader is gone, the lane is over.
-    fn feed(&self, geometry: &Geometry, track: &mut Track) -> Result<bool, Fault> {
+    fn feed(&self, generator: &mut dyn Generator, geometry: &Geometry, track: &mut Track) -> Result<bool, Fault> {
         if track.output.is_closed() {
             return Ok(false);
         }
@@ -299,8 +299,8 @@ impl Device {
         }
         while track.hungry() {
             match track.input.try_recv() {
-                Ok(speech) => self.hear(geometry, track, Some(speech))?,
-                Err(mpsc::error::TryRecvError::Disconnected) => self.hear(geometry, track, None)?,
+                Ok(speech) => self.hear(generator, geometry, track, Some(speech))?,
+                Err(mpsc::error::TryRecvError::Disconnected) => self.hear(generator, geometry, track, None)?,
                 Err(mpsc::error::TryRecvError::Empty) => break,
             }
         }
@@ -316,7 +316,13 @@ impl Device {
         Ok(())
     }
 
-    fn hear(&self, geometry: &Geometry, track: &mut Track, speech: Option<Speech>) -> Result<(), Fault> {
+    fn hear(
+        &self,
+        generator: &mut dyn Generator,
+        geometry: &Geometry,
+        track: &mut Track,
+        speech: Option<Speech>,
+    ) -> Result<(), Fault> {
         match speech {
             Some(Speech::Audio(audio, handed_over, epoch)) => {
                 self.interrupt(geometry, track)?;
@@ -327,6 +333,23 @@ impl Device {
                 track.stream.call(|s| s.push(&audio))?;
                 self.meter.heard(audio.samples.len());
                 track.heard(geometry, handed_over);
+            }
+            Some(Speech::Change(Change { portrait, mut options, reply })) => {
+                if reply.is_closed() {
+                    return Ok(());
+                }
+                options.steps = options.steps.or(self.config.steps);
+                let opened = guarded(|| generator.open(&portrait, &options)).map(|stream| Guarded(Some(stream)));
+                match opened {
+                    Ok(stream) => {
+                        // Nobody waits for it any more: the face that is there stays.
+                        if reply.send(Ok(())).is_ok() {
+                            track.replace(stream);
+                        }
+                    }
+                    Err(Fault::Face(error)) => drop(reply.send(Err(error))),
+                    Err(fault) => return Err(fault),
+                }
             }
             Some(Speech::Finish) | None => {
                 track.stream.call(|s| s.finish())?;

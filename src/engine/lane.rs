@@ -1,7 +1,10 @@
 //! The two ends of a lane: what a session holds and what the device thread holds.
 
 use super::{Seat, Splice, device::Guarded};
-use crate::media::{AudioBlock, Epoch, FrameBlock, Geometry, MediaTime, SPEECH_RATE};
+use crate::{
+    avatar::{self, OpenOptions},
+    media::{AudioBlock, Epoch, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
+};
 use std::{
     collections::VecDeque,
     sync::{
@@ -10,7 +13,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// Messages of speech that may wait before the device; 20 ms each, that is a third of a second.
 pub const INPUT_BLOCKS: usize = 16;
@@ -52,7 +55,16 @@ pub enum TryPush {
 pub(super) enum Speech {
     /// When it was handed over: waiting for room counts as lag.
     Audio(AudioBlock, Instant, Epoch),
+    Change(Change),
     Finish,
+}
+
+/// Another face for a lane that stands. The one that is there stays when this cannot be opened, or when nobody waits
+/// for the reply any more.
+pub struct Change {
+    pub portrait: Portrait,
+    pub options: OpenOptions,
+    pub reply: oneshot::Sender<avatar::Result<()>>,
 }
 
 /// The speech half of a lane.
@@ -68,6 +80,16 @@ impl LaneInput {
     /// it begins another block.
     pub fn raise(&self, epoch: Epoch) {
         self.epoch.store(epoch.0, Ordering::Release);
+    }
+    /// Changes the face; what is pushed after the reply is said by the new one, and may go on at any time. Speech of
+    /// which the old one made no block yet is forgotten. Gives the change back while the lane is full; a closed lane
+    /// drops it.
+    #[must_use = "a full lane gives the change back"]
+    pub fn change(&self, change: Change) -> Option<Change> {
+        match self.speech.try_send(Speech::Change(change)) {
+            Err(mpsc::error::TrySendError::Full(Speech::Change(change))) => Some(change),
+            _ => None,
+        }
     }
     fn audio(&self, audio: AudioBlock) -> Speech {
         Speech::Audio(audio, Instant::now(), Epoch(self.epoch.load(Ordering::Acquire)))
@@ -159,6 +181,15 @@ impl Track {
             self.nothing_yet();
             self.opened_at = None;
         }
+    }
+
+    /// Another face takes over; its stream begins with the speech that comes next.
+    pub(super) fn replace(&mut self, stream: Guarded) {
+        self.stream = stream;
+        self.splice = Splice::begun(self.splice.epoch());
+        self.next = 0;
+        self.opened_at = None;
+        self.nothing_yet();
     }
 
     /// More speech was pushed into the stream.

@@ -15,7 +15,7 @@ mod lane;
 mod splice;
 mod stats;
 
-pub use lane::{INPUT_BLOCKS, Lane, LaneClosed, LaneEvent, LaneInput, OUTPUT_BLOCKS, TryPush};
+pub use lane::{Change, INPUT_BLOCKS, Lane, LaneClosed, LaneEvent, LaneInput, OUTPUT_BLOCKS, TryPush};
 pub use splice::Splice;
 pub use stats::{BLOCK_BUCKETS, EngineStats};
 

@@ -19,6 +19,11 @@ pub struct Splice {
 }
 
 impl Splice {
+    /// Before a stream that begins in this epoch.
+    pub fn begun(epoch: Epoch) -> Splice {
+        Splice { epoch, ..Splice::default() }
+    }
+
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }

@@ -188,7 +188,7 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
                 op("get", "One session", &[(200, "As it is now", JSON, schema("Session"))]),
                 op(
                     "patch",
-                    "Changes what the engine can change live; 409 says what it cannot",
+                    "Shows another presenter, prompt or background from now on; 422 says what the engine cannot",
                     &[(200, "As it is now", JSON, schema("Session"))],
                 )
                 .takes(JSON, schema("Change")),

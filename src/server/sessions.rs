@@ -11,12 +11,12 @@
 
 use super::{Service, error::ApiError, live, livekit, presenters, resource};
 use crate::{
-    avatar::OpenOptions,
+    avatar::{AvatarError, OpenOptions},
     codec::View,
     engine::Slot,
     livekit::Joined,
     media::Portrait,
-    session::{self, Handle, Reason, SessionId, SessionSpec, SinkRole, Snapshot},
+    session::{self, ChangeError, Handle, Reason, SessionId, SessionSpec, SinkRole, Snapshot},
 };
 use axum::{
     Json,
@@ -436,7 +436,7 @@ pub(super) async fn end(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// `PATCH /v1/sessions/{id}`: what can be changed while it lives.
+/// `PATCH /v1/sessions/{id}`: what can be changed while it lives. All of it, or nothing and an error.
 pub(super) async fn change(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
@@ -453,11 +453,31 @@ pub(super) async fn change(
     let handle = controlled(&service, &headers, &id)?;
     let Change { presenter, prompt, background: asked } = json(&headers, body).await?;
     let view = asked.as_deref().map(|b| background(&service, b)).transpose()?;
-    let what = [("presenter", presenter.is_some()), ("prompt", prompt.is_some())];
-    if let Some((key, _)) = what.iter().find(|w| w.1) {
-        let name = service.rooms.engine_name;
-        let text = format!("The engine `{name}` cannot change the {key} of a session that has begun; begin a new one.");
-        return Err(ApiError::new(StatusCode::CONFLICT, "cannot_change", text));
+    possible(&service, &Wanted { prompt: prompt.clone(), ..Wanted::default() })?;
+    let face = match &presenter {
+        Some(presenter) => Some(presenters::portrait(&service, Some(presenter)).await?),
+        None => None,
+    };
+    if face.is_some() || prompt.is_some() {
+        let patience = Duration::from_secs(service.rooms.session_config.prepare_timeout_s);
+        match tokio::time::timeout(patience, handle.change(face, prompt)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(ChangeError::Refused(AvatarError::Portrait(why) | AvatarError::Options(why)))) => {
+                return Err(ApiError::unusable("unusable_picture", presenters::sentence(&why)));
+            }
+            Ok(Err(ChangeError::Refused(error))) => {
+                tracing::error!("a presenter could not be changed: {error}");
+                return Err(ApiError::internal("The engine could not change the presenter; the one before stays."));
+            }
+            Ok(Err(ChangeError::Overtaken)) => {
+                let text = "The session ended meanwhile, or a newer change came first.";
+                return Err(ApiError::new(StatusCode::CONFLICT, "overtaken", text));
+            }
+            Err(_) => {
+                let text = "The engine is not ready for a change; the presenter is as before. Try again in a moment.";
+                return Err(ApiError::unavailable("not_changed", text, Duration::from_secs(5)));
+            }
+        }
     }
     if let Some(view) = view {
         handle.set_view(view);

@@ -67,6 +67,10 @@ struct Stage {
     hopeless: bool,
     /// Stream time from which media time is this much ahead of it: speech that was skipped.
     skips: Vec<(MediaTime, MediaTime)>,
+    /// Another face says what is heard from this media time on; speech before it is not handed over any more.
+    face_from: Option<MediaTime>,
+    /// The first picture from this media time on shows another face.
+    cut_at: Option<MediaTime>,
     origin: MediaTime,
     shown: bool,
 }
@@ -91,6 +95,39 @@ impl Stage {
         self.feed.resize((end - from).units(SPEECH_RATE).max(0) as usize, 0.0);
         (self.feed_at, self.received) = (from, from);
         self.skips.clear();
+        if self.face_from.take().is_some() {
+            self.cut_at = Some(from);
+        }
+    }
+    /// Speech at the head of the feed that the engine does not get.
+    fn skip(&mut self, samples: usize) {
+        self.feed.drain(..samples);
+        let ahead = self.skipped() + MediaTime::from_units(samples as i64, SPEECH_RATE);
+        self.skips.push((self.feed_at, ahead));
+        if self.skips.len() > 64 {
+            self.skips.remove(0);
+        }
+    }
+    /// Another face takes over: with the first picture that can be there in time, not with what it would say too late.
+    fn change_face(&mut self, making: Duration, span: MediaTime, fps: u32, now: Instant) {
+        let soonest = self.playout.playhead(now) + MediaTime::from_duration(making);
+        let slots = (soonest.max(self.media(self.feed_at)) - self.origin).units(fps) + 1;
+        self.face_from = Some(self.origin + MediaTime::from_ticks(span.ticks() * slots.max(0)));
+    }
+    /// Leaves out speech before [`Stage::face_from`]; whether the feed may go on.
+    fn reached_face(&mut self) -> bool {
+        let Some(from) = self.face_from else { return true };
+        let early = (from - self.media(self.feed_at)).units(SPEECH_RATE).max(0) as usize;
+        let now = early.min(self.feed.len());
+        if now > 0 {
+            self.skip(now);
+        }
+        if now == early {
+            // What the old face had in hand does not come any more.
+            self.received = self.feed_at;
+            self.cut_at = self.face_from.take();
+        }
+        now == early
     }
     fn media(&self, stream: MediaTime) -> MediaTime {
         let after = self.skips.partition_point(|s| s.0 <= stream);
@@ -208,6 +245,8 @@ impl Conversation {
             received: origin,
             hopeless: false,
             skips: Vec::new(),
+            face_from: None,
+            cut_at: None,
             origin,
             shown: false,
         });
@@ -300,6 +339,9 @@ impl Conversation {
     /// Speech for the engine's lane, 20 ms at a time.
     pub fn next_speech(&mut self) -> Option<AudioBlock> {
         let stage = self.stage.as_mut()?;
+        if !stage.reached_face() {
+            return None;
+        }
         let longest = self.geometry.block_span(0).max(self.geometry.block_span(1));
         let blocks = if stage.hopeless { 1 } else { IN_HAND_BLOCKS };
         // 40 ms more, for the filters an engine may have.
@@ -312,6 +354,20 @@ impl Conversation {
         let block = AudioBlock { at: stage.feed_at, samples: stage.feed.drain(..n).collect() };
         stage.feed_at = block.end();
         Some(block)
+    }
+
+    /// The engine has changed the face; the speech that [`Conversation::next_speech`] gives next is the new one's.
+    pub fn face_changed(&mut self, now: Instant) {
+        let (making, span, fps) = (self.making(), self.geometry.frame_span(), self.geometry.fps);
+        if let Some(stage) = &mut self.stage {
+            stage.change_face(making, span, fps, now);
+        }
+    }
+
+    /// How long a block takes to make, as measured.
+    fn making(&self) -> Duration {
+        let m = &self.metrics;
+        Duration::from_secs_f64((m.features_ms + m.generation_ms + m.decode_ms) / 1e3)
     }
 
     /// The lane was full: the last handful comes back.
@@ -412,13 +468,8 @@ impl Conversation {
         let (backlog, keep) = if stage.hopeless { (1, 0) } else { (BACKLOG_BLOCKS, 1) };
         if stage.feed.len() > backlog * block {
             // The engine is too slow for good: whole blocks are skipped, the last picture stays meanwhile.
-            let skip = (stage.feed.len() / block - keep) as i64;
-            stage.feed.drain(..skip as usize * block);
-            let ahead = stage.skipped() + MediaTime::from_units(skip * block as i64, SPEECH_RATE);
-            stage.skips.push((stage.feed_at, ahead));
-            if stage.skips.len() > 64 {
-                stage.skips.remove(0);
-            }
+            let skip = stage.feed.len() / block - keep;
+            stage.skip(skip * block);
             self.metrics.blocks_skipped += skip as u64;
         }
         let speaking = stage.ingest.speaking() || self.ledger.busy();
@@ -460,9 +511,7 @@ impl Conversation {
                 }
                 Output::Hide => {}
                 Output::Raise(_) => {
-                    let m = &self.metrics;
-                    let making = Duration::from_secs_f64((m.features_ms + m.generation_ms + m.decode_ms) / 1e3);
-                    let (span, fps) = (self.geometry.frame_span(), self.geometry.fps);
+                    let (making, span, fps) = (self.making(), self.geometry.frame_span(), self.geometry.fps);
                     if let Some(stage) = &mut self.stage {
                         stage.begin_anew(making, span, fps, now);
                     }
@@ -505,6 +554,10 @@ impl Conversation {
                 Due::Frame { frame, wall, .. } => {
                     if let Some(stage) = &mut self.stage {
                         stage.shown = true;
+                        if stage.cut_at.take_if(|at| frame.at >= *at).is_some() {
+                            // Another face: cheaper whole than as changes, and clear at once.
+                            self.want_keyframe = true;
+                        }
                     }
                     let thinned = (frame.at.units(self.geometry.fps) as u64) % u64::from(self.ladder.rung().every) != 0;
                     self.last_picture = Some(frame.clone());

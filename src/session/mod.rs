@@ -32,7 +32,7 @@ pub use link::{EncodedAudio, EncodedVideo, LinkEvent, LinkOut, LinkStats, Speech
 pub use machine::{Input, Machine, Output, Reason, State};
 pub use playout::{Due, Playout, PlayoutStats};
 pub use recorder::{Recorder, RecordingSpec, RecordingStatus};
-pub use registry::{Counts, Handle, Registry, SessionControl, SessionId, Snapshot};
+pub use registry::{ChangeError, Counts, Handle, Registry, SessionControl, SessionId, Snapshot};
 pub use run::{SessionSpec, host, run};
 pub use speech::{SpeechClosed, SpeechPort, SpeechQueue};
 

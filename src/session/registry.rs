@@ -4,14 +4,14 @@
 use super::{
     Attachment, Fan, LinkEvent, LinkOut, Metrics, Reason, SessionEvent, SinkRole, SpeechPort, SpeechQueue, State,
 };
-use crate::codec::View;
+use crate::{avatar::AvatarError, codec::View, media::Portrait};
 use std::{
     collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
-use tokio::sync::{Notify, broadcast, mpsc, watch};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 
 /// Events that a slow listener may be behind before it misses the oldest.
 const EVENTS: usize = 256;
@@ -62,9 +62,25 @@ pub(super) enum Order {
     Drain(Reason),
 }
 
+/// What is to be shown from now on, and where to say whether it is.
+pub(super) struct Wish {
+    pub(super) face: Option<(String, Portrait)>,
+    pub(super) prompt: Option<String>,
+    pub(super) reply: oneshot::Sender<Result<(), ChangeError>>,
+}
+
+/// Why a session shows what it showed before.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    #[error(transparent)]
+    Refused(AvatarError),
+    #[error("the session ended, or a newer change came first")]
+    Overtaken,
+}
+
 struct Shared {
     id: SessionId,
-    presenter: String,
+    presenter: Mutex<String>,
     since: Instant,
     order: watch::Sender<Option<Order>>,
     /// Rouses the session's task.
@@ -74,6 +90,7 @@ struct Shared {
     events: broadcast::Sender<SessionEvent>,
     /// A microphone that is to be heard from now on.
     microphone: Mutex<Option<mpsc::Receiver<LinkEvent>>>,
+    wish: Mutex<Option<Wish>>,
     now: Mutex<(State, Metrics, Option<Reason>)>,
 }
 
@@ -140,8 +157,7 @@ impl Registry {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Held for map look-ups only, never across an await.
-        self.inner.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.inner)
     }
 
     /// Enters a session; what comes back goes into [`super::run`]. Dropping it takes the session off the list.
@@ -149,13 +165,14 @@ impl Registry {
         let wake = Arc::new(Notify::new());
         let shared = Arc::new(Shared {
             id: id.clone(),
-            presenter: presenter.to_string(),
+            presenter: Mutex::new(presenter.to_string()),
             since: now,
             order: watch::Sender::new(None),
             fan: Fan::new(wake.clone()),
             speech: SpeechQueue::new(wake.clone()),
             events: broadcast::Sender::new(EVENTS),
             microphone: Mutex::default(),
+            wish: Mutex::default(),
             wake,
             now: Mutex::new((State::Connecting, Metrics::default(), None)),
         });
@@ -242,7 +259,7 @@ impl Handle {
         let now = self.0.lock();
         Snapshot {
             id: self.0.id.clone(),
-            presenter: self.0.presenter.clone(),
+            presenter: lock(&self.0.presenter).clone(),
             state: now.0,
             since: self.0.since,
             metrics: now.1.clone(),
@@ -278,8 +295,19 @@ impl Handle {
     /// Hears a peer's microphone from now on; the one heard before, if any, is let go (its receiver is dropped). In a
     /// session that has its own peer this replaces the peer: when the events end, so does the session.
     pub fn listen(&self, events: mpsc::Receiver<LinkEvent>) {
-        *self.0.microphone.lock().unwrap_or_else(|e| e.into_inner()) = Some(events);
+        *lock(&self.0.microphone) = Some(events);
         self.0.wake.notify_one();
+    }
+    /// Shows another presenter (name and picture), or follows another prompt; the voice goes on meanwhile. A newer
+    /// change takes the place of one that has not begun. Giving this up gives the change up.
+    ///
+    /// # Errors
+    /// What the engine says to the picture or the prompt; nothing has changed then.
+    pub async fn change(&self, face: Option<(String, Portrait)>, prompt: Option<String>) -> Result<(), ChangeError> {
+        let (reply, answer) = oneshot::channel();
+        *lock(&self.0.wish) = Some(Wish { face, prompt, reply });
+        self.0.wake.notify_one();
+        answer.await.unwrap_or(Err(ChangeError::Overtaken))
     }
     /// Silence now: queued speech is dropped and told as interrupted, and no picture of it is shown any more. What is
     /// pushed after this returns is heard.
@@ -318,8 +346,13 @@ impl Handle {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, (State, Metrics, Option<Reason>)> {
-        self.now.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.now)
     }
+}
+
+/// Held for a look or a swap only, never across an await.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// The session's own end: orders come in, state and metrics go out. Leaves the registry on drop.
@@ -357,7 +390,13 @@ impl SessionControl {
         &self.shared.speech
     }
     pub(super) fn microphone(&self) -> Option<mpsc::Receiver<LinkEvent>> {
-        self.shared.microphone.lock().unwrap_or_else(|e| e.into_inner()).take()
+        lock(&self.shared.microphone).take()
+    }
+    pub(super) fn change(&self) -> Option<Wish> {
+        lock(&self.shared.wish).take()
+    }
+    pub(super) fn shows(&self, presenter: &str) {
+        *lock(&self.shared.presenter) = presenter.to_string();
     }
     pub(super) fn tell(&self, event: SessionEvent) {
         // Nobody need listen.
@@ -377,6 +416,7 @@ impl Drop for SessionControl {
     fn drop(&mut self) {
         self.shared.speech.close();
         self.shared.fan.close();
+        drop(self.change());
         let (metrics, reason) = {
             let now = self.shared.lock();
             (now.1.clone(), now.2.clone().unwrap_or(Reason::Abandoned))

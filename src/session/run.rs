@@ -1,13 +1,14 @@
 //! The only place where a conversation meets the world: sockets' events, the engine's lane, the clock, the log.
 
 use super::{
-    Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Look, Metrics, Reason,
-    SessionControl, SessionId, SinkRole, State, registry::Order,
+    ChangeError, Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Look, Metrics,
+    Reason, SessionControl, SessionId, SinkRole, State,
+    registry::{Order, Wish},
 };
 use crate::{
-    avatar::{AvatarError, OpenOptions},
+    avatar::{self, AvatarError, OpenOptions},
     codec::marks::Mark,
-    engine::{EngineError, Lane, LaneEvent, Slot, TryPush},
+    engine::{Change, EngineError, Lane, LaneEvent, Slot, TryPush},
     media::{Geometry, Portrait},
     telemetry,
 };
@@ -17,7 +18,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
 /// What a conversation is about.
@@ -73,7 +74,7 @@ async fn heard(events: &mut Option<mpsc::Receiver<LinkEvent>>) -> Option<LinkEve
 }
 
 async fn converse(
-    spec: SessionSpec,
+    mut spec: SessionSpec,
     slot: Slot,
     mut events: Option<mpsc::Receiver<LinkEvent>>,
     out: Option<Arc<dyn LinkOut>>,
@@ -98,8 +99,9 @@ async fn converse(
         Ok(encoder) => encoder,
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
-    let options = OpenOptions { matte: fan.matte().clone(), ..spec.options.clone() };
-    let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), options)));
+    spec.options.matte = fan.matte().clone();
+    let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), spec.options.clone())));
+    let mut change: Option<Changing> = None;
     let mut measured = begun;
     let mut told = Told(Metrics::default());
     let reason = loop {
@@ -126,7 +128,17 @@ async fn converse(
         }
         if let Face::Open(lane) = &face {
             lane.input.raise(conversation.epoch());
-            while let Some(speech) = conversation.next_speech() {
+            change = change.filter(|c| !c.wish.reply.is_closed());
+            if change.is_none() {
+                change = control.change().map(|wish| Changing::begin(wish, &spec));
+            }
+            if let Some(change) = &mut change {
+                change.ask = change.ask.take().and_then(|ask| lane.input.change(ask));
+            }
+            // While a face is being changed it gets no speech: the next one will, from where it can still be shown.
+            while change.is_none()
+                && let Some(speech) = conversation.next_speech()
+            {
                 match lane.input.try_push(speech) {
                     Ok(()) => {}
                     Err(TryPush::Full(speech)) => {
@@ -171,6 +183,18 @@ async fn converse(
                 }
             }
             () = wish.notified() => {}
+            answer = changed(&mut change) => {
+                let answer = answer.map(|()| conversation.face_changed(clock()));
+                if let Some(Changing { wish, then, .. }) = change.take() {
+                    if answer.is_ok() {
+                        tracing::info!(presenter = then.presenter, "the presenter or its prompt was changed");
+                        control.shows(&then.presenter);
+                        spec = then;
+                    }
+                    // Whoever asked may be gone.
+                    let _ = wish.reply.send(answer);
+                }
+            }
             step = face.step() => step.apply(&mut face, &mut conversation),
             () = tokio::time::sleep_until(wake.into()) => {}
         }
@@ -278,6 +302,40 @@ struct CloseOnDrop(Arc<dyn LinkOut>);
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.close();
+    }
+}
+
+/// A change of face on its way.
+struct Changing {
+    wish: Wish,
+    /// What the session is about once it is carried out.
+    then: SessionSpec,
+    /// Until the lane took it.
+    ask: Option<Change>,
+    answer: oneshot::Receiver<avatar::Result<()>>,
+}
+
+impl Changing {
+    fn begin(mut wish: Wish, spec: &SessionSpec) -> Changing {
+        let mut then = spec.clone();
+        if let Some((presenter, portrait)) = wish.face.take() {
+            (then.presenter, then.portrait) = (presenter, portrait);
+        }
+        then.options.prompt = wish.prompt.take().or(then.options.prompt);
+        let (reply, answer) = oneshot::channel();
+        let ask = Change { portrait: then.portrait.clone(), options: then.options.clone(), reply };
+        Changing { wish, then, ask: Some(ask), answer }
+    }
+}
+
+/// What the engine says to the change that is on its way; nothing while there is none.
+async fn changed(change: &mut Option<Changing>) -> Result<(), ChangeError> {
+    match change {
+        Some(change) => match (&mut change.answer).await {
+            Ok(answer) => answer.map_err(ChangeError::Refused),
+            Err(_) => Err(ChangeError::Overtaken),
+        },
+        None => std::future::pending().await,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use loquent::{
     avatar::{self, AvatarError, Generator, OpenOptions, Stream, test_card},
-    engine::{Config, Engine, EngineError, Health, LaneClosed, LaneEvent, Refusal, TryPush},
+    engine::{Change, Config, Engine, EngineError, Health, LaneClosed, LaneEvent, Refusal, TryPush},
     media::{AudioBlock, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
 };
 use std::time::Duration;
@@ -147,6 +147,44 @@ async fn a_refused_picture_is_a_sentence_and_gives_the_slot_back() {
     let error = engine.admit().unwrap().open(empty, OpenOptions::default()).await.err().unwrap();
     assert!(matches!(&error, EngineError::Open(AvatarError::Portrait(_))), "{error}");
     slot_is_back(&engine).await;
+}
+
+#[tokio::test]
+async fn a_lane_changes_its_face_and_a_refused_one_changes_nothing() {
+    let engine = Engine::start("change", &config(1), || Ok(test_card())).unwrap();
+    let mut lane = engine.admit().unwrap().open(portrait(), OpenOptions::default()).await.unwrap();
+    // The portrait's corner of the card.
+    let corner = |block: &FrameBlock| block.frames[0].rgb[3 * (40 * 256 + 200)];
+    let change = async |lane: &mut loquent::engine::Lane, portrait: Portrait| {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let options = OpenOptions::default();
+        assert!(lane.input.change(Change { portrait, options, reply }).is_none(), "there is room");
+        timeout(SOON, answer).await.unwrap().unwrap()
+    };
+    let block = async |lane: &mut loquent::engine::Lane| match timeout(SOON, lane.output.recv()).await.unwrap() {
+        Some(LaneEvent::Block(block)) => block,
+        other => panic!("{other:?}"),
+    };
+    // One block and a little: what is beyond the block is forgotten when the face changes.
+    lane.input.push(audio(0, 6000)).await.unwrap();
+    assert_eq!(corner(&block(&mut lane).await), 128);
+    let empty = Portrait { width: 0, height: 0, rgb: Vec::new().into() };
+    assert!(matches!(change(&mut lane, empty).await, Err(AvatarError::Portrait(_))));
+    lane.input.push(audio(6000, 2000)).await.unwrap();
+    let second = block(&mut lane).await;
+    assert_eq!((second.frames[0].at, corner(&second)), (MediaTime::from_millis(160), 128));
+    let white = Portrait { width: 8, height: 8, rgb: vec![255; 192].into() };
+    change(&mut lane, white.clone()).await.unwrap();
+    lane.input.push(audio(16_000, 6000)).await.unwrap();
+    let third = block(&mut lane).await;
+    assert_eq!((third.frames[0].at, corner(&third)), (MediaTime::from_millis(1000), 255), "where the speech goes on");
+    // Whoever gave up waiting has not changed anything.
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    drop(answer);
+    let options = OpenOptions::default();
+    assert!(lane.input.change(Change { portrait: portrait(), options, reply }).is_none());
+    lane.input.push(audio(22_000, 2000)).await.unwrap();
+    assert_eq!(corner(&block(&mut lane).await), 255);
 }
 
 #[tokio::test]

@@ -6,8 +6,8 @@ use crate::{
 };
 use loquent::{
     engine::Engine,
-    media::{MediaTime, Pcm},
-    session::{Config, Handle, Reason, Registry, SessionEvent, SinkRole, State, host},
+    media::{MediaTime, Pcm, Portrait},
+    session::{ChangeError, Config, Handle, Reason, Registry, SessionEvent, SinkRole, State, host},
 };
 use std::{
     sync::Arc,
@@ -134,6 +134,52 @@ async fn segments_are_played_told_and_interrupted() {
     task.await.unwrap();
     assert!(port.push(tone(16_000, 10)).await.is_err());
     assert_eq!(*sink.closed.lock().unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_presenter_appears_while_the_voice_goes_on() {
+    let (_engine, _registry, handle, task) = hosted(Config::default()).await;
+    let sink = Arc::new(Recorder::default());
+    let _watching = handle.attach(sink.clone(), SinkRole::Recorder);
+    let port = handle.speech();
+    port.push(tone(16_000, 4000)).await.unwrap();
+    tokio::time::sleep(ms(1200)).await;
+    let empty = Portrait { width: 0, height: 0, rgb: Vec::new().into() };
+    let refused = handle.change(Some(("nobody".into(), empty)), None).await;
+    assert!(matches!(refused, Err(ChangeError::Refused(_))), "{refused:?}");
+    assert_eq!(handle.snapshot().presenter, "test");
+    tokio::time::sleep(ms(600)).await;
+    let before = sink.videos.lock().unwrap().last().unwrap().0.at;
+    let white = Portrait { width: 8, height: 8, rgb: vec![255; 192].into() };
+    handle.change(Some(("white".into(), white)), None).await.unwrap();
+    assert_eq!(handle.snapshot().presenter, "white");
+    tokio::time::sleep(ms(1200)).await;
+    let metrics = handle.snapshot().metrics;
+    handle.close(Reason::Stopped);
+    task.await.unwrap();
+
+    let mut decoder = openh264::decoder::Decoder::new().unwrap();
+    let mut brightness = |data: &[u8]| {
+        use openh264::formats::YUVSource;
+        let picture = decoder.decode(data).unwrap().unwrap();
+        // The portrait's corner of the card.
+        picture.y()[50 * picture.strides().0 + 200]
+    };
+    let videos = sink.videos.lock().unwrap();
+    let seen: Vec<_> = videos.iter().map(|v| (v.0.at, v.0.keyframe, brightness(&v.0.data))).collect();
+    let first = seen.iter().position(|s| s.2 > 200).expect("the new presenter");
+    let (at, keyframe, _) = seen[first];
+    println!("asked at {before:?}, there at {at:?}; {metrics:?}");
+    assert!(keyframe, "it begins with a keyframe");
+    assert!(at - before < MediaTime::from_millis(800), "{before:?} → {at:?}");
+    assert!(seen[..first].iter().all(|s| s.2 < 170) && seen[first..].iter().all(|s| s.2 > 200), "once, and for good");
+    assert!(seen.len() - first > 10, "and it goes on");
+    let gap = seen.windows(2).map(|s| s[1].0 - s[0].0).max().unwrap();
+    assert!(gap < MediaTime::from_millis(700), "the picture stood still for {gap:?}");
+    // The voice knew nothing of it: no gap, and no delay that grew for it.
+    let audios = sink.audios.lock().unwrap();
+    assert!(audios.windows(2).all(|v| v[1].0.at - v[0].0.at == MediaTime::from_millis(20)));
+    assert!(metrics.playout_delay_ms < 600.0, "{metrics:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -94,7 +94,11 @@ async fn a_session_is_begun_seen_and_ended_by_a_program() {
     assert_eq!((one.status, &one.json()["presenter"]), (200, &json!("card")));
     assert!(!one.text().contains("token"), "a token is told once");
     let changed = house.json("PATCH", &at, json!({"prompt": "smile"})).await;
-    assert_eq!((changed.status, changed.code()), (409, "cannot_change".into()));
+    assert_eq!((changed.status, changed.code()), (422, "no_prompt".into()));
+    let nobody = house.json("PATCH", &at, json!({"presenter": "nobody", "background": "green"})).await;
+    assert_eq!((nobody.status, nobody.code()), (404, "no_such_presenter".into()));
+    let changed = house.json("PATCH", &at, json!({"presenter": "card"})).await;
+    assert_eq!((changed.status, &changed.json()["presenter"]), (200, &json!("card")), "{}", changed.text());
     assert_eq!(house.json("PATCH", &at, json!({})).await.status, 200);
 
     // Its media and speech need its token.
