@@ -81,7 +81,7 @@ class Kept extends EventTarget {
   async once() {
     const pc = new RTCPeerConnection({ bundlePolicy: 'max-bundle', iceServers: this.iceServers || [] });
     this.pc = pc;
-    let resource = null;
+    let [resource, lost] = [null, false];
     try {
       await this.prepare(pc);
       this.tell('connecting');
@@ -93,7 +93,8 @@ class Kept extends EventTarget {
         await sleep(250);
         const now = performance.now();
         const state = pc.connectionState;
-        if (state === 'failed' || state === 'closed') throw new Error(`the connection is ${state}`);
+        lost = state === 'failed' || state === 'closed' || state === 'disconnected';
+        if (lost && state !== 'disconnected') throw new Error(`the connection is ${state}`);
         const flowed = this.alive?.() ?? null;
         const fresh = flowed === null ? state === 'connected' : flowed > began && now - flowed < STALL_MS;
         if (fresh && !connected) {
@@ -106,7 +107,8 @@ class Kept extends EventTarget {
       }
     } finally {
       pc.close();
-      if (resource) this.leave(resource);
+      // A connection that was lost is gone at the other end too, and needs no goodbye.
+      if (resource && !lost) this.leave(resource);
       this.resource = null;
     }
   }

@@ -31,8 +31,9 @@ use std::{
 
 /// Pictures and packets that may wait for the disk: seven seconds.
 const QUEUE: usize = 512;
-/// A keyframe is asked for this often, so that one can seek in the file.
-const KEYFRAMES: Duration = Duration::from_secs(10);
+/// A keyframe is asked for when the newest is this old, so that none is further than two seconds from the next: players
+/// seek to them, a damaged file goes on at them, and each says that the picture is computer-made.
+const KEYFRAMES: MediaTime = MediaTime::from_millis(1800);
 
 /// What is recorded, and where to.
 #[derive(Clone, Debug)]
@@ -201,7 +202,7 @@ impl Work {
 
     fn run(mut self, first: File, items: &Receiver<Item>) {
         let mut waiting = Some(first);
-        let (mut asked, mut last_audio, mut span) = (Instant::now(), None, MediaTime::from_millis(40));
+        let (mut keyframe, mut last_audio, mut span) = (None, None, MediaTime::from_millis(40));
         let over = loop {
             match items.recv_timeout(Duration::from_secs(1)) {
                 Err(RecvTimeoutError::Disconnected) => break Ok(()),
@@ -214,14 +215,18 @@ impl Work {
                 }
                 Ok(Item::Video(video)) => {
                     span = video.duration;
+                    let newest = keyframe.get_or_insert(video.at);
+                    if video.keyframe || video.at - *newest >= KEYFRAMES {
+                        // Asked for once; if it does not come, again after as long.
+                        *newest = video.at;
+                        if !video.keyframe {
+                            (self.shared.keyframe)();
+                        }
+                    }
                     if let Err(error) = self.video(&video, &mut waiting, last_audio.as_ref()) {
                         break Err(error);
                     }
                 }
-            }
-            if asked.elapsed() >= KEYFRAMES {
-                asked = Instant::now();
-                (self.shared.keyframe)();
             }
             if self.spec.max_bytes > 0 && self.bytes() >= self.spec.max_bytes {
                 let most = self.spec.max_bytes >> 20;

@@ -182,8 +182,8 @@ export async function bot(checks) {
   }
 }
 
-function probe(file, entries) {
-  const done = spawnSync('ffprobe', ['-v', 'error', '-count_packets', '-show_entries', entries, '-of', 'json', file], { encoding: 'utf8' });
+function probe(file, entries, streams = '') {
+  const done = spawnSync('ffprobe', ['-v', 'error', '-count_packets', ...(streams ? ['-select_streams', streams] : []), '-show_entries', entries, '-of', 'json', file], { encoding: 'utf8' });
   if (done.status !== 0) throw new Error(`ffprobe ${file}: ${done.stderr}`);
   return JSON.parse(done.stdout);
 }
@@ -244,7 +244,11 @@ export async function recording(checks) {
       'within ±40 ms', offsets.length >= 4 && Math.abs(percentile(offsets, 0.5)) <= 40);
     const text = bytes.toString('latin1');
     const messages = text.split('"ai_generated":true').length - 1;
-    checks.add('marks in the file', `${messages} SEI messages, XMP: ${text.includes('trainedAlgorithmicMedia')}`, 'both', messages >= 1 && text.includes('trainedAlgorithmicMedia'));
+    checks.add('the file says that it is computer-made', text.includes('trainedAlgorithmicMedia'), 'XMP', text.includes('trainedAlgorithmicMedia'));
+    const keyframes = probe(whole, 'packet=pts_time,flags', 'v').packets.filter((p) => p.flags.startsWith('K')).map((p) => Number(p.pts_time));
+    const apart = Math.max(...[...keyframes, told.length_s].map((t, i, all) => t - (all[i - 1] ?? t)));
+    checks.add('keyframes, and SEI messages', `${keyframes.length}, at most ${round(apart, 2)} s apart; ${messages}`, 'at most 2 s; one in each',
+      apart <= 2.02 && keyframes.length >= 4 && messages === keyframes.length);
     // Killed in the middle.
     const second = await (await call(service.base, made, 'POST', at)).json();
     await sleep(6500);
@@ -340,7 +344,8 @@ export async function looks(checks) {
         }
         await page.screenshot({ path: path.join(OUT, `page-${size}-${lang}.png`), fullPage: size === 'phone' });
         const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-        const english = lang === 'zh' ? await page.evaluate(() => document.body.innerText.split('\n').filter((l) => /[a-z]{4,} [a-z]{3,}/i.test(l))) : [];
+        const english = lang === 'zh' ? await page.evaluate(() => [...document.querySelectorAll('body :not(option):not(script):not(style)')]
+          .flatMap((e) => [...e.childNodes].filter((n) => n.nodeType === 3 && e.checkVisibility?.() !== false).map((n) => n.data.trim())).filter((l) => /[a-z]{4,} [a-z]{3,}/i.test(l))) : [];
         checks.add(`${size}, ${lang}`, `${wide} px too wide; English left: ${JSON.stringify(english.slice(0, 3))}`, 'none', wide <= 0 && english.length === 0);
         await page.close();
         await sleep(600);
