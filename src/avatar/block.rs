@@ -13,7 +13,7 @@ use super::speakers::hear;
 use super::studio::{Studio, last, slide, still, without_first};
 use crate::model::{
     At, Error, Result,
-    dit::{BlockAudio, Opening, Prediction, Schedule, StreamState, TextContext, Trace},
+    dit::{Halfway, Opening, Schedule, StreamState, TextContext},
     vae::{Decoding, Probe},
 };
 
@@ -39,35 +39,26 @@ impl Default for BlockSettings {
     }
 }
 
-/// All steps of one block, seen from outside: `x_in` before and `pred` after every step. `distance` is ρ per step.
-fn block(
-    studio: &Studio,
-    state: &mut StreamState,
-    schedule: &Schedule,
-    audio: &BlockAudio,
-    noise: &Tensor,
-    distance: &[usize],
-    probe: Probe,
-) -> Result<Tensor> {
-    let mut x = noise.clone();
-    for step in 0..schedule.steps() {
-        probe("x_in", &x);
-        let rho = distance.get(step).or(distance.last()).copied().unwrap_or(30);
-        let out =
-            studio.dit.forward(state, &x, step, audio, None, rho, &mut Trace::off()).at(|| format!("step {step}"))?;
-        probe("pred", &out);
-        x = match studio.dit.config().prediction {
-            Prediction::Velocity => schedule.euler.step(step, &x, &out)?,
-            Prediction::Sample => schedule.euler.step_to_sample(step, &x, &out)?,
-        };
-    }
-    state.advance(studio.dit.config().frames_per_block);
-    Ok(x)
+/// Reference and motion latents of a picture `[3, 1, height, width]` that is seen `motion_frames` times.
+pub(super) fn look(studio: &Studio, picture: &Tensor, motion_frames: usize) -> Result<(Tensor, Tensor)> {
+    Ok((studio.vae.encode(picture)?, studio.vae.encode(&still(picture, motion_frames)?)?))
+}
+
+/// A decoder that has the picture's past.
+pub(super) fn prime(studio: &Studio, motion: &Tensor) -> Result<Decoding> {
+    let mut decoding = Decoding::default();
+    studio.vae.decode_next(&mut decoding, &motion.narrow(1, 0, PRIMER.min(motion.dim(1)?))?)?;
+    Ok(decoding)
+}
+
+/// Pixels of a block's latents, three frames fewer for the first block.
+pub(super) fn show(studio: &Studio, decoding: &mut Decoding, latents: &Tensor, first: bool) -> Result<Tensor> {
+    let frames = studio.vae.decode_next(decoding, latents)?;
+    if first { without_first(&frames, WARM_UP) } else { Ok(frames) }
 }
 
 /// The transformer's half of block mode, the same for both ways to pixels.
 pub struct Blocks {
-    schedule: Arc<Schedule>,
     state: StreamState,
     done: usize,
     /// Where each of several speakers is heard; empty for one.
@@ -77,7 +68,7 @@ pub struct Blocks {
 impl Blocks {
     fn open(studio: &Studio, opening: &Opening, schedule: Arc<Schedule>) -> Result<Self> {
         let state = studio.dit.open(opening, &schedule)?;
-        Ok(Blocks { schedule, state, done: 0, reach: Vec::new() })
+        Ok(Blocks { state, done: 0, reach: Vec::new() })
     }
 
     /// One block: features `[layers, channels, 4 · frames_per_block]`, noise `[16, frames_per_block, h, w]` → latents.
@@ -90,10 +81,14 @@ impl Blocks {
         probe: Probe,
     ) -> Result<Tensor> {
         let audio = hear(studio, features, &self.reach)?;
-        let latents = block(studio, &mut self.state, &self.schedule, &audio, noise, distance, probe)
+        let dit = &studio.dit;
+        let (begin, way) = (Halfway { latent: noise.clone(), tokens: None }, dit.way(self.state.steps()));
+        let end = dit
+            .travel(&mut self.state, begin, way, &audio, None, distance, probe)
             .at(|| format!("block {}", self.done))?;
+        self.state.advance(dit.config().frames_per_block);
         self.done += 1;
-        Ok(latents)
+        Ok(end.latent)
     }
 }
 
@@ -236,12 +231,10 @@ impl Continuous {
                 settings.clip_frames
             )));
         }
-        let reference = studio.vae.encode(picture)?;
-        let motion = studio.vae.encode(&still(picture, settings.motion_frames)?)?;
+        let (reference, motion) = look(studio, picture, settings.motion_frames)?;
         let opening = Opening { reference: &reference, motion: Some(&motion), text };
         let blocks = Blocks::open(studio, &opening, schedule)?;
-        let mut decoding = Decoding::default();
-        studio.vae.decode_next(&mut decoding, &motion.narrow(1, 0, PRIMER.min(motion.dim(1)?))?)?;
+        let decoding = prime(studio, &motion)?;
         Ok(Continuous { blocks, blocks_per_clip, reference, motion, decoding, own: None })
     }
 
@@ -299,7 +292,6 @@ impl Continuous {
 
     /// The decoder's half: pixels of the latents that were imagined last, three frames fewer for the first block.
     pub fn show(&mut self, studio: &Studio, latents: &Tensor) -> Result<Tensor> {
-        let frames = studio.vae.decode_next(&mut self.decoding, latents)?;
-        if self.blocks.done > 1 { Ok(frames) } else { without_first(&frames, WARM_UP) }
+        show(studio, &mut self.decoding, latents, self.blocks.done <= 1)
     }
 }

@@ -6,6 +6,7 @@
 pub mod base;
 pub mod block;
 pub mod clip;
+pub mod crew;
 mod embedded;
 mod intake;
 mod liveliness;

@@ -23,6 +23,9 @@ pub enum Error {
     /// What the caller handed in has the wrong shape or range.
     #[error("{0}")]
     Input(String),
+    /// Another rank is gone.
+    #[error("{0}")]
+    Link(String),
 }
 
 /// Result of this room.

@@ -12,6 +12,7 @@
 //! | [`taehv`] | a small decoder instead of Wan 2.1's |
 //! | [`umt5`] | how it reads: prompt cleaning, tokens, text encoder |
 //! | [`budget`] | what the 14B model takes of a card, and the frames per second to expect |
+//! | [`ranks`] | several devices, one stream of video: layouts, links, shares |
 //! | [`picture`] | the reference picture: output size, resize, crop |
 //! | [`kernels`] | fused CPU operations, each beside its plain twin |
 
@@ -22,6 +23,7 @@ mod error;
 pub mod kernels;
 pub mod nn;
 pub mod picture;
+pub mod ranks;
 pub mod sampler;
 pub mod taehv;
 pub mod umt5;

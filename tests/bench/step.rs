@@ -171,7 +171,7 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
     for (name, keys, counted) in [("ring", keys + 128, keys), ("text", 512, 512)] {
         for fp8 in [false, true] {
             let v = random(&[keys, d], 1.0)?;
-            let memory = Memory::new(&v, keys, fp8, 4.0)?;
+            let memory = Memory::new(&v, (keys, d), fp8, 4.0)?;
             let k = random(&[counted, d], 1.0)?;
             memory.place(&k, &v.narrow(0, 0, counted)?.contiguous()?)?;
             let ones = Tensor::ones(d, DType::BF16, device)?;

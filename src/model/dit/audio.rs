@@ -1,5 +1,7 @@
 //! Audio tokens (`casual_audio_encoder`, the checkpoint's spelling) and their injection into the picture's tokens.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{Config, place::Portable};
@@ -190,6 +192,21 @@ impl BlockAudio {
             }
         }
         Ok(all)
+    }
+}
+
+impl BlockAudio {
+    /// The same for some tokens of every frame.
+    pub(super) fn over(&self, tokens: Range<usize>) -> Result<BlockAudio> {
+        fn over(audio: &mut InjectorAudio, tokens: &Range<usize>) -> Result<()> {
+            if let Some(reach) = &mut audio.reach {
+                *reach = reach.narrow(0, tokens.start, tokens.len())?.contiguous()?;
+            }
+            audio.others.iter_mut().try_for_each(|other| over(other, tokens))
+        }
+        let mut out = self.clone();
+        out.injectors.iter_mut().try_for_each(|audio| over(audio, &tokens))?;
+        Ok(out)
     }
 }
 

@@ -9,6 +9,7 @@ use crate::model::{
         Activation, Form, Linear, Memory, Residual, Rope, Rows, Slot, attention,
         norm::{self, Affine},
     },
+    ranks::Share,
     weights::{Fp8, Weights},
 };
 
@@ -118,18 +119,41 @@ impl Attention {
         })
     }
 
-    /// Room for `rows` keys and values like `kept`, in the form this attention computes in.
-    pub fn memory(&self, kept: &KeysValues, rows: usize, headroom: f64) -> Result<Memory> {
-        Memory::new(&kept.v, rows, self.fp8, headroom)
+    /// Room for `[rows, columns]` keys and values like `kept`, in the form this attention computes in. Fewer columns than
+    /// `kept` has are those of some heads.
+    pub fn memory(&self, kept: &KeysValues, room: (usize, usize), headroom: f64) -> Result<Memory> {
+        Memory::new(&kept.v, room, self.fp8, headroom)
     }
 
     /// Stores the tokens' keys and values at the slot and returns what the tokens, and everything before, tell them:
-    /// attention over the memory, and the output projection.
-    pub fn remember(&self, y: &Rows, rope: &Rope, memory: &Memory, slot: &Slot) -> Result<Tensor> {
+    /// attention over the memory, and the output projection. Where ranks share it, each brings some of the tokens and
+    /// remembers some of the heads: tokens are gathered and heads scattered before the attention, and back after it.
+    pub fn remember(
+        &self,
+        y: &Rows,
+        rope: &Rope,
+        memory: &Memory,
+        slot: &Slot,
+        share: Option<&Share>,
+    ) -> Result<Tensor> {
         let p = self.project(y)?;
-        let weights = [&self.norm_q, &self.norm_k];
-        let q = memory.store([&p.q, &p.k, &p.v], weights, self.eps, rope, slot)?;
-        self.o.forward_rows(&memory.attend(&q, self.heads, Some(slot))?, Activation::None)
+        let (parts, weights) = ([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k]);
+        let y = match share {
+            None => {
+                let q = memory.store(parts, weights, self.eps, rope, slot)?;
+                memory.attend(&q, self.heads, Some(slot))?
+            }
+            Some(share) => {
+                let parts = memory.ready(parts, weights, self.eps, rope)?;
+                let [q, k, v] = share.scatter(parts, rope.head())?;
+                memory.keep(&k, &v, slot.at)?;
+                match memory.attend(&q, share.heads().len(), Some(slot))? {
+                    Rows::Plain(y) => Rows::Plain(share.gather(&y)?),
+                    Rows::Scaled { stored, .. } => memory.scaled(share.gather(&stored)?)?,
+                }
+            }
+        };
+        self.o.forward_rows(&y, Activation::None)
     }
 
     /// Queries, normed and rotated.
@@ -157,7 +181,7 @@ impl Attention {
         let p = self.project(y)?;
         if self.fp8 {
             let rows = p.q.dim(0)?;
-            let memory = Memory::new(&p.v, rows, true, 1.0)?;
+            let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?;
             let slot = Slot { at: 0, keys: rows, card: None }.on(p.q.device(), rows)?;
             let q = memory.store([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k], self.eps, rope, &slot)?;
             return self.o.forward_rows(&memory.attend(&q, self.heads, Some(&slot))?, Activation::None);
@@ -176,7 +200,7 @@ impl Attention {
         if !self.fp8 {
             return Ok(Memory::of(kv.k, kv.v));
         }
-        let memory = self.memory(&kv, kv.k.dim(0)?, 1.0)?;
+        let memory = self.memory(&kv, kv.k.dims2()?, 1.0)?;
         memory.place(&kv.k, &kv.v)?;
         Ok(memory)
     }

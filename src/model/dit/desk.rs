@@ -27,15 +27,16 @@ pub(super) struct Desk {
 }
 
 impl Desk {
-    /// Lays a block's inputs out; makes the desk when there is none.
+    /// Lays a block's inputs out; makes the desk when there is none. `queries`: tokens of the whole block, which are more
+    /// than `tokens` where ranks share it.
     pub(super) fn lay<'a>(
         desk: &'a mut Option<Self>,
         tokens: &Tensor,
         rope: &Rope,
         slot: &Slot,
+        queries: usize,
         audio: &BlockAudio,
     ) -> Result<&'a Self> {
-        let queries = tokens.dim(0)?;
         let numbers = slot.numbers(queries);
         if let Some(desk) = desk {
             desk.tokens.slice_set(&tokens.contiguous()?, 0, 0)?;

@@ -37,7 +37,7 @@ pub use clip::ClipInputs;
 pub use config::{Cond, Conditioning, Config, FramePack, Prediction};
 pub use motion::{DropMode, FramePacker};
 use place::Placed;
-pub use stream::{Opening, Schedule, StreamState};
+pub use stream::{Halfway, Opening, Schedule, StreamState};
 pub use time::{BlockModulation, TimeEmbedding, Timing};
 pub use trace::Trace;
 

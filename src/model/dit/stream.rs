@@ -7,7 +7,7 @@
 //! On a card the way through the blocks is recorded in a graph, one per step, when a step runs for the second time. What
 //! changes from block to block lies at fixed addresses (`desk.rs`), so the same graph serves all of them.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -22,7 +22,9 @@ use crate::model::{
         Memory, Residual, Slot,
         rope::{Group, Rope, Rounding},
     },
+    ranks::{Link, Share},
     sampler::Euler,
+    vae::{Probe, quiet},
 };
 
 /// How much larger than the conditioning's values a block's may be before e4m3 cuts them off.
@@ -45,6 +47,12 @@ impl Schedule {
     pub fn steps(&self) -> usize {
         self.steps.len()
     }
+
+    fn of(&self, step: usize) -> Result<&Timing> {
+        self.steps
+            .get(step)
+            .ok_or_else(|| Error::Input(format!("step {step} of a schedule of {} steps", self.steps())))
+    }
 }
 
 /// What a stream starts from.
@@ -57,9 +65,20 @@ pub struct Opening<'a> {
     pub text: Option<Arc<TextContext>>,
 }
 
+/// A block on its way from noise to latent.
+#[derive(Debug, Clone)]
+pub struct Halfway {
+    /// `[16, frames, h, w]` f32, at the noise level of the step it is in.
+    pub latent: Tensor,
+    /// Where it stands between two of the transformer's blocks: `[tokens, dim]`.
+    pub tokens: Option<Tensor>,
+}
+
 /// One denoising step's memory.
 #[derive(Debug)]
 struct Ring {
+    /// The transformer's blocks whose keys and values these are.
+    blocks: Range<usize>,
     layers: Vec<Memory>,
     /// The step as a graph, where there are graphs.
     replay: Replay,
@@ -90,6 +109,8 @@ pub struct StreamState {
     graphs: bool,
     /// Rotations of the block and of the conditioning that moved: the same for all steps of a block.
     tables: [Option<(Vec<Group>, Rope)>; 2],
+    /// Which tokens and heads are computed here, where several ranks share each step.
+    share: Option<Share>,
 }
 
 impl StreamState {
@@ -129,7 +150,7 @@ impl StreamState {
     /// Ring of a step and layer, keys and values without the conditioning in front (for tests).
     pub fn ring(&self, step: usize, layer: usize) -> Option<(Tensor, Tensor)> {
         let ring = self.rings.get(step)?.as_ref()?;
-        ring.layers.get(layer)?.part(self.rows(), ring.rows).ok()
+        ring.layers.get(layer.checked_sub(ring.blocks.start)?)?.part(self.rows(), ring.rows).ok()
     }
 
     /// Rows of conditioning.
@@ -179,6 +200,7 @@ impl Dit {
             desk: None,
             graphs: true,
             tables: [None, None],
+            share: None,
         };
         self.prefill(&mut state, opening.reference, opening.motion, trace).at(|| "prefill")?;
         Ok(state)
@@ -286,13 +308,18 @@ impl Dit {
     }
 
     /// The rotation of these groups; made when they are not those of the last time.
-    fn table(&self, last: &mut Option<(Vec<Group>, Rope)>, groups: &[Group]) -> Result<Rope> {
+    fn table(
+        &self,
+        last: &mut Option<(Vec<Group>, Rope)>,
+        groups: &[Group],
+        part: impl FnOnce(Tensor) -> Result<Tensor>,
+    ) -> Result<Rope> {
         if let Some((of, rope)) = last
             && of == groups
         {
             return Ok(rope.clone());
         }
-        let rope = self.stream_rope(groups)?;
+        let rope = Rope::from_table(part(self.stream_rope(groups)?.table().clone())?)?;
         *last = Some((groups.to_vec(), rope.clone()));
         Ok(rope)
     }
@@ -328,65 +355,111 @@ impl Dit {
         distance: usize,
         trace: &mut Trace,
     ) -> Result<Tensor> {
-        let speech = self.speech()?;
-        let c = &self.config;
-        let (_, frames, _, _) = x.dims4()?;
-        if self.grid(x)? != state.grid || frames != c.frames_per_block || audio.tokens.frames != frames {
+        let tokens = self.enter(state, x, cond)?;
+        let tokens = self.through(state, tokens, step, 0..self.blocks.len(), audio, distance, trace)?;
+        self.leave(state, &tokens, step, trace)
+    }
+
+    /// A block's latent as the tokens that the transformer's blocks pass on; on a rank that shares steps, its part of
+    /// them.
+    fn enter(&self, state: &StreamState, x: &Tensor, cond: Option<&Tensor>) -> Result<Tensor> {
+        let frames = x.dims4()?.1;
+        if self.grid(x)? != state.grid || frames != self.config.frames_per_block {
             return Err(Error::Input(format!(
-                "a block of {:?} with audio of {} latent frames does not belong to this stream of {} frames a block",
+                "a block of {:?} does not belong to this stream of {} frames a block",
                 x.dims(),
-                audio.tokens.frames,
-                c.frames_per_block
+                self.config.frames_per_block
             )));
         }
-        let schedule = state.schedule.clone();
-        let timing = schedule
-            .steps
-            .get(step)
-            .ok_or_else(|| Error::Input(format!("step {step} of a schedule of {} steps", schedule.steps())))?;
-        let (gh, gw) = state.grid;
-        let n = gh * gw;
-        let rows = state.rows();
-        if state.rings[step].is_none() {
-            state.rings[step] = Some(self.ring(state, rows, c.kv_frames * n)?);
-        }
-
         let base = match cond {
             Some(cond) => {
+                let speech = self.speech()?;
                 let mask = speech.mask.narrow(0, 0, 1)?;
                 &speech.cond.forward(cond)?.to_dtype(DType::F32)?.broadcast_add(&mask)?
             }
             None => &state.base,
         };
-        let tokens = (self.patch.forward(x)?.to_dtype(DType::F32)? + base)?.to_dtype(self.stream_type())?;
+        let tokens = (self.patch.forward(x)?.to_dtype(DType::F32)? + base)?;
+        self.own(state, tokens)?.to_dtype(self.stream_type()).map_err(Error::from)
+    }
+
+    /// The rows of a block's tokens that are computed here.
+    fn own(&self, state: &StreamState, rows: Tensor) -> Result<Tensor> {
+        match &state.share {
+            Some(share) => share.own(&rows),
+            None => Ok(rows),
+        }
+    }
+
+    /// Tokens through some of the transformer's blocks at one step.
+    fn through(
+        &self,
+        state: &mut StreamState,
+        tokens: Tensor,
+        step: usize,
+        blocks: Range<usize>,
+        audio: &BlockAudio,
+        distance: usize,
+        trace: &mut Trace,
+    ) -> Result<Tensor> {
+        let speech = self.speech()?;
+        let c = &self.config;
+        let frames = c.frames_per_block;
+        if audio.tokens.frames != frames {
+            return Err(Error::Input(format!(
+                "audio of {} latent frames does not belong to a block of {frames}",
+                audio.tokens.frames
+            )));
+        }
+        let schedule = state.schedule.clone();
+        let timing = schedule.of(step)?;
+        let (gh, gw) = state.grid;
+        let n = gh * gw;
+        let rows = state.rows();
+        if state.rings[step].is_none() {
+            state.rings[step] = Some(self.ring(state, blocks.clone(), rows, c.kv_frames * n)?);
+        }
+
         let p = state.position as i64;
         let groups = self.conditioning_groups(state, p, distance);
+        let share = state.share.as_ref();
         let [own, others] = &mut state.tables;
-        let rope = self.table(own, &[Group::frames(p, frames, gh, gw)])?;
+        let rope = self.table(own, &[Group::frames(p, frames, gh, gw)], |table| match share {
+            Some(share) => share.own(&table),
+            None => Ok(table),
+        })?;
         trace.see("rope_cos", &rope.cos()?);
         trace.see("rope_sin", &rope.sin()?);
         trace.see("merged_audio_emb", &audio.tokens.local.reshape((frames, (), c.dim))?);
         trace.see("audio_emb_global", &audio.tokens.global);
+        let shared;
+        let audio = match share {
+            Some(share) => {
+                shared = audio.over(share.tokens())?;
+                &shared
+            }
+            None => audio,
+        };
 
         let start = state.position * n;
         let size = c.kv_frames * n;
         let slot = Slot { at: rows + start % size, keys: rows + size.min(start + frames * n), card: None };
-        let runs = [frames * n];
-        let Some(ring) = state.rings[step].as_mut() else {
-            return Err(Error::Input("the stream has no ring".into()));
+        let runs = [tokens.dim(0)?];
+        let Some(ring) = state.rings[step].as_mut().filter(|r| r.blocks == blocks) else {
+            return Err(Error::Input("the stream has no ring for these blocks".into()));
         };
-        self.condition(&state.conditioning, ring, groups, others)?;
+        self.condition(&state.conditioning, ring, groups, others, share)?;
 
         let text = state.text.as_deref();
         let through = |x: Tensor, rope: &Rope, slot: &Slot, audio: &BlockAudio, trace: &mut Trace| -> Result<Tensor> {
             let mut x = Residual::new(x);
-            for (i, block) in self.blocks.iter().enumerate() {
+            for (i, memory) in blocks.clone().zip(&ring.layers) {
                 let text = text.and_then(|t| t.blocks.get(i));
                 trace.within(|| format!("blocks.{i}"));
-                block
+                self.blocks[i]
                     .bring(&self.device)?
                     .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| {
-                        a.remember(y, rope, &ring.layers[i], slot)
+                        a.remember(y, rope, memory, slot, share)
                     })
                     .at(|| format!("block {i}"))?;
                 trace.outside();
@@ -401,17 +474,28 @@ impl Dit {
             }
             x.into_tokens()
         };
-        let tokens = if matches!(self.device, Device::Cpu) {
-            through(tokens, &rope, &slot, audio, trace)?
-        } else {
-            let desk = Desk::lay(&mut state.desk, &tokens, &rope, &slot, audio)?;
-            let graphs = state.graphs && !trace.on() && !self.travels();
-            ring.replay.run(&self.device, graphs, || {
-                through(desk.tokens.clone(), &desk.rope, &desk.slot, &desk.audio, trace).map(drop)
-            })?;
-            desk.tokens.clone()
+        if matches!(self.device, Device::Cpu) {
+            return through(tokens, &rope, &slot, audio, trace);
+        }
+        let desk = Desk::lay(&mut state.desk, &tokens, &rope, &slot, frames * n, audio)?;
+        // What ranks say to each other is not recorded.
+        let graphs = state.graphs && share.is_none() && !trace.on() && !self.travels();
+        ring.replay.run(&self.device, graphs, || {
+            through(desk.tokens.clone(), &desk.rope, &desk.slot, &desk.audio, trace).map(drop)
+        })?;
+        Ok(desk.tokens.clone())
+    }
+
+    /// What the head makes of the tokens: `[16, frames, h, w]` f32.
+    fn leave(&self, state: &StreamState, tokens: &Tensor, step: usize, trace: &mut Trace) -> Result<Tensor> {
+        let timing = state.schedule.of(step)?;
+        let ((gh, gw), frames) = (state.grid, self.config.frames_per_block);
+        let reference = state.reference.clone().map(|r| self.own(state, r)).transpose()?;
+        let patches = self.head.forward(tokens, &timing.head, &[tokens.dim(0)?], reference.as_ref()).at(|| "head")?;
+        let patches = match &state.share {
+            Some(share) => share.all(patches)?,
+            None => patches,
         };
-        let patches = self.head.forward(&tokens, &timing.head, &runs, state.reference.as_ref()).at(|| "head")?;
         trace.see("head", &patches);
         self.head.unpatch(&patches, frames, gh, gw)
     }
@@ -424,17 +508,20 @@ impl Dit {
         ring: &mut Ring,
         groups: Vec<Group>,
         table: &mut Option<(Vec<Group>, Rope)>,
+        share: Option<&Share>,
     ) -> Result<()> {
+        let heads = |t: Tensor| share.map_or(Ok(t.clone()), |s| s.columns(&t, self.config.head()));
+        let layers = || ring.layers.iter().zip(&kept[ring.blocks.clone()]);
         let moved = Moved::between(ring.conditioning.as_deref(), &groups);
         if let Some(m) = &moved {
-            let turned = self.table(table, &groups[m.groups.clone()])?;
-            for (memory, kept) in ring.layers.iter().zip(kept) {
-                memory.place_keys(&kept.k.narrow(0, m.row, turned.tokens())?, &turned, m.row)?;
+            let turned = self.table(table, &groups[m.groups.clone()], Ok)?;
+            for (memory, kept) in layers() {
+                memory.place_keys(&heads(kept.k.narrow(0, m.row, turned.tokens())?)?, &turned, m.row)?;
             }
         }
         if ring.conditioning.is_none() {
-            for (memory, kept) in ring.layers.iter().zip(kept) {
-                memory.place_values(&kept.v, 0)?;
+            for (memory, kept) in layers() {
+                memory.place_values(&heads(kept.v.clone())?, 0)?;
             }
         }
         ring.conditioning = Some(groups);
@@ -451,27 +538,84 @@ impl Dit {
         cond: Option<&Tensor>,
         distance: &[usize],
     ) -> Result<Tensor> {
-        let schedule = state.schedule.clone();
-        let mut x = noise.to_dtype(DType::F32)?;
-        for step in 0..schedule.steps() {
-            let rho = distance.get(step).or(distance.last()).copied().unwrap_or(REFERENCE_TIME as usize);
-            let out =
-                self.forward(state, &x, step, audio, cond, rho, &mut Trace::off()).at(|| format!("step {step}"))?;
-            x = match self.config.prediction {
-                Prediction::Velocity => schedule.euler.step(step, &x, &out)?,
-                Prediction::Sample => schedule.euler.step_to_sample(step, &x, &out)?,
-            };
-        }
+        let way = self.way(state.steps());
+        let begin = Halfway { latent: noise.to_dtype(DType::F32)?, tokens: None };
+        let end = self.travel(state, begin, way, audio, cond, distance, &mut quiet)?;
         state.advance(self.config.frames_per_block);
-        Ok(x)
+        Ok(end.latent)
     }
 
-    fn ring(&self, state: &StreamState, conditioning: usize, rows: usize) -> Result<Ring> {
-        let mut layers = Vec::with_capacity(self.blocks.len());
-        for (block, kept) in self.blocks.iter().zip(&state.conditioning) {
-            layers.push(block.kept().own.memory(kept, conditioning + rows, HEADROOM)?);
+    /// From now on this rank computes its share of every step of a stream, with the other ranks of `team`; before the
+    /// first block.
+    ///
+    /// # Errors
+    /// More ranks than heads or tokens.
+    pub fn share(&self, state: &mut StreamState, link: Arc<dyn Link>, team: Range<usize>) -> Result<()> {
+        let (frames, tokens) = (self.config.frames_per_block, state.grid.0 * state.grid.1);
+        state.share = Some(Share::new(link, team, self.config.num_heads, frames, tokens)?);
+        Ok(())
+    }
+
+    /// A block's whole way, as [`Dit::travel`] counts it.
+    pub fn way(&self, steps: usize) -> Range<usize> {
+        0..steps * self.blocks.len()
+    }
+
+    /// A part of a block's way from noise to latent. The way is counted in blocks of the transformer through all steps:
+    /// block `i` of step `s` is `s · num_layers + i`, so that several devices can share it, cut anywhere; a step's rings
+    /// are where its blocks are. `probe` sees `x_in` before and `pred` after every step that begins or ends here. Going
+    /// on to the next block is the caller's.
+    pub fn travel(
+        &self,
+        state: &mut StreamState,
+        mut on: Halfway,
+        way: Range<usize>,
+        audio: &BlockAudio,
+        cond: Option<&Tensor>,
+        distance: &[usize],
+        probe: Probe,
+    ) -> Result<Halfway> {
+        let (layers, schedule) = (self.blocks.len(), state.schedule.clone());
+        let mut at = way.start;
+        while at < way.end {
+            let (step, first) = (at / layers, at % layers);
+            let last = layers.min(first + (way.end - at));
+            at += last - first;
+            let rho = distance.get(step).or(distance.last()).copied().unwrap_or(REFERENCE_TIME as usize);
+            let mut part = || -> Result<()> {
+                let tokens = match (first, on.tokens.take()) {
+                    (0, None) => {
+                        probe("x_in", &on.latent);
+                        self.enter(state, &on.latent, cond)?
+                    }
+                    (1.., Some(tokens)) => tokens,
+                    _ => return Err(Error::Input(format!("a block is not at block {first} of the transformer"))),
+                };
+                let tokens = self.through(state, tokens, step, first..last, audio, rho, &mut Trace::off())?;
+                if last < layers {
+                    on.tokens = Some(tokens);
+                    return Ok(());
+                }
+                let out = self.leave(state, &tokens, step, &mut Trace::off())?;
+                probe("pred", &out);
+                on.latent = match self.config.prediction {
+                    Prediction::Velocity => schedule.euler.step(step, &on.latent, &out)?,
+                    Prediction::Sample => schedule.euler.step_to_sample(step, &on.latent, &out)?,
+                };
+                Ok(())
+            };
+            part().at(|| format!("step {step}"))?;
         }
-        Ok(Ring { layers, replay: Replay::default(), conditioning: None, rows })
+        Ok(on)
+    }
+
+    fn ring(&self, state: &StreamState, blocks: Range<usize>, conditioning: usize, rows: usize) -> Result<Ring> {
+        let columns = state.share.as_ref().map_or(self.config.dim, |s| s.heads().len() * self.config.head());
+        let mut layers = Vec::with_capacity(blocks.len());
+        for (block, kept) in self.blocks[blocks.clone()].iter().zip(&state.conditioning[blocks.clone()]) {
+            layers.push(block.kept().own.memory(kept, (conditioning + rows, columns), HEADROOM)?);
+        }
+        Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows })
     }
 }
 

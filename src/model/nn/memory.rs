@@ -48,10 +48,10 @@ impl Slot {
 const TILE: usize = 128;
 
 impl Memory {
-    /// Room for `rows` keys and values in the element type of `values` (`[n, dim]`), or in e4m3 if `fp8`. e4m3 values are
-    /// scaled once and for all by the largest of `values`, with room above it for values `headroom` times as large.
-    pub fn new(values: &Tensor, rows: usize, fp8: bool, headroom: f64) -> Result<Self> {
-        let (_, dim) = values.dims2()?;
+    /// Room for `[rows, dim]` keys and values in the element type of `values` (`[n, all]`), or in e4m3 if `fp8`. e4m3
+    /// values are scaled once and for all by the largest of `values`, with room above it for values `headroom` times as
+    /// large; memories of some of the heads (`dim` below `all`) have one scale that way.
+    pub fn new(values: &Tensor, (rows, dim): (usize, usize), fp8: bool, headroom: f64) -> Result<Self> {
         let device = values.device();
         let rows = if matches!(device, Device::Cpu) { rows } else { rows.next_multiple_of(TILE) };
         let dtype = if fp8 { DType::F8E4M3 } else { values.dtype() };
@@ -124,6 +124,57 @@ impl Memory {
         self.k.slice_set(&norm::rms_norm_rotate(k, weights[1], eps, rope)?.to_dtype(self.k.dtype())?, 0, slot.at)?;
         self.v.slice_set(&v.contiguous()?, 0, slot.at)?;
         Ok(queries)
+    }
+
+    /// Queries, keys and values of [`Memory::store`], ready but stored nowhere: for ranks that exchange them first.
+    pub fn ready(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        weights: [&Tensor; 2],
+        eps: f64,
+        rope: &Rope,
+    ) -> Result<[Tensor; 3]> {
+        #[cfg(feature = "cuda")]
+        if self.fused(q, rope.head()) {
+            let empty = || cuda::empty(q.device(), q.shape(), self.k.dtype());
+            let out = [empty()?, empty()?, empty()?];
+            let lane = |input, weight, rotate, out, unit| cuda::rows::Lane {
+                input,
+                weight,
+                rotate,
+                out,
+                unit,
+                slot: false,
+            };
+            let lanes = [
+                lane(q, Some(weights[0]), true, &out[0], None),
+                lane(k, Some(weights[1]), true, &out[1], None),
+                lane(v, None, false, &out[2], self.units.as_ref()),
+            ];
+            cuda::rows::norm_rotate(&lanes, Some(rope.table()), None, eps)?;
+            return Ok(out);
+        }
+        Ok([
+            norm::rms_norm_rotate(q, weights[0], eps, rope)?,
+            norm::rms_norm_rotate(k, weights[1], eps, rope)?.to_dtype(self.k.dtype())?,
+            v.contiguous()?.to_dtype(self.v.dtype())?,
+        ])
+    }
+
+    /// Keys and values that are ready, stored from `row` on.
+    pub fn keep(&self, k: &Tensor, v: &Tensor, row: usize) -> Result<()> {
+        self.k.slice_set(k, 0, row)?;
+        Ok(self.v.slice_set(v, 0, row)?)
+    }
+
+    /// Rows that [`Memory::attend`] gave in e4m3, cut or put together since, with their units.
+    pub fn scaled(&self, stored: Tensor) -> Result<Rows> {
+        #[cfg(feature = "cuda")]
+        if let Some(units) = &self.units {
+            let units = units.of_rows(stored.dim(0)?)?;
+            return Ok(Rows::Scaled { stored, units });
+        }
+        Ok(Rows::Plain(stored))
     }
 
     /// Keys that are normed but not turned, turned and stored from `row` on.

@@ -120,7 +120,7 @@ fn memory(device: &Device) {
             let rope64 = Rope::from_table(table).unwrap();
             let part = |t: &Tensor, i: usize| t.narrow(1, i * width, width).unwrap();
             let values = part(&all, 2).contiguous().unwrap();
-            let memory = Memory::new(&values, 3 * rows + 2, fp8, 1.0).unwrap();
+            let memory = Memory::new(&values, (3 * rows + 2, values.dims()[1]), fp8, 1.0).unwrap();
             let slot = Slot { at: rows + 1, keys: 2 * rows + 1, card: None }.on(device, rows).unwrap();
             let q =
                 memory.store([&part(&all, 0), &part(&all, 1), &part(&all, 2)], [&wq, &wk], 1e-6, &rope, &slot).unwrap();
@@ -273,7 +273,7 @@ fn card_attention() {
         let got = attention::attention(&q, &k, &v, heads, 1, Some(&valid), None).unwrap();
         close(&what, &got, &want, 8e-3);
 
-        let memory = Memory::new(&v, keys, true, 4.0).unwrap();
+        let memory = Memory::new(&v, (keys, v.dims()[1]), true, 4.0).unwrap();
         memory.place(&k, &v).unwrap();
         let ones = Tensor::ones(dim, DType::BF16, &device).unwrap();
         let q8 = memory.queries(&q, &ones, 1e-6).unwrap();
