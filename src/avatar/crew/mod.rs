@@ -178,8 +178,15 @@ impl Crew {
         let stages = layout.stages.len();
         let depth = stages + usize::from(layout.stage_of(decoder).is_none()) + 1;
         let (made, pictures) = sync_channel(depth);
-        let opening =
-            Arc::new(Opening { layout: Arc::new(layout), reference, motion, text, euler, watch, made: Mutex::new(None) });
+        let opening = Arc::new(Opening {
+            layout: Arc::new(layout),
+            reference,
+            motion,
+            text,
+            euler,
+            watch,
+            made: Mutex::new(None),
+        });
         *opening.made.lock().unwrap_or_else(|e| e.into_inner()) = Some(made);
         let id = unique();
         let line = Line {

@@ -49,9 +49,7 @@ impl Schedule {
     }
 
     fn of(&self, step: usize) -> Result<&Timing> {
-        self.steps
-            .get(step)
-            .ok_or_else(|| Error::Input(format!("step {step} of a schedule of {} steps", self.steps())))
+        self.steps.get(step).ok_or_else(|| Error::Input(format!("step {step} of a schedule of {} steps", self.steps())))
     }
 }
 

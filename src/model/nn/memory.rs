@@ -127,25 +127,13 @@ impl Memory {
     }
 
     /// Queries, keys and values of [`Memory::store`], ready but stored nowhere: for ranks that exchange them first.
-    pub fn ready(
-        &self,
-        [q, k, v]: [&Tensor; 3],
-        weights: [&Tensor; 2],
-        eps: f64,
-        rope: &Rope,
-    ) -> Result<[Tensor; 3]> {
+    pub fn ready(&self, [q, k, v]: [&Tensor; 3], weights: [&Tensor; 2], eps: f64, rope: &Rope) -> Result<[Tensor; 3]> {
         #[cfg(feature = "cuda")]
         if self.fused(q, rope.head()) {
             let empty = || cuda::empty(q.device(), q.shape(), self.k.dtype());
             let out = [empty()?, empty()?, empty()?];
-            let lane = |input, weight, rotate, out, unit| cuda::rows::Lane {
-                input,
-                weight,
-                rotate,
-                out,
-                unit,
-                slot: false,
-            };
+            let lane =
+                |input, weight, rotate, out, unit| cuda::rows::Lane { input, weight, rotate, out, unit, slot: false };
             let lanes = [
                 lane(q, Some(weights[0]), true, &out[0], None),
                 lane(k, Some(weights[1]), true, &out[1], None),

@@ -107,8 +107,7 @@ impl Layout {
         }
         let ways = fill(high).unwrap_or_else(|| vec![0..units]);
         let last = ways.len() - 1;
-        let stages: Vec<Stage> =
-            ways.into_iter().enumerate().map(|(i, way)| Stage { ranks: i..i + 1, way }).collect();
+        let stages: Vec<Stage> = ways.into_iter().enumerate().map(|(i, way)| Stage { ranks: i..i + 1, way }).collect();
         let mut layout = Layout { stages, decoder: last, blocks };
         if layout.period(costs) > high + 1e-6 {
             layout.decoder = last + 1;

@@ -16,9 +16,9 @@ mod link;
 mod share;
 
 pub use layout::{Costs, Layout, Split, Stage};
+pub use link::{Breaker, Link, connect, in_process};
 #[cfg(feature = "cuda")]
 pub(crate) use link::{Ends, mesh};
-pub use link::{Breaker, Link, connect, in_process};
 pub use share::Share;
 
 /// The part of `total` things that member `i` of `of` has: all parts are as large as each other, or one larger.

@@ -321,11 +321,7 @@ fn on_ranks(g: &Golden) -> Result<Vec<(Got, Layout)>, Box<dyn std::error::Error>
             let noise = g.input(&format!("noise.{}", number / blocks))?;
             let part = voice.part(number * per_block * 4, per_block * 4)?;
             let rho: Vec<usize> = distance.iter().map(|d| d[number] as usize).collect();
-            line.submit(
-                Box::new(move |_| Ok(part)),
-                noise.narrow(1, number % blocks * per_block, per_block)?,
-                &rho,
-            )?;
+            line.submit(Box::new(move |_| Ok(part)), noise.narrow(1, number % blocks * per_block, per_block)?, &rho)?;
             most = most.max(line.under_way());
         }
         while line.next(true)?.is_some() {}
