@@ -12,7 +12,6 @@ mod intake;
 mod liveliness;
 mod noise;
 pub mod pocket;
-pub mod pose;
 pub mod s2v;
 pub mod speakers;
 pub mod studio;
@@ -72,6 +71,9 @@ pub struct OpenOptions {
     pub negative_prompt: Option<String>,
     /// A pose to follow ([`crate::codec::pose`]), for models that can: its picture k belongs to frame k.
     pub pose: Option<std::path::PathBuf>,
+    /// Several speakers, for models that can: a mask each over the portrait, white where the speaker is. Speech of
+    /// speaker k comes by [`Stream::push_to`].
+    pub masks: Vec<Portrait>,
     /// Whether frames shall come with a matte, as far as the engine has one ([`Geometry::matte`]).
     pub matte: MatteWish,
 }
@@ -97,6 +99,7 @@ impl Default for OpenOptions {
             prompt: None,
             negative_prompt: None,
             pose: None,
+            masks: Vec::new(),
             matte: MatteWish::default(),
         }
     }
@@ -108,6 +111,11 @@ pub trait Generator: Send {
     /// Geometry of the face this picture would give: another one where the model follows a picture's proportions.
     fn geometry_for(&self, _portrait: &Portrait) -> Geometry {
         self.geometry()
+    }
+    /// Frames of a video of a model that hears nothing and makes one video by itself; `None`: as many as the speech is
+    /// long.
+    fn frames(&self) -> Option<u64> {
+        None
     }
     /// Prepares a face (encodes the portrait, fills the conditioning caches).
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>>;
@@ -122,6 +130,17 @@ pub trait Generator: Send {
 pub trait Stream: Send {
     /// Appends speech; never computes more than features that are cheap.
     fn push(&mut self, audio: &AudioBlock) -> Result<()>;
+    /// Appends speech of one of several speakers ([`OpenOptions::masks`]), counted from zero. A block is made when all
+    /// speakers' speech for it is here.
+    ///
+    /// # Errors
+    /// There are not so many speakers.
+    fn push_to(&mut self, speaker: usize, audio: &AudioBlock) -> Result<()> {
+        match speaker {
+            0 => self.push(audio),
+            _ => Err(AvatarError::Options("this face has one speaker".into())),
+        }
+    }
     /// The next block, or `None`: more audio, please.
     fn pull(&mut self) -> Result<Option<FrameBlock>>;
     /// An interruption: forgets speech of which no block was made, so that what is pushed next, continuing in time from

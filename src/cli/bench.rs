@@ -44,7 +44,8 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let threads = if args.engine == Choice::S2v { vec![0] } else { args.threads };
     let mut runs = Vec::new();
     for threads in threads {
-        let wanted = Wanted { choice: args.engine, threads, large: large.clone(), watcher: loading::shown() };
+        let wanted =
+            Wanted { choice: args.engine, threads, large: large.clone(), watcher: loading::shown(), silent: false };
         for &steps in &steps {
             runs.push(measure(&wanted, steps, args.seconds)?);
         }

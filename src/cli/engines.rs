@@ -1,7 +1,7 @@
 //! The engines a command can be pointed at, and where their faces come from.
 
 use crate::{
-    avatar::{self, Generator, s2v},
+    avatar::{self, Generator, base, s2v},
     codec::picture::{PictureLimits, decode_portrait},
     media::Portrait,
 };
@@ -15,7 +15,7 @@ pub(super) enum Choice {
     Pocket,
     /// A test card with a time code and a level meter; no model.
     Card,
-    /// The large model (Wan2.2-S2V, LiveAvatar) from a checkpoint on disk.
+    /// The large model (Wan2.2-S2V, LiveAvatar; for `generate` the base family, too) from a checkpoint on disk.
     S2v,
 }
 
@@ -28,6 +28,8 @@ pub(super) struct Wanted {
     /// Used by the large engine only.
     pub(super) large: s2v::Config,
     pub(super) watcher: s2v::Watcher,
+    /// Whether the large model is one that hears nothing ([`base::makes`]).
+    pub(super) silent: bool,
 }
 
 impl Choice {
@@ -45,6 +47,7 @@ pub(super) fn load(wanted: &Wanted, prompts: &[String]) -> anyhow::Result<Box<dy
     match wanted.choice {
         Choice::Pocket => Ok(avatar::pocket::load(wanted.threads)?),
         Choice::Card => Ok(avatar::test_card()),
+        Choice::S2v if wanted.silent => Ok(base::load(&wanted.large, prompts, wanted.watcher.clone())?),
         Choice::S2v => Ok(s2v::load(&wanted.large, prompts, wanted.watcher.clone())?),
     }
 }
@@ -55,15 +58,20 @@ pub(super) fn portrait(
     presenter: Option<&str>,
     generator: &dyn Generator,
 ) -> anyhow::Result<Portrait> {
-    let limits = PictureLimits::default();
     if let Some(path) = image {
-        let bytes = crate::codec::audio_file::read_bytes(path, limits.bytes as u64 + 1)?;
-        return decode_portrait(&bytes, &limits).with_context(|| path.display().to_string());
+        return picture(path);
     }
     let Some(id) = presenter else { return Ok(generator.sample_portrait()) };
     let Some(found) = avatar::presenters().iter().find(|p| p.id == id) else {
         let ids: Vec<&str> = avatar::presenters().iter().map(|p| p.id).collect();
         bail!("there is no presenter `{id}`; there are {}", ids.join(", "));
     };
-    decode_portrait(found.png, &limits).with_context(|| format!("presenter {id}"))
+    decode_portrait(found.png, &PictureLimits::default()).with_context(|| format!("presenter {id}"))
+}
+
+/// A picture file.
+pub(super) fn picture(path: &Path) -> anyhow::Result<Portrait> {
+    let limits = PictureLimits::default();
+    let bytes = crate::codec::audio_file::read_bytes(path, limits.bytes as u64 + 1)?;
+    decode_portrait(&bytes, &limits).with_context(|| path.display().to_string())
 }

@@ -8,6 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// What is under way, in words.
+fn doing(what: &str) -> String {
+    if what == Loading::STEPS { "denoising".into() } else { format!("loading the {what}") }
+}
+
 /// Nobody looks.
 pub(super) fn unwatched() -> Watcher {
     Arc::new(|_| {})
@@ -26,7 +31,7 @@ pub(super) fn shown() -> Watcher {
             if let Ok(style) = ProgressStyle::with_template("{msg} {bar:32} {percent} %, {elapsed} gone, {eta} left") {
                 bar.set_style(style);
             }
-            bar.set_message(format!("loading the {what}"));
+            bar.set_message(doing(what));
             *bars = Some((what, bar));
         }
         if let Some((_, bar)) = bars.as_ref() {
@@ -57,14 +62,17 @@ fn lines(say: impl Fn(String) + Send + Sync + 'static) -> Watcher {
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         if done == 0 {
             *state = Some(State { what, began: now, next: now + EVERY });
-            say(format!("loading the {what}: {:.1} million parameters", total as f64 / 1e6));
+            say(match what {
+                Loading::STEPS => format!("denoising: {total} steps"),
+                _ => format!("loading the {what}: {:.1} million parameters", total as f64 / 1e6),
+            });
         }
         let Some(state) = state.as_mut().filter(|s| s.what == what) else { return };
         if done >= total {
-            say(format!("loaded the {what} in {:.1} s", (now - state.began).as_secs_f64()));
+            say(format!("{}: done in {:.1} s", doing(what), (now - state.began).as_secs_f64()));
         } else if now >= state.next {
             state.next = now + EVERY;
-            say(format!("loading the {what}: {:.0} %", 100.0 * done as f64 / total.max(1) as f64));
+            say(format!("{}: {:.0} %", doing(what), 100.0 * done as f64 / total.max(1) as f64));
         }
     })
 }

@@ -9,6 +9,7 @@ mod edits;
 pub mod fragments;
 mod h264;
 pub mod marks;
+mod movie;
 pub mod mp4;
 mod opus;
 pub mod picture;

@@ -1,4 +1,4 @@
-//! MP4 files: H.264 video beside an Opus voice, index in front, whole or not there at all.
+//! MP4 files: H.264 video, beside an Opus voice if there is one, index in front, whole or not there at all.
 //!
 //! The file is written under a temporary name beside its target and renamed when it is complete; dropping an
 //! unfinished [`Mp4Writer`] removes it. The boxes are accounted by `shiguredo_mp4`; what it leaves open is added here:
@@ -56,8 +56,8 @@ pub struct Mp4Spec {
     pub fps: u32,
     /// Expected length; only reserves room for the index.
     pub expected: MediaTime,
-    /// Samples at 48 kHz that the Opus encoder puts before the voice.
-    pub pre_skip: u16,
+    /// Samples at 48 kHz that the Opus encoder puts before the voice; `None`: a video without sound.
+    pub pre_skip: Option<u16>,
     /// Who made it, and when (RFC 3339): written as XMP.
     pub mark: Mark,
     pub when: String,
@@ -186,6 +186,10 @@ impl Mp4Writer {
         Ok(())
     }
 
+    fn pre_skip(&self) -> u16 {
+        self.spec.pre_skip.unwrap_or(0)
+    }
+
     fn flush_video(&mut self, keep: usize) -> Result<()> {
         let run = self.video.take_but(keep);
         let entry = self.parameters.entry(self.spec.width, self.spec.height)?;
@@ -194,7 +198,7 @@ impl Mp4Writer {
 
     fn flush_voice(&mut self, keep: usize) -> Result<()> {
         let run = self.voice.take_but(keep);
-        let entry = voice_entry(self.spec.pre_skip);
+        let entry = voice_entry(self.pre_skip());
         self.flush(TrackKind::Audio, VOICE_SCALE, entry, &run)
     }
 
@@ -232,7 +236,9 @@ impl Mp4Writer {
         last.1 = length - start_of_last;
         self.flush_video(0)?;
         let heard = length.units(VOICE_SCALE).max(0) as u64;
-        let Some(padding) = self.voice_samples.checked_sub(heard + u64::from(self.spec.pre_skip)) else {
+        let silent = if self.spec.pre_skip.is_none() { heard } else { 0 };
+        let voice = self.voice_samples + silent;
+        let Some(padding) = voice.checked_sub(heard + u64::from(self.pre_skip())) else {
             return Err(Mp4Error::Stream("its voice is shorter than the video"));
         };
         if let Some(last) = self.voice.samples.last_mut() {
@@ -247,7 +253,7 @@ impl Mp4Writer {
         let done = self.muxer.finalize().map_err(|e| index(&e))?;
         let mut moov = done.moov_box().clone();
         let media_head = done.offset_and_bytes_pairs().last().map(|(at, bytes)| (at, bytes.to_vec()));
-        complete(&mut moov, heard, self.spec.pre_skip, length);
+        complete(&mut moov, heard, self.pre_skip(), length);
         let moov = moov.encode_to_vec().map_err(|e| index(&e))?;
         let brands = vec![Brand::ISOM, Brand::ISO2, Brand::AVC1, Brand::MP41];
         let ftyp = FtypBox { major_brand: Brand::ISOM, minor_version: 512, compatible_brands: brands };

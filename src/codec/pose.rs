@@ -1,7 +1,10 @@
-//! A pose video as the large engine takes it: pictures at 16 a second, from a folder of pictures in the order of their
-//! names, or from uncompressed video (Y4M, which every converter writes: `ffmpeg -i pose.mp4 pose.y4m`).
+//! A pose video as the large engine takes it: pictures at 16 a second, from MP4 with H.264, from a folder of pictures in the
+//! order of their names, or from uncompressed video (Y4M, which every converter writes: `ffmpeg -i VIDEO pose.y4m`).
 
-use super::picture::{PictureLimits, decode_portrait};
+use super::{
+    movie::{Movie, Planes, is_mp4},
+    picture::{PictureLimits, decode_portrait},
+};
 use crate::media::Portrait;
 use std::{
     collections::VecDeque,
@@ -31,14 +34,15 @@ pub struct PoseFile {
 
 enum Kind {
     Folder(VecDeque<PathBuf>),
+    Movie { movie: Box<Movie>, every: usize, read: usize },
     Video { file: BufReader<File>, width: usize, height: usize, every: usize, read: usize },
 }
 
 impl PoseFile {
-    /// Opens a folder or a Y4M file (4:2:0, 8 bits).
+    /// Opens a folder, an MP4 file (H.264) or a Y4M file (4:2:0, 8 bits).
     ///
     /// # Errors
-    /// It is neither, or is empty.
+    /// It is none of these, or is empty.
     pub fn open(path: &Path) -> Result<PoseFile, PoseError> {
         let wrong = |why: String| PoseError { path: path.display().to_string(), why };
         if path.is_dir() {
@@ -56,10 +60,15 @@ impl PoseFile {
             return Ok(PoseFile { path: path.into(), kind: Kind::Folder(names.into()) });
         }
         let mut file = BufReader::new(File::open(path).map_err(|e| wrong(format!("cannot be opened: {e}")))?);
+        if is_mp4(file.fill_buf().map_err(|e| wrong(e.to_string()))?) {
+            let movie = Box::new(Movie::open(file.into_inner()).map_err(wrong)?);
+            let every = every(movie.fps);
+            return Ok(PoseFile { path: path.into(), kind: Kind::Movie { movie, every, read: 0 } });
+        }
         let header = line(&mut file).map_err(|e| wrong(e.to_string()))?;
         let mut words = header.split(' ');
         if words.next() != Some("YUV4MPEG2") {
-            return Err(wrong("is no Y4M video; convert it: ffmpeg -i VIDEO -pix_fmt yuv420p pose.y4m".into()));
+            return Err(wrong("is neither MP4 nor Y4M; convert it: ffmpeg -i VIDEO -c:v libx264 pose.mp4".into()));
         }
         let (mut width, mut height, mut fps) = (0, 0, 25.0);
         for word in words {
@@ -80,8 +89,8 @@ impl PoseFile {
         if !(2..=LONGEST).contains(&width) || !(2..=LONGEST).contains(&height) || !(fps > 0.0 && fps < 1000.0) {
             return Err(wrong(format!("tells {width}x{height} at {fps} frames a second, which cannot be")));
         }
-        let every = (fps / f64::from(POSE_RATE)).round().max(1.0) as usize;
-        Ok(PoseFile { path: path.into(), kind: Kind::Video { file, width, height, every, read: 0 } })
+        let kind = Kind::Video { file, width, height, every: every(fps), read: 0 };
+        Ok(PoseFile { path: path.into(), kind })
     }
 
     /// The next picture, `None` after the last.
@@ -100,6 +109,13 @@ impl PoseFile {
                 let picture = decode_portrait(&bytes, &limits);
                 picture.map(Some).map_err(|e| wrong(format!("{}: {e}", name.display())))
             }
+            Kind::Movie { movie, every, read } => loop {
+                let Some(Planes { width, height, bytes }) = movie.next().map_err(&wrong)? else { return Ok(None) };
+                *read += 1;
+                if (*read - 1) % *every == 0 {
+                    return Ok(Some(colours(&bytes, width, height)));
+                }
+            },
             Kind::Video { file, width, height, every, read } => loop {
                 if file.fill_buf().map_err(|e| wrong(e.to_string()))?.is_empty() {
                     return Ok(None);
@@ -117,6 +133,11 @@ impl PoseFile {
             },
         }
     }
+}
+
+/// Every how many pictures one is shown, of so many a second.
+fn every(fps: f64) -> usize {
+    (fps / f64::from(POSE_RATE)).round_ties_even().max(1.0) as usize
 }
 
 /// A line without its end; at most [`LONGEST`] bytes.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use loquent::{
-    avatar::base::{BaseSettings, Expert, Experts, Start, latents, noise, output_size},
+    avatar::base::{BaseSettings, Expert, Experts, Start, best_size, latents, noise, output_size},
     model::{
         dit::{Config, Dit},
         vae::{Kind, WanVae},
@@ -67,59 +67,76 @@ fn values(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// Two experts in memory, and who was asked.
+struct Pair {
+    low: Expert,
+    high: Expert,
+    asked: Vec<bool>,
+}
+
+impl Experts for Pair {
+    fn config(&self) -> &Config {
+        self.low.dit.config()
+    }
+
+    fn ask(&mut self, high: bool) -> loquent::model::Result<Expert> {
+        self.asked.push(high);
+        Ok(if high { self.high.clone() } else { self.low.clone() })
+    }
+}
+
 #[test]
 fn experts_share_the_noise_levels_at_the_boundary() {
     let c = config("t2v", 16, 16);
-    let both = Experts::Two { low: expert(&c, 1), high: expert(&c, 2) };
     let s = BaseSettings::t2v_a14b();
     for (t, high, guidance) in [(999.0, true, 4.0), (875.0, true, 4.0), (874.0, false, 3.0), (1.0, false, 3.0)] {
-        let (asked, g) = both.at(t, &s);
-        let Experts::Two { low, high: h } = &both else { unreachable!() };
-        assert!(Arc::ptr_eq(&asked.dit, if high { &h.dit } else { &low.dit }), "t {t}");
-        assert_eq!(g, guidance, "t {t}");
+        assert_eq!(s.at(t), (high, guidance), "t {t}");
     }
-    // both experts have a part in a video, and passes are two per step
+    // both experts have a part in a video, the one for high noise first, and passes are two per step
     let vae = vae(Kind::Wan21);
     let start = noise(9, (16, 3, 4, 6), &Device::Cpu).unwrap();
     let mut passes = 0;
-    let mut run = |experts: &Experts| {
+    let mut run = |experts: &mut dyn Experts| {
         let s = settings(BaseSettings::t2v_a14b(), 4);
         let mut probe = |name: &str, _: &Tensor| passes += usize::from(name == "pred");
         values(&latents(experts, &vae, &Start::Words, &s, &start, &mut probe).unwrap())
     };
-    let Experts::Two { low, high } = &both else { unreachable!() };
-    let (mixed, only_low, only_high) = (run(&both), run(&Experts::One(low.clone())), run(&Experts::One(high.clone())));
+    let mut both = Pair { low: expert(&c, 1), high: expert(&c, 2), asked: Vec::new() };
+    let mixed = run(&mut both);
+    let (only_low, only_high) = (run(&mut both.low), run(&mut both.high));
     assert!(mixed != only_low && mixed != only_high && mixed.iter().all(|v| v.is_finite()));
+    // shift 12 keeps the first of four steps above 0.875 for long
+    assert!(both.asked.is_sorted_by(|a, b| a >= b) && both.asked[0] && !both.asked[3], "{:?}", both.asked);
     assert_eq!(passes, 3 * 4 * 2);
 }
 
 #[test]
 fn i2v_hears_of_its_picture_and_needs_one() {
-    let e = Experts::One(expert(&config("i2v", 36, 16), 4));
+    let mut e = expert(&config("i2v", 36, 16), 4);
     let vae = vae(Kind::Wan21);
     let s = settings(BaseSettings::i2v_a14b(), 2);
     let start = noise(9, (16, 3, 4, 6), &Device::Cpu).unwrap();
     let picture = |v: f64| (Tensor::ones((3, 1, 32, 48), DType::F32, &Device::Cpu).unwrap() * v).unwrap();
-    let run = |p: &Tensor| values(&latents(&e, &vae, &Start::Picture(p), &s, &start, &mut |_, _| {}).unwrap());
+    let mut run = |p: &Tensor| values(&latents(&mut e, &vae, &Start::Picture(p), &s, &start, &mut |_, _| {}).unwrap());
     assert_ne!(run(&picture(0.5)), run(&picture(-0.5)));
-    let none = latents(&e, &vae, &Start::Words, &s, &start, &mut |_, _| {}).unwrap_err().to_string();
+    let none = latents(&mut e, &vae, &Start::Words, &s, &start, &mut |_, _| {}).unwrap_err().to_string();
     assert!(none.contains("needs a picture"), "{none}");
 }
 
 #[test]
 fn ti2v_keeps_the_given_frame_and_decodes() {
     let vae = vae(Kind::Wan22);
-    let e = Experts::One(expert(&config("ti2v", 48, 48), 5));
+    let mut e = expert(&config("ti2v", 48, 48), 5);
     let s = settings(BaseSettings::ti2v_5b(), 2);
     let start = noise(9, (48, 3, 4, 2), &Device::Cpu).unwrap();
     let picture = noise(3, (3, 1, 64, 32), &Device::Cpu).unwrap().tanh().unwrap();
-    let x = latents(&e, &vae, &Start::Picture(&picture), &s, &start, &mut |_, _| {}).unwrap();
+    let x = latents(&mut e, &vae, &Start::Picture(&picture), &s, &start, &mut |_, _| {}).unwrap();
     assert_eq!(values(&x.narrow(1, 0, 1).unwrap()), values(&vae.encode(&picture).unwrap()));
     assert_eq!(vae.decode(&x).unwrap().dims(), [3, 9, 64, 32]);
-    let free = latents(&e, &vae, &Start::Words, &s, &start, &mut |_, _| {}).unwrap();
+    let free = latents(&mut e, &vae, &Start::Words, &s, &start, &mut |_, _| {}).unwrap();
     assert_ne!(values(&free), values(&x));
     let wrong = BaseSettings { frames: 10, ..s };
-    assert!(latents(&e, &vae, &Start::Words, &wrong, &start, &mut |_, _| {}).is_err());
+    assert!(latents(&mut e, &vae, &Start::Words, &wrong, &start, &mut |_, _| {}).is_err());
 }
 
 #[test]
@@ -127,5 +144,10 @@ fn sizes_keep_the_aspect_in_whole_patches() {
     assert_eq!(output_size((1280, 720), 720 * 1280, 16).unwrap(), (720, 1280));
     assert_eq!(output_size((1000, 1000), 480 * 832, 16).unwrap(), (624, 624));
     assert_eq!(output_size((1280, 704), 704 * 1280, 32).unwrap(), (704, 1280));
+    // wan/utils/utils.py::best_output_size of the same arguments
+    assert_eq!(best_size((1280, 704), 704 * 1280, 32).unwrap(), (704, 1280));
+    assert_eq!(best_size((1000, 1000), 704 * 1280, 32).unwrap(), (928, 960));
+    assert_eq!(best_size((300, 500), 704 * 1280, 32).unwrap(), (1216, 736));
+    assert!(best_size((5, 5), 10, 32).is_err());
     assert!(output_size((0, 5), 1000, 16).is_err() && output_size((5, 5), 10, 16).is_err());
 }

@@ -7,26 +7,33 @@ use std::{
     time::Duration,
 };
 
-struct Folder(PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    fn new(name: &str) -> Folder {
+    pub(crate) fn new(name: &str) -> Folder {
         let path = std::env::temp_dir().join(format!("loquent-batch-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).unwrap();
         Folder(path)
     }
 
-    fn speech(&self, name: &str, seconds: f64) {
+    pub(crate) fn speech(&self, name: &str, seconds: f64) {
         let voice = |i: usize| (9000.0 * (i as f64 * 0.05).sin() * (i as f64 * 0.0007).sin()) as i16;
         let samples: Vec<i16> = (0..(seconds * 16_000.0) as usize).map(voice).collect();
         std::fs::write(self.0.join(name), wav(16_000, &samples)).unwrap();
     }
 
-    fn generate(&self, args: &[&str]) -> Command {
+    pub(crate) fn generate(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_loquent"));
         command.arg("generate").args(args).current_dir(&self.0);
         command
+    }
+
+    /// A random model in a folder of its name.
+    pub(crate) fn synth(&self, model: &str) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loquent"));
+        let made = command.args(["model", "synth", model, model]).current_dir(&self.0).output().unwrap();
+        assert!(made.status.success(), "{}", said(&made));
     }
 
     fn names(&self, of: &str) -> Vec<String> {
@@ -43,12 +50,12 @@ impl Drop for Folder {
     }
 }
 
-fn said(done: &Output) -> String {
+pub(crate) fn said(done: &Output) -> String {
     String::from_utf8_lossy(&done.stderr).to_string()
 }
 
 /// Width, height and frames of the picture, and that ffprobe finds nothing wrong with the file.
-fn probe(path: &Path) -> String {
+pub(crate) fn probe(path: &Path) -> String {
     let done = Command::new("ffprobe")
         .args(["-v", "error", "-count_frames", "-select_streams", "v", "-of", "csv=p=0"])
         .args(["-show_entries", "stream=width,height,r_frame_rate,nb_read_frames"])
@@ -135,9 +142,7 @@ fn a_killed_batch_goes_on_where_it_stopped() {
 fn the_large_engine_makes_files_from_a_folder() {
     let folder = Folder::new("large");
     folder.speech("in.wav", 1.2);
-    let model = ["model", "synth", "tiny", "tiny"];
-    let made = Command::new(env!("CARGO_BIN_EXE_loquent")).args(model).current_dir(&folder.0).output().unwrap();
-    assert!(made.status.success(), "{}", said(&made));
+    folder.synth("tiny");
     let looked = Command::new(env!("CARGO_BIN_EXE_loquent"))
         .args(["model", "inspect", "tiny"])
         .current_dir(&folder.0)

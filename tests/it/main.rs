@@ -8,6 +8,7 @@ mod config;
 mod conformance;
 mod engine;
 mod files;
+mod films;
 mod hostile;
 mod hub;
 mod net;

@@ -95,6 +95,9 @@ pub struct Config {
     pub clip_frames: Option<usize>,
     /// Clip mode only: begin with the picture itself.
     pub first_frame: bool,
+    /// Frames of a video of the base family, which is made by `generate` alone.
+    #[serde(skip)]
+    pub frames: Option<usize>,
     /// What wav2vec2 hears before and beyond the frames it hears for, milliseconds.
     pub audio_context_ms: u32,
     pub audio_ahead_ms: u32,
@@ -117,6 +120,7 @@ impl Default for Config {
             solver: None,
             clip_frames: None,
             first_frame: false,
+            frames: None,
             audio_context_ms: 8000,
             audio_ahead_ms: 320,
         }

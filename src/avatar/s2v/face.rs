@@ -30,13 +30,19 @@ pub(super) enum Way {
     Clip { face: Box<ClipStream>, pose: Option<Pose> },
 }
 
+/// One voice under way.
+pub(super) struct Speaker {
+    pub(super) ears: Ears,
+    pub(super) intake: Intake,
+}
+
 /// Everything one face remembers.
 pub(super) struct Face {
     pub(super) studio: Arc<Studio>,
     pub(super) geometry: Geometry,
     pub(super) way: Way,
-    pub(super) ears: Ears,
-    pub(super) intake: Intake,
+    /// One speaker, or several.
+    pub(super) speakers: Vec<Speaker>,
     pub(super) seed: u64,
     /// Shape of a block's noise: channels, latent frames, rows, columns.
     pub(super) noise: [usize; 4],
@@ -51,7 +57,10 @@ impl Face {
         let began = Instant::now();
         // Audio is counted in whole blocks; the first block's missing frames are the silence before the speech.
         let frames = self.geometry.block_frames as usize;
-        let features = self.ears.listen(&studio.hearing, &device, self.index * frames as u64, frames)?;
+        let first = self.index * frames as u64;
+        let heard = self.speakers.iter_mut().map(|s| s.ears.listen(&studio.hearing, &device, first, frames));
+        let heard = heard.collect::<model::Result<Vec<_>>>()?;
+        let features = if let [one] = &heard[..] { one.clone() } else { Tensor::cat(&heard, 0)? };
         let heard = settled(&device, began)?;
         let noise = normal(self.seed, self.index, self.noise.iter().product());
         let noise = Tensor::from_vec(noise, &self.noise, &Device::Cpu)?.to_device(&device)?;
@@ -85,14 +94,22 @@ fn settled(device: &Device, began: Instant) -> model::Result<Duration> {
 
 impl Stream for Face {
     fn push(&mut self, audio: &AudioBlock) -> Result<()> {
+        self.push_to(0, audio)
+    }
+
+    fn push_to(&mut self, speaker: usize, audio: &AudioBlock) -> Result<()> {
+        let count = self.speakers.len();
+        let Some(Speaker { ears, intake }) = self.speakers.get_mut(speaker) else {
+            return Err(AvatarError::Options(format!("there is no speaker {}; there are {count}", speaker + 1)));
+        };
         let mut clean = Vec::new();
-        self.intake.take(audio, &mut clean)?;
-        self.ears.push(&clean);
+        intake.take(audio, &mut clean)?;
+        ears.push(&clean);
         Ok(())
     }
 
     fn pull(&mut self) -> Result<Option<FrameBlock>> {
-        if !self.intake.allows(&self.geometry, self.index) {
+        if !self.speakers.iter().all(|s| s.intake.allows(&self.geometry, self.index)) {
             return Ok(None);
         }
         let index = self.index;
@@ -100,8 +117,9 @@ impl Stream for Face {
             self.block().map_err(|e| AvatarError::Device { block: index, stage: "generation", source: e.into() })?;
         let g = &self.geometry;
         let first = g.first_frame(index);
+        let origin = self.speakers.first().map_or(MediaTime::ZERO, |s| s.intake.origin());
         let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
-            at: self.intake.origin() + MediaTime::from_units(first as i64 + i as i64, g.fps),
+            at: origin + MediaTime::from_units(first as i64 + i as i64, g.fps),
             width: g.width,
             height: g.height,
             rgb,
@@ -113,14 +131,14 @@ impl Stream for Face {
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.intake.finish();
+        self.speakers.iter_mut().for_each(|s| s.intake.finish());
         Ok(())
     }
 }
 
 impl Drop for Face {
     fn drop(&mut self) {
-        let repaired = self.intake.repaired();
+        let repaired: u64 = self.speakers.iter().map(|s| s.intake.repaired()).sum();
         if repaired > 0 {
             tracing::warn!(repaired, "samples of speech were not numbers and became silence");
         }

@@ -15,9 +15,9 @@
 mod config;
 mod ears;
 mod face;
-mod parts;
+pub(super) mod parts;
 mod pose;
-mod words;
+pub(super) mod words;
 
 pub use config::{Config, Mode, Offload, Place, Precision, Size, SolverName, adapter};
 pub use ears::{Ears, Features, LEAST_AHEAD, Normalise, Reach, numbers, whole};
@@ -25,12 +25,13 @@ pub use parts::{Loading, WANTED, Watcher};
 
 use std::{collections::HashMap, sync::Arc};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 use super::{
     AvatarError, Generator, Intake, OpenOptions, Result, Stream,
     block::{self, BlockSettings, Continuous},
     clip::{self, ClipSettings, ClipStream, Words},
+    speakers::{self, Mask},
     studio::Studio,
 };
 use crate::{
@@ -44,7 +45,7 @@ use crate::{
         weights::layout::Part,
     },
 };
-use face::{Face, Way};
+use face::{Face, Speaker, Way};
 use parts::{Parts, fits};
 use pose::Pose;
 use words::Reader;
@@ -89,7 +90,8 @@ pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box
     if let How::Block { settings, .. } = &how {
         transformer.kv_frames = settings.clip_frames / 4;
     }
-    let mut reader = Reader::new(&parts, &device, dtype, &watcher).map_err(fits)?;
+    let mut reader =
+        Reader::new(&parts.text, parts.transformer_config.text_len, &device, dtype, &watcher).map_err(fits)?;
     let mut known: Vec<&str> = vec![&config.prompt];
     known.extend(how.guided().then_some(config.negative()));
     known.extend(prompts.iter().map(String::as_str));
@@ -108,7 +110,7 @@ fn assemble(
     dtype: DType,
     watcher: &Watcher,
 ) -> model::Result<Studio> {
-    let dit = parts::transformer(parts, transformer, config, device, dtype, watcher)?;
+    let dit = parts::transformer(&parts.transformer, transformer, config, device, dtype, watcher)?;
     let vae_dtype = if matches!(how, How::Block { .. }) { dtype } else { DType::F32 };
     let weights = parts::watched(&parts.vae, Part::Vae21.name(), device, vae_dtype, watcher);
     let vae = WanVae::load(&weights)?;
@@ -135,6 +137,11 @@ pub fn load_hearing(config: &Config) -> Result<(Wav2Vec2, Device)> {
 /// Settles the mode and refuses settings that it does not have.
 fn how(config: &Config, live: bool) -> Result<How> {
     let refuse = |text: &str| Err(AvatarError::Options(text.into()));
+    if config.frames.is_some() {
+        return refuse(
+            "--frames is for models that hear nothing: this one's videos are as long as the speech, or end by --max-clips",
+        );
+    }
     let block = match config.mode {
         Mode::Auto => live,
         Mode::Block => true,
@@ -224,6 +231,31 @@ impl S2v {
         }
     }
 
+    /// What each of several speakers' voices reaches; nothing for one speaker.
+    fn reach(&self, portrait: &Portrait, masks: &[Portrait], size: (usize, usize)) -> Result<Vec<Tensor>> {
+        if masks.is_empty() {
+            return Ok(Vec::new());
+        }
+        if let Some((i, m)) =
+            masks.iter().enumerate().find(|(_, m)| (m.width, m.height) != (portrait.width, portrait.height))
+        {
+            return Err(AvatarError::Portrait(format!(
+                "the mask of speaker {} is {}x{}, the picture {}x{}; a mask is drawn over the picture and has its size",
+                i + 1,
+                m.width,
+                m.height,
+                portrait.width,
+                portrait.height
+            )));
+        }
+        let greys: Vec<Vec<u8>> = masks.iter().map(|m| m.rgb.iter().skip(1).step_by(3).copied().collect()).collect();
+        let masks: Vec<Mask> = (greys.iter().zip(masks))
+            .map(|(grey, m)| Mask { grey, width: m.width as usize, height: m.height as usize })
+            .collect();
+        let patch = self.studio.vae.scale() * self.studio.dit.config().patch[1];
+        speakers::reach(&masks, size, patch).map_err(|e| AvatarError::Portrait(e.to_string()))
+    }
+
     /// The noise levels for so many steps, prepared once.
     fn schedule(&mut self, steps: usize, shift: f64) -> Result<Arc<Schedule>> {
         if let Some(schedule) = self.schedules.get(&steps) {
@@ -258,6 +290,7 @@ impl Generator for S2v {
         let picture = picture.map_err(|e| AvatarError::Portrait(e.to_string()))?;
         let prompt = options.prompt.as_deref().unwrap_or(&self.config.prompt);
         let prompt = self.reader.read(&studio.dit, prompt).map_err(failed)?;
+        let reach = self.reach(portrait, &options.masks, size)?;
         let (frames, lost) = self.frames();
         let way = match &self.how {
             How::Block { settings, shift } => {
@@ -269,7 +302,9 @@ impl Generator for S2v {
                 let (settings, shift) = (settings.clone(), *shift);
                 let steps = options.steps.unwrap_or(BLOCK_STEPS);
                 let schedule = self.schedule(steps, shift)?;
-                let face = Continuous::open(&studio, &picture, Some(prompt), schedule, &settings).map_err(failed)?;
+                let mut face =
+                    Continuous::open(&studio, &picture, Some(prompt), schedule, &settings).map_err(failed)?;
+                face.cast(reach);
                 Way::Block { face: Box::new(face), steps }
             }
             How::Clip(settings) => {
@@ -281,19 +316,22 @@ impl Generator for S2v {
                     true => Some(self.reader.read(&studio.dit, negative).map_err(failed)?),
                     false => None,
                 };
-                let face = ClipStream::open(&studio, &picture, Words { prompt, negative }, settings).map_err(failed)?;
+                let words = Words { prompt, negative };
+                let mut face = ClipStream::open(&studio, &picture, words, settings).map_err(failed)?;
+                face.cast(reach);
                 Way::Clip { face: Box::new(face), pose }
             }
         };
         let lead = lost * SPEECH_RATE as usize / geometry.fps as usize;
+        let speaker =
+            || Speaker { ears: Ears::new(self.config.reach(), geometry.fps, lead), intake: Intake::default() };
         let scale = studio.vae.scale();
         let noise = [studio.dit.config().in_dim, frames / 4, size.0 / scale, size.1 / scale];
         Ok(Box::new(Face {
-            ears: Ears::new(self.config.reach(), geometry.fps, lead),
+            speakers: (0..options.masks.len().max(1)).map(|_| speaker()).collect(),
             studio,
             geometry,
             way,
-            intake: Intake::default(),
             seed: options.seed,
             noise,
             index: 0,

@@ -27,7 +27,7 @@ use crate::{
     },
 };
 
-/// How far loading is: parameters of one part.
+/// How far loading is: parameters of one part, or steps of a long denoising.
 #[derive(Clone, Copy, Debug)]
 pub struct Loading {
     /// Which part, in words.
@@ -36,24 +36,141 @@ pub struct Loading {
     pub total: usize,
 }
 
+impl Loading {
+    /// `what` of denoising steps, which are counted the same way.
+    pub const STEPS: &str = "steps";
+}
+
 /// Told while a model loads.
 pub type Watcher = Arc<dyn Fn(Loading) + Send + Sync>;
 
-/// Everything a model is made of, opened but not loaded.
-pub(super) struct Parts {
-    pub(super) transformer: Arc<dyn Source>,
-    pub(super) transformer_config: dit::Config,
-    pub(super) vae: Arc<dyn Source>,
-    pub(super) text: Arc<dyn Source>,
-    pub(super) text_config: umt5::Config,
-    pub(super) tokenizer: Vec<u8>,
-    pub(super) hearing: Arc<dyn Source>,
-    pub(super) hearing_config: wav2vec2::Config,
-    /// Whether a LiveAvatar adapter is among the adapters.
-    pub(super) live: bool,
+/// What reads prompts: the text encoder, and the text of its `tokenizer.json`.
+pub(in crate::avatar) struct Text {
+    pub(in crate::avatar) source: Arc<dyn Source>,
+    pub(in crate::avatar) config: umt5::Config,
+    pub(in crate::avatar) tokenizer: Vec<u8>,
 }
 
-pub(super) fn fits(error: Error) -> AvatarError {
+impl Text {
+    /// Of a survey that lacks neither.
+    pub(in crate::avatar) fn of(survey: &Survey, encoder: &weights::Checkpoint) -> Text {
+        Text {
+            config: umt5::Config::from_weights(&cursor(&encoder.source)),
+            source: encoder.source.clone(),
+            tokenizer: survey.tokenizer.as_ref().map(|(_, text)| text.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// Random numbers and a tokenizer of single letters.
+    pub(in crate::avatar) fn random(whole: &Whole, seed: u64) -> model::Result<Text> {
+        let source = synth::imagined(synth::preset(whole.text)?, seed)?;
+        Ok(Text {
+            config: umt5::Config::from_weights(&cursor(&source)),
+            source,
+            tokenizer: synth::tokenizer().to_string().into_bytes(),
+        })
+    }
+
+    /// What of the text encoder does not fit, alone or beside a transformer.
+    pub(in crate::avatar) fn complaints(&self, encoder: &weights::Checkpoint, of: &dit::Config) -> Vec<String> {
+        let mut wrong: Vec<String> =
+            misfit(encoder, &|w| umt5::Umt5::load(w, &self.config).map(drop)).into_iter().collect();
+        if self.config.dim != of.text_dim {
+            wrong.push(format!(
+                "the text encoder is {} wide, the transformer takes {}: they do not belong together",
+                self.config.dim, of.text_dim
+            ));
+        }
+        wrong
+    }
+}
+
+/// Holds a file against the network it is for, by shapes alone: what is missing or of wrong shape.
+pub(in crate::avatar) fn misfit(
+    c: &weights::Checkpoint,
+    build: &dyn Fn(&Weights) -> model::Result<()>,
+) -> Option<String> {
+    let names = c.source.names().into_iter();
+    let shapes = names.map(|n| (n.clone(), c.source.shape(&n).unwrap_or_default()));
+    let cursor = Weights::new(Arc::new(Shapes::new(shapes)), &Device::Cpu, DType::BF16);
+    match build(&cursor).and_then(|()| cursor.finish()) {
+        Ok(report) => {
+            if let Some(first) = report.unexpected.first() {
+                let (file, count) = (c.source.origin(), report.unexpected.len());
+                tracing::warn!("{file}: {count} tensors have no place, such as {first}");
+            }
+            None
+        }
+        // The shapes stand for the file.
+        Err(e) => Some(c.explain(e, c.part).to_string().replace("a list of shapes", &c.source.origin())),
+    }
+}
+
+/// A video autoencoder that encodes, too.
+pub(in crate::avatar) fn both_ways(w: &Weights) -> model::Result<()> {
+    if !w.has("encoder.conv1.weight") {
+        return Err(Error::Weights("the autoencoder has no encoder (keys `encoder.*`)".into()));
+    }
+    WanVae::load(w).map(drop)
+}
+
+/// Opens the adapters, each with its weight.
+pub(in crate::avatar) fn adapters(config: &Config) -> Result<Vec<(Arc<dyn Source>, f64)>> {
+    let mut adapters = Vec::new();
+    for lora in &config.loras {
+        let (path, weight) = adapter(lora).map_err(AvatarError::Options)?;
+        let opened = weights::open(&path).map_err(fits)?;
+        if opened.part != Part::Lora {
+            return Err(AvatarError::Weights(format!("{} is no adapter but: {}", path.display(), opened.part.name())));
+        }
+        adapters.push((opened.source, weight));
+    }
+    Ok(adapters)
+}
+
+/// A checkpoint's folders or files in words, with what is wrong.
+pub(in crate::avatar) fn unusable(paths: &[PathBuf], what: &str) -> AvatarError {
+    let names: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
+    AvatarError::Weights(format!("the checkpoint in {} cannot be used:\n  {what}", names.join(", ")))
+}
+
+/// Where the parts come from.
+pub(in crate::avatar) enum Found {
+    /// `random:NAME`, with its seed.
+    Random(&'static Whole, u64),
+    OnDisk(Vec<PathBuf>),
+}
+
+impl Found {
+    pub(in crate::avatar) fn of(config: &Config) -> Result<Found> {
+        match config.checkpoint.as_slice() {
+            [] => Err(AvatarError::Weights(
+                "no checkpoint is named: give the folder with --checkpoint or as s2v.checkpoint (it is published at \
+                 huggingface.co/Wan-AI/Wan2.2-S2V-14B); random:tiny tries the machinery without one"
+                    .into(),
+            )),
+            [one] if one.starts_with("random:") => {
+                let (whole, seed) = Whole::random(&one["random:".len()..]).map_err(fits)?;
+                Ok(Found::Random(whole, seed))
+            }
+            paths => Ok(Found::OnDisk(paths.iter().map(PathBuf::from).collect())),
+        }
+    }
+}
+
+/// Everything a model is made of, opened but not loaded.
+pub(in crate::avatar) struct Parts {
+    pub(in crate::avatar) transformer: Arc<dyn Source>,
+    pub(in crate::avatar) transformer_config: dit::Config,
+    pub(in crate::avatar) vae: Arc<dyn Source>,
+    pub(in crate::avatar) text: Text,
+    pub(in crate::avatar) hearing: Arc<dyn Source>,
+    pub(in crate::avatar) hearing_config: wav2vec2::Config,
+    /// Whether a LiveAvatar adapter is among the adapters.
+    pub(in crate::avatar) live: bool,
+}
+
+pub(in crate::avatar) fn fits(error: Error) -> AvatarError {
     AvatarError::Weights(error.to_string())
 }
 
@@ -62,59 +179,29 @@ pub const WANTED: [Part; 4] = [Part::Speech, Part::Vae21, Part::Text, Part::Hear
 
 impl Parts {
     /// Finds and checks the parts by their shapes alone; nothing is loaded yet.
-    pub(super) fn find(config: &Config) -> Result<Parts> {
-        let mut parts = match config.checkpoint.as_slice() {
-            [] => {
-                return Err(AvatarError::Weights(
-                    "no checkpoint is named: give the folder with --checkpoint or as s2v.checkpoint (it is published at \
-                     huggingface.co/Wan-AI/Wan2.2-S2V-14B); random:tiny tries the machinery without one"
-                        .into(),
-                ));
-            }
-            [one] if one.starts_with("random:") => Parts::random(&one["random:".len()..]).map_err(fits)?,
-            paths => Parts::on_disk(&paths.iter().map(PathBuf::from).collect::<Vec<_>>())?,
+    pub(in crate::avatar) fn find(config: &Config) -> Result<Parts> {
+        let mut parts = match Found::of(config)? {
+            Found::Random(whole, seed) => Parts::random(whole, seed).map_err(fits)?,
+            Found::OnDisk(paths) => Parts::on_disk(&paths)?,
         };
-        let mut adapters = Vec::new();
-        for lora in &config.loras {
-            let (path, weight) = adapter(lora).map_err(AvatarError::Options)?;
-            let opened = weights::open(&path).map_err(fits)?;
-            if opened.part != Part::Lora {
-                return Err(AvatarError::Weights(format!(
-                    "{} is no adapter but: {}",
-                    path.display(),
-                    opened.part.name()
-                )));
-            }
-            parts.live |= opened.source.names().iter().any(|n| n.contains(".lora_A.default."));
-            adapters.push((opened.source, weight));
-        }
+        let adapters = adapters(config)?;
+        let live = |(source, _): &(Arc<dyn Source>, f64)| source.names().iter().any(|n| n.contains(".lora_A.default."));
+        parts.live = adapters.iter().any(live);
         if !adapters.is_empty() {
             parts.transformer = Arc::new(Adapted::new(parts.transformer, adapters).map_err(fits)?);
         }
         Ok(parts)
     }
 
-    /// `tiny`, `14b`, each with an optional seed: `tiny:7`.
-    fn random(name: &str) -> model::Result<Parts> {
-        let (name, seed) = match name.split_once(':') {
-            Some((name, seed)) => (
-                name,
-                seed.parse()
-                    .map_err(|_| Error::Config(format!("random:{name}:{seed}: a seed is a whole number from 0")))?,
-            ),
-            None => (name, 1),
-        };
-        let whole = Whole::named(name)?;
+    fn random(whole: &Whole, seed: u64) -> model::Result<Parts> {
         let part = |preset: &str| synth::imagined(synth::preset(preset)?, seed);
-        let text = part(whole.text)?;
+        let hearing = whole.hearing.ok_or_else(|| Error::Config(format!("random:{} hears nothing", whole.name)))?;
         Ok(Parts {
             transformer: part(whole.transformer)?,
             transformer_config: whole.transformer_config(),
             vae: part(whole.vae)?,
-            text_config: umt5::Config::from_weights(&cursor(&text)),
-            text,
-            tokenizer: synth::tokenizer().to_string().into_bytes(),
-            hearing: part(whole.hearing)?,
+            text: Text::random(whole, seed)?,
+            hearing: part(hearing)?,
             hearing_config: whole.hearing_config(),
             live: false,
         })
@@ -122,10 +209,7 @@ impl Parts {
 
     fn on_disk(paths: &[PathBuf]) -> Result<Parts> {
         let survey = Survey::of(paths).map_err(fits)?;
-        let names: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
-        let incomplete = |what: String| {
-            AvatarError::Weights(format!("the checkpoint in {} cannot be used:\n  {what}", names.join(", ")))
-        };
+        let incomplete = |what: String| unusable(paths, &what);
         if let Some(lack) = survey.lack(&WANTED, true) {
             return Err(incomplete(lack));
         }
@@ -138,42 +222,17 @@ impl Parts {
             None => wav2vec2::Config::default(),
         };
         let transformer_config = transformer_config(transformer).map_err(|e| incomplete(e.to_string()))?;
-        let text_config = umt5::Config::from_weights(&cursor(&text.source));
+        let reads = Text::of(&survey, text);
         // All that does not fit is told at once, before anything large is read.
-        let mut wrong = Vec::new();
-        let mut check = |c: &weights::Checkpoint, build: &dyn Fn(&Weights) -> model::Result<()>| {
-            let names = c.source.names().into_iter();
-            let shapes = names.map(|n| (n.clone(), c.source.shape(&n).unwrap_or_default()));
-            let cursor = Weights::new(Arc::new(Shapes::new(shapes)), &Device::Cpu, DType::BF16);
-            match build(&cursor).and_then(|()| cursor.finish()) {
-                Ok(report) if !report.unexpected.is_empty() => tracing::warn!(
-                    "{}: {} tensors have no place, such as {}",
-                    c.source.origin(),
-                    report.unexpected.len(),
-                    report.unexpected[0]
-                ),
-                Ok(_) => {}
-                // The shapes stand for the file.
-                Err(e) => {
-                    wrong.push(c.explain(e, c.part).to_string().replace("a list of shapes", &c.source.origin()));
-                }
-            }
-        };
-        check(transformer, &|w| Dit::load(transformer_config.clone(), w).map(drop));
-        check(vae, &|w| {
-            if !w.has("encoder.conv1.weight") {
-                return Err(Error::Weights("the autoencoder has no encoder (keys `encoder.*`)".into()));
-            }
-            WanVae::load(w).map(drop)
-        });
-        check(text, &|w| umt5::Umt5::load(w, &text_config).map(drop));
-        check(hearing, &|w| Wav2Vec2::load(w, &hearing_config).map(drop));
-        if text_config.dim != transformer_config.text_dim {
-            wrong.push(format!(
-                "the text encoder is {} wide, the transformer takes {}: they do not belong together",
-                text_config.dim, transformer_config.text_dim
-            ));
-        }
+        let mut wrong: Vec<String> = [
+            misfit(transformer, &|w| Dit::load(transformer_config.clone(), w).map(drop)),
+            misfit(vae, &both_ways),
+            misfit(hearing, &|w| Wav2Vec2::load(w, &hearing_config).map(drop)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        wrong.extend(reads.complaints(text, &transformer_config));
         if hearing_config.hidden_size != transformer_config.audio_dim {
             wrong.push(format!(
                 "the audio encoder is {} wide, the transformer takes {}: they do not belong together",
@@ -183,15 +242,12 @@ impl Parts {
         if !wrong.is_empty() {
             return Err(incomplete(wrong.join("\n  ")));
         }
-        let source = |c: &weights::Checkpoint| c.source.clone();
         Ok(Parts {
-            transformer: source(transformer),
+            transformer: transformer.source.clone(),
             transformer_config,
-            vae: source(vae),
-            text: source(text),
-            text_config,
-            tokenizer: survey.tokenizer.as_ref().map(|(_, text)| text.clone()).unwrap_or_default(),
-            hearing: source(hearing),
+            vae: vae.source.clone(),
+            text: reads,
+            hearing: hearing.source.clone(),
             hearing_config,
             live: false,
         })
@@ -203,7 +259,7 @@ fn cursor(source: &Arc<dyn Source>) -> Weights {
 }
 
 /// Sizes from the shapes, and from `config.json` what shapes do not tell, under the official names or Diffusers'.
-fn transformer_config(c: &weights::Checkpoint) -> model::Result<dit::Config> {
+pub(in crate::avatar) fn transformer_config(c: &weights::Checkpoint) -> model::Result<dit::Config> {
     let mut config = synth::transformer(&cursor(&c.source))?;
     let Some(json) = c.beside("config.json") else { return Ok(config) };
     let number = |names: [&str; 2]| names.iter().find_map(|n| json[n].as_u64()).map(|v| v as usize);
@@ -225,7 +281,7 @@ fn transformer_config(c: &weights::Checkpoint) -> model::Result<dit::Config> {
 }
 
 /// Opens the device.
-pub(super) fn device(config: &Config) -> Result<Device> {
+pub(in crate::avatar) fn device(config: &Config) -> Result<Device> {
     let cuda = |n: usize| model::kernels::card(n).map_err(|e| AvatarError::Options(e.to_string()));
     match Place::parse(&config.device).map_err(AvatarError::Options)? {
         Place::Cpu => Ok(Device::Cpu),
@@ -242,7 +298,7 @@ pub(super) fn device(config: &Config) -> Result<Device> {
 }
 
 /// The transformer's element type.
-pub(super) fn precision(config: &Config, device: &Device) -> Result<DType> {
+pub(in crate::avatar) fn precision(config: &Config, device: &Device) -> Result<DType> {
     let dtype = match (config.dtype, device.is_cpu()) {
         (Precision::Auto, true) | (Precision::F32, _) => DType::F32,
         (Precision::Auto, false) | (Precision::Bf16 | Precision::Fp8, _) => DType::BF16,
@@ -263,7 +319,7 @@ pub(super) fn precision(config: &Config, device: &Device) -> Result<DType> {
 }
 
 /// A cursor that tells `watcher` how far the part is.
-pub(super) fn watched(
+pub(in crate::avatar) fn watched(
     source: &Arc<dyn Source>,
     what: &'static str,
     device: &Device,
@@ -280,9 +336,9 @@ pub(super) fn watched(
     }))
 }
 
-/// Loads the transformer.
-pub(super) fn transformer(
-    parts: &Parts,
+/// Loads a transformer.
+pub(in crate::avatar) fn transformer(
+    source: &Arc<dyn Source>,
     config: dit::Config,
     settings: &Config,
     device: &Device,
@@ -290,7 +346,7 @@ pub(super) fn transformer(
     watcher: &Watcher,
 ) -> model::Result<Dit> {
     let fp8 = if settings.dtype == Precision::Fp8 { Fp8::All } else { Fp8::Off };
-    let weights = watched(&parts.transformer, Part::Speech.name(), device, dtype, watcher).with_fp8(fp8);
+    let weights = watched(source, Part::Speech.name(), device, dtype, watcher).with_fp8(fp8);
     let dit = match settings.offload {
         Offload::None => Dit::load(config, &weights)?,
         Offload::Blocks => Dit::load_offloaded(config, &weights, 0)?,

@@ -1,5 +1,5 @@
 //! The pose that a face follows in clip mode (MODEL.md §8.3 of the specification; wan/speech2video.py of Wan-Video/Wan2.2
-//! at 42bf4cf): pictures at 16 a second, cropped like the portrait, black behind their end, a clip at a time.
+//! at 42bf4cf): pictures at 16 a second, resized and cropped in floats, frames of −1 behind their end, a clip at a time.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::{
     },
     codec::pose::PoseFile,
     media::Portrait,
-    model::{Error, Result},
+    model::{self, Error, Result},
 };
 
 pub(super) struct Pose {
@@ -52,7 +52,10 @@ impl Pose {
                 read.as_ref()
             };
             shown.push(match picture {
-                Some(p) => studio.look(&p.rgb, (p.width as usize, p.height as usize), self.size)?,
+                Some(p) => {
+                    let size = (p.width as usize, p.height as usize);
+                    model::picture::prepare_float(&p.rgb, size, self.size)?.to_device(studio.device())?
+                }
                 None => nothing()?,
             });
         }

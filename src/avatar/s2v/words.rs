@@ -5,9 +5,9 @@ use std::{collections::VecDeque, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::parts::{Parts, Watcher, watched};
+use super::parts::{Text, Watcher, watched};
 use crate::model::{
-    Result,
+    Error, Result,
     dit::{Dit, TextContext},
     umt5::{self, Tokenizer},
     weights::{Source, layout::Part},
@@ -19,7 +19,7 @@ const REMEMBERED: usize = 64;
 const AT_HAND: usize = 2;
 
 /// The reader of one model.
-pub(super) struct Reader {
+pub(in crate::avatar) struct Reader {
     source: Arc<dyn Source>,
     config: umt5::Config,
     tokenizer: Tokenizer,
@@ -31,11 +31,17 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn new(parts: &Parts, device: &Device, dtype: DType, watcher: &Watcher) -> Result<Reader> {
-        let tokenizer = Tokenizer::from_json(&parts.tokenizer, parts.transformer_config.text_len)?;
+    pub(in crate::avatar) fn new(
+        text: &Text,
+        text_len: usize,
+        device: &Device,
+        dtype: DType,
+        watcher: &Watcher,
+    ) -> Result<Reader> {
+        let tokenizer = Tokenizer::from_json(&text.tokenizer, text_len)?;
         Ok(Reader {
-            source: parts.text.clone(),
-            config: parts.text_config.clone(),
+            source: text.source.clone(),
+            config: text.config.clone(),
             tokenizer,
             device: device.clone(),
             dtype,
@@ -46,7 +52,7 @@ impl Reader {
     }
 
     /// Encodes those of the prompts that are not known yet, in one pass.
-    pub(super) fn learn(&mut self, prompts: &[&str]) -> Result<()> {
+    pub(in crate::avatar) fn learn(&mut self, prompts: &[&str]) -> Result<()> {
         let mut new: Vec<&str> = Vec::new();
         for prompt in prompts {
             if !new.contains(prompt) && !self.states.iter().any(|(p, _)| p == prompt) {
@@ -66,20 +72,22 @@ impl Reader {
     }
 
     /// The prompt as every block of the transformer reads it.
-    pub(super) fn read(&mut self, dit: &Dit, prompt: &str) -> Result<Arc<TextContext>> {
+    pub(in crate::avatar) fn read(&mut self, dit: &Dit, prompt: &str) -> Result<Arc<TextContext>> {
         if let Some((_, context)) = self.contexts.iter().find(|(p, _)| p == prompt) {
             return Ok(context.clone());
         }
-        self.learn(&[prompt])?;
-        let states = self.states.iter().find(|(p, _)| p == prompt).map(|(_, s)| s);
-        let context = match states {
-            Some(states) => Arc::new(dit.text(states)?),
-            None => return Err(crate::model::Error::Input("the prompt could not be encoded".into())),
-        };
+        let context = Arc::new(dit.text(&self.states(prompt)?)?);
         self.contexts.push_back((prompt.into(), context.clone()));
         if self.contexts.len() > AT_HAND {
             self.contexts.pop_front();
         }
         Ok(context)
+    }
+
+    /// The prompt as the text encoder gives it, `[tokens, width]`.
+    pub(in crate::avatar) fn states(&mut self, prompt: &str) -> Result<Tensor> {
+        self.learn(&[prompt])?;
+        let found = self.states.iter().find(|(p, _)| p == prompt).map(|(_, s)| s.clone());
+        found.ok_or_else(|| Error::Input("the prompt could not be encoded".into()))
     }
 }

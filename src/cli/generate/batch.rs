@@ -17,11 +17,21 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// One of several speakers of a line.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Speaker {
+    audio: PathBuf,
+    mask: Option<PathBuf>,
+}
+
 /// A line of the manifest.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line {
-    audio: PathBuf,
+    audio: Option<PathBuf>,
+    #[serde(default)]
+    speakers: Vec<Speaker>,
     out: Option<PathBuf>,
     image: Option<PathBuf>,
     presenter: Option<String>,
@@ -46,7 +56,7 @@ pub(super) fn run(args: &Args, common: &Common, wanted: &Wanted) -> anyhow::Resu
     if args.trace.is_some() || args.raw_frames.is_some() {
         bail!("--trace and --raw-frames are for one video, not for several");
     }
-    let entries = entries(args)?;
+    let entries = entries(args, wanted.silent)?;
     let interruption = Interruption::watch()?;
     let prompts: Vec<String> = entries
         .iter()
@@ -117,8 +127,8 @@ pub(super) fn run(args: &Args, common: &Common, wanted: &Wanted) -> anyhow::Resu
     }
 }
 
-/// The list of what is to be made. A line that is wrong becomes an entry that fails.
-fn entries(args: &Args) -> anyhow::Result<Vec<Entry>> {
+/// The list of what is to be made; with a `silent` model lines need no voice. A line that is wrong becomes an entry that fails.
+fn entries(args: &Args, silent: bool) -> anyhow::Result<Vec<Entry>> {
     let folder = args.out.clone();
     if let Some(folder) = &folder {
         std::fs::create_dir_all(folder).with_context(|| format!("the folder {} cannot be made", folder.display()))?;
@@ -140,9 +150,12 @@ fn entries(args: &Args) -> anyhow::Result<Vec<Entry>> {
         list.push(Entry { name, task });
     };
     let Some(manifest) = &args.manifest else {
+        if !args.speaker.is_empty() {
+            bail!("--speaker is for one video: name its file with --out; several videos with speakers take a manifest");
+        }
         let Some(folder) = &folder else { bail!("name the folder for the videos with --out") };
         for audio in &args.audio {
-            add(audio.display().to_string(), Ok(args.task(audio.clone(), named(audio, folder))));
+            add(audio.display().to_string(), Ok(args.task(Some(audio.clone()), named(audio, folder))));
         }
         return Ok(list);
     };
@@ -162,13 +175,22 @@ fn entries(args: &Args) -> anyhow::Result<Vec<Entry>> {
             bail!("{}, line {number}: too long for a manifest", manifest.display());
         }
         let task = serde_json::from_str::<Line>(&text).map_err(anyhow::Error::from).and_then(|line| {
-            let audio = beside.join(&line.audio);
-            let out = match (&line.out, &folder) {
-                (Some(out), _) => beside.join(out),
-                (None, Some(folder)) => named(&line.audio, folder),
-                (None, None) => bail!("neither the line nor --out says where the video goes"),
+            let voice = line.audio.as_ref().or(line.speakers.first().map(|s| &s.audio));
+            let out = match (&line.out, &folder, voice) {
+                (Some(out), ..) => beside.join(out),
+                (None, Some(folder), Some(voice)) => named(voice, folder),
+                (None, Some(folder), None) => folder.join(format!("{number}.mp4")),
+                (None, None, _) => bail!("neither the line nor --out says where the video goes"),
             };
-            let mut task = args.task(audio, out);
+            if line.audio.is_some() && !line.speakers.is_empty() {
+                bail!("the line has audio and speakers; give one of them");
+            }
+            if voice.is_none() && !silent {
+                bail!("the line has no audio");
+            }
+            let mut task = args.task(line.audio.map(|audio| beside.join(audio)), out);
+            let joined = |s: Speaker| (beside.join(s.audio), s.mask.map(|m| beside.join(m)));
+            task.cast(line.speakers.into_iter().map(joined).collect())?;
             if line.image.is_some() || line.presenter.is_some() {
                 (task.image, task.presenter) = (line.image.map(|i| beside.join(i)), line.presenter);
             }

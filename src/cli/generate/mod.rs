@@ -1,4 +1,5 @@
-//! `loquent generate`: render video files from a portrait and speech files.
+//! `loquent generate`: render video files from a portrait and speech files, or from a prompt with a model that hears
+//! nothing. Which model a checkpoint holds is told by its content.
 //!
 //! The live pipeline under a virtual clock: the same generator, the same colour conversion and encoders, no network.
 //! The same arguments (with `--date`, which the file tells) give the same file, bit for bit. Several files are a batch (`batch.rs`).
@@ -8,6 +9,7 @@ mod interruption;
 mod marking;
 mod progress;
 mod render;
+mod voices;
 
 use super::{
     engines::{self, Choice, Wanted},
@@ -15,28 +17,36 @@ use super::{
     measure::{memory_peak_mib, percentile},
 };
 use crate::{
-    avatar::{OpenOptions, s2v},
+    avatar::{OpenOptions, base, s2v},
     media::{Geometry, MediaTime},
 };
 use anyhow::bail;
 use interruption::Interruption;
 use render::{Made, Task, render};
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The face: a PNG, JPEG or WebP picture.
+    /// The face: a PNG, JPEG or WebP picture. With a model that hears nothing, the video's first frame.
     #[arg(long, value_name = "PORTRAIT", conflicts_with = "presenter")]
     image: Option<PathBuf>,
     /// The face: a built-in presenter, by its id.
     #[arg(long, value_name = "ID")]
     presenter: Option<String>,
     /// The voice: WAV, MP3, FLAC, Ogg (Vorbis, Opus) or M4A. Several give one video each, in the folder --out.
-    #[arg(long, value_name = "SPEECH", num_args = 1.., required_unless_present = "manifest")]
+    #[arg(long, value_name = "SPEECH", num_args = 1..)]
     audio: Vec<PathBuf>,
-    /// One JSON object a line: audio, and if wanted out, image, presenter, prompt, negative_prompt, pose, seed, steps. Paths are
-    /// relative to the manifest.
-    #[arg(long, value_name = "JOBS.jsonl", conflicts_with = "audio")]
+    /// One of several speakers in the picture, with its own voice; repeated for each. The mask is a picture as large as
+    /// the portrait, white where the speaker is; without masks the speakers stand from left to right in columns of equal
+    /// width (large engine).
+    #[arg(long, value_name = "SPEECH[:MASK]", conflicts_with = "audio")]
+    speaker: Vec<String>,
+    /// One JSON object a line: audio or speakers ([{"audio": …, "mask": …}, …]), and if wanted out, image, presenter, prompt,
+    /// negative_prompt, pose, seed, steps. Paths are relative to the manifest.
+    #[arg(long, value_name = "JOBS.jsonl", conflicts_with_all = ["audio", "speaker"])]
     manifest: Option<PathBuf>,
     /// The video to write (H.264 and Opus in MP4); for several, the folder to write them to.
     #[arg(long, value_name = "VIDEO.mp4|DIR", required_unless_present = "manifest")]
@@ -50,12 +60,12 @@ pub(super) struct Args {
     /// Denoising steps; the model's own default when left out. More is slower.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
     steps: Option<u64>,
-    /// What makes the pictures.
-    #[arg(long, value_enum, default_value_t = Choice::Pocket)]
-    engine: Choice,
+    /// What makes the pictures [default: s2v with --checkpoint, else pocket].
+    #[arg(long, value_enum)]
+    engine: Option<Choice>,
     #[command(flatten)]
     large: large::Flags,
-    /// A pose to follow: a folder of pictures at 16 a second, or a Y4M video (large engine, clip mode).
+    /// A pose to follow: a video (MP4 with H.264, or Y4M), or a folder of pictures at 16 a second (large engine, clip mode).
     #[arg(long, value_name = "FILE")]
     pose: Option<PathBuf>,
     /// End after so many clips (large engine).
@@ -109,26 +119,36 @@ impl Common {
 }
 
 impl Args {
+    fn engine(&self) -> Choice {
+        self.engine.unwrap_or(if self.large.checkpoint.is_empty() { Choice::Pocket } else { Choice::S2v })
+    }
+
     fn common(&self, config: &s2v::Config) -> Common {
         Common {
             bitrate: self.bitrate,
             longest_minutes: self.longest,
             max_clips: self.max_clips,
             clip_frames: config.clip_frames,
-            engine: self.engine.name(),
+            engine: self.engine().name(),
             marking: self.marking.clone(),
             quiet: self.quiet,
         }
     }
 
-    /// The task of one voice.
-    fn task(&self, audio: PathBuf, out: PathBuf) -> Task {
+    /// The task of one voice, or of none.
+    fn task(&self, audio: Option<PathBuf>, out: PathBuf) -> Task {
         Task {
-            audio,
+            voices: audio.into_iter().collect(),
+            masks: Vec::new(),
             image: self.image.clone(),
             presenter: self.presenter.clone(),
             out,
-            options: OpenOptions { seed: self.seed, steps: self.steps.map(|n| n as usize), ..OpenOptions::default() },
+            options: OpenOptions {
+                seed: self.seed,
+                steps: self.steps.map(|n| n as usize),
+                pose: self.pose.clone(),
+                ..OpenOptions::default()
+            },
             trace: self.trace.clone(),
             raw_frames: self.raw_frames.clone(),
         }
@@ -136,27 +156,43 @@ impl Args {
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let engine = args.engine();
     let official = s2v::Config { size: "official".into(), ..s2v::Config::default() };
-    let config = args.large.over(args.engine, official)?;
-    if args.engine != Choice::S2v && (args.max_clips.is_some() || args.pose.is_some()) {
-        bail!("the {} engine has neither --max-clips nor --pose; these belong to --engine s2v", args.engine.name());
+    let config = args.large.over(engine, official)?;
+    let given = [
+        ("--max-clips", args.max_clips.is_some()),
+        ("--pose", args.pose.is_some()),
+        ("--speaker", !args.speaker.is_empty()),
+    ];
+    let given: Vec<&str> = given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect();
+    let silent = engine == Choice::S2v && base::makes(&config)?;
+    if engine != Choice::S2v && !given.is_empty() {
+        bail!("the {} engine has no {}; these belong to --engine s2v", engine.name(), given.join(", "));
+    }
+    if silent && (!given.is_empty() || !args.audio.is_empty()) {
+        bail!(
+            "this model hears nothing and makes one video from --prompt: leave out {}",
+            [&["--audio"], &given[..]].concat().join(", ")
+        );
     }
     let common = args.common(&config);
     if !args.quiet {
         args.marking.warn();
     }
     let watcher = if args.quiet { loading::unwatched() } else { loading::shown() };
-    let wanted = Wanted { choice: args.engine, threads: args.threads, large: config, watcher };
+    let wanted = Wanted { choice: engine, threads: args.threads, large: config, watcher, silent };
     let several = args.manifest.is_some()
         || args.audio.len() > 1
         || args.out.as_ref().is_some_and(|out| out.as_os_str().to_string_lossy().ends_with('/'));
     if several {
         return batch::run(&args, &common, &wanted);
     }
-    let (Some(audio), Some(out)) = (args.audio.first(), &args.out) else {
-        bail!("name a voice with --audio and a video with --out");
-    };
-    let task = args.task(audio.clone(), out.clone());
+    let Some(out) = &args.out else { bail!("name a video with --out") };
+    if !silent && args.audio.is_empty() && args.speaker.is_empty() {
+        bail!("name a voice with --audio, or several with --speaker");
+    }
+    let mut task = args.task(args.audio.first().cloned(), out.clone());
+    task.cast(args.speaker.iter().map(|text| speaker(text)).collect())?;
     // A voice or a picture that cannot be read is told before a large model is loaded.
     task.check()?;
     let began = Instant::now();
@@ -169,6 +205,15 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         timings(&made);
     }
     Ok(())
+}
+
+/// `SPEECH` or `SPEECH:MASK`.
+fn speaker(text: &str) -> (PathBuf, Option<PathBuf>) {
+    match text.rsplit_once(':') {
+        // A colon may be part of a path.
+        Some((speech, mask)) if !speech.is_empty() && !Path::new(text).exists() => (speech.into(), Some(mask.into())),
+        _ => (text.into(), None),
+    }
 }
 
 /// One line about a file.

@@ -1,18 +1,23 @@
 //! One file: speech is pushed as it is read and frames are written as they come, so memory stays flat however long the
 //! file.
 
-use super::{Common, interruption::Interruption, progress::Progress};
+use super::{
+    Common,
+    interruption::Interruption,
+    progress::Progress,
+    voices::{self, Voices},
+};
 use crate::{
     avatar::{Generator, OpenOptions, Stream},
     cli::engines,
     codec::{
         Badge, H264Config, VOICE_FRAME, VideoEncoder, VoiceEncoder,
-        audio_file::{self, Limits, Source, SpeechFile, VOICE_RATE},
+        audio_file::{Limits, VOICE_RATE},
         marks::Mark,
         mp4::{Mp4Spec, Mp4Writer},
         rgb_to_i420,
     },
-    media::{FrameBlock, Geometry, MediaTime, SPEECH_RATE, StageTimes},
+    media::{FrameBlock, Geometry, MediaTime, Portrait, StageTimes},
 };
 use anyhow::{Context, bail};
 use std::{
@@ -25,7 +30,10 @@ use std::{
 /// What one file is made of.
 #[derive(Clone, Debug)]
 pub(super) struct Task {
-    pub(super) audio: PathBuf,
+    /// One voice; several speakers'; none for a model that hears nothing.
+    pub(super) voices: Vec<PathBuf>,
+    /// Where in the picture each of several speakers is; as many as voices, or none.
+    pub(super) masks: Vec<PathBuf>,
     pub(super) image: Option<PathBuf>,
     pub(super) presenter: Option<String>,
     pub(super) out: PathBuf,
@@ -35,14 +43,32 @@ pub(super) struct Task {
 }
 
 impl Task {
+    /// Several speakers instead of one voice, each with a mask or none of them with one. No speakers change nothing.
+    pub(super) fn cast(&mut self, speakers: Vec<(PathBuf, Option<PathBuf>)>) -> anyhow::Result<()> {
+        if speakers.is_empty() {
+            return Ok(());
+        }
+        if speakers.len() == 1 {
+            bail!("one speaker is not several: give the voice as audio, without a mask");
+        }
+        let (voices, masks): (Vec<_>, Vec<_>) = speakers.into_iter().unzip();
+        let masks: Vec<PathBuf> = masks.into_iter().flatten().collect();
+        if !masks.is_empty() && masks.len() != voices.len() {
+            bail!("{} speakers have {} masks; give each one, or none", voices.len(), masks.len());
+        }
+        (self.voices, self.masks) = (voices, masks);
+        Ok(())
+    }
+
     /// What can be told without a model: inputs that are not there, outputs that would overwrite them.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        let inputs = [Some(&self.audio), self.image.as_ref(), self.options.pose.as_ref()];
-        for given in inputs.into_iter().flatten() {
+        let pictures = [self.image.as_ref(), self.options.pose.as_ref()].into_iter().flatten();
+        let inputs: Vec<&PathBuf> = self.voices.iter().chain(&self.masks).chain(pictures).collect();
+        for given in &inputs {
             std::fs::metadata(given).with_context(|| format!("cannot open {}", given.display()))?;
         }
         for made in [Some(&self.out), self.trace.as_ref(), self.raw_frames.as_ref()].into_iter().flatten() {
-            if inputs.into_iter().flatten().any(|given| same_file(made, given)) {
+            if inputs.iter().any(|given| same_file(made, given)) {
                 bail!("{} is also an input and would be overwritten; choose another name", made.display());
             }
         }
@@ -71,35 +97,35 @@ pub(super) fn render(
     interruption: &Interruption,
 ) -> anyhow::Result<Made> {
     let began = Instant::now();
-    let source = Source::from(task.audio.as_path());
     let limits = Limits { longest: Duration::from_secs(common.longest_minutes * 60), ..Limits::default() };
-    let summary = audio_file::scan(&source, &limits)?;
-    for warning in summary.warnings.iter().filter(|_| !common.quiet) {
+    let (spoken, warnings) = voices::scan(&task.voices, &limits)?;
+    for warning in warnings.iter().filter(|_| !common.quiet) {
         eprintln!("warning: {warning}");
     }
     let portrait = engines::portrait(task.image.as_deref(), task.presenter.as_deref(), generator)?;
+    let mut options = task.options.clone();
+    options.masks = masks(task, &portrait)?;
     let geometry = generator.geometry_for(&portrait);
     let opened = Instant::now();
-    let stream = generator.open(&portrait, &task.options)?;
+    let stream = generator.open(&portrait, &options)?;
     let opening = opened.elapsed();
 
-    let mut length = summary.length;
-    if let Some(clips) = common.max_clips {
-        length = length.min(common.clips_span(&geometry, clips));
-    }
+    let length = match (generator.frames(), common.max_clips) {
+        (Some(_), _) if !task.voices.is_empty() => bail!("this model hears nothing: leave the voice out"),
+        (Some(frames), _) => MediaTime::from_units(frames as i64, geometry.fps),
+        (None, _) if task.voices.is_empty() => bail!("name a voice with --audio"),
+        (None, Some(clips)) => spoken.min(common.clips_span(&geometry, clips)),
+        (None, None) => spoken,
+    };
     let mut job = Job::new(task, common, stream, geometry, length)?;
     interruption.guard(job.temporaries());
     let stopped = || if interruption.asked() { bail!("interrupted; nothing was written") } else { Ok(()) };
-    let mut speech = SpeechFile::open(&source)?;
-    while let Some(part) = speech.read()? {
-        let (mut hear, mut say) = (part.speech, part.voice.samples);
-        hear.samples.truncate((length - hear.at).units(SPEECH_RATE).max(0) as usize);
-        say.truncate((length - part.voice.at).units(VOICE_RATE).max(0) as usize);
-        if hear.samples.is_empty() {
-            break;
+    let mut voices = Voices::open(&task.voices, length)?;
+    while let Some(stretch) = voices.read()? {
+        for (speaker, speech) in stretch.speech.iter().enumerate() {
+            job.stream.push_to(speaker, speech)?;
         }
-        job.stream.push(&hear)?;
-        job.voice(&say)?;
+        job.voice(&stretch.voice)?;
         while let Some(block) = job.stream.pull()? {
             stopped()?;
             job.block(block)?;
@@ -118,12 +144,31 @@ pub(super) fn render(
     Ok(Made { length: length.as_secs_f64(), frames, took: began.elapsed(), opening, blocks })
 }
 
+/// The masks of several speakers over the picture: as given, or columns of equal width from left to right.
+fn masks(task: &Task, portrait: &Portrait) -> anyhow::Result<Vec<Portrait>> {
+    let count = task.voices.len();
+    if count < 2 {
+        return Ok(Vec::new());
+    }
+    if !task.masks.is_empty() {
+        return task.masks.iter().map(|path| engines::picture(path)).collect();
+    }
+    let (w, h) = (portrait.width as usize, portrait.height as usize);
+    let column = |k: usize| {
+        let own = |i: usize| (k * w / count..(k + 1) * w / count).contains(&(i / 3 % w.max(1)));
+        let rgb: Vec<u8> = (0..3 * w * h).map(|i| if own(i) { 255 } else { 0 }).collect();
+        Portrait { rgb: rgb.into(), ..*portrait }
+    };
+    Ok((0..count).map(column).collect())
+}
+
 /// Everything that is written to, and how far it is.
 struct Job {
     stream: Box<dyn Stream>,
     geometry: Geometry,
     video: VideoEncoder,
-    opus: VoiceEncoder,
+    /// `None`: no voice.
+    opus: Option<VoiceEncoder>,
     file: Mp4Writer,
     trace: Option<PartFile>,
     raw: Option<PartFile>,
@@ -161,8 +206,9 @@ impl Job {
             bitrate,
             max_bitrate: bitrate.max(bitrate / 2 * 3),
         })?;
-        let mut opus = VoiceEncoder::new(64_000, 0)?;
-        let pre_skip = opus.look_ahead()?;
+        let silent = task.voices.is_empty();
+        let mut opus = if silent { None } else { Some(VoiceEncoder::new(64_000, 0)?) };
+        let pre_skip = opus.as_mut().map(VoiceEncoder::look_ahead).transpose()?;
         let total = frames_of(length, fps);
         let mark = Mark { engine: common.engine.into(), session: String::new() };
         let when = common.marking.when();
@@ -171,7 +217,7 @@ impl Job {
             height,
             fps,
             expected: length,
-            pre_skip: pre_skip as u16,
+            pre_skip: pre_skip.map(|n| n as u16),
             mark: mark.clone(),
             when: when.clone(),
         };
@@ -185,7 +231,7 @@ impl Job {
             raw: task.raw_frames.as_deref().map(PartFile::create).transpose()?,
             waiting: Vec::new(),
             voice_samples: 0,
-            pre_skip,
+            pre_skip: pre_skip.unwrap_or(0),
             frames: 0,
             total,
             badge: common.marking.badge(width, height)?,
@@ -212,9 +258,10 @@ impl Job {
     }
 
     fn packets(&mut self) -> anyhow::Result<()> {
+        let Some(opus) = &mut self.opus else { return Ok(()) };
         let whole = self.waiting.len() / VOICE_FRAME * VOICE_FRAME;
         for frame in self.waiting[..whole].chunks_exact(VOICE_FRAME) {
-            self.file.add_audio(&self.opus.encode(frame)?, VOICE_FRAME as u32)?;
+            self.file.add_audio(&opus.encode(frame)?, VOICE_FRAME as u32)?;
         }
         self.waiting.drain(..whole);
         Ok(())
@@ -259,7 +306,10 @@ impl Job {
         self.waiting.extend(padding);
         self.waiting.resize(self.waiting.len().next_multiple_of(VOICE_FRAME), 0.0);
         self.packets()?;
-        let length = MediaTime::from_units(self.voice_samples as i64, VOICE_RATE);
+        let length = match &self.opus {
+            Some(_) => MediaTime::from_units(self.voice_samples as i64, VOICE_RATE),
+            None => MediaTime::from_units(self.total as i64, self.geometry.fps),
+        };
         self.file.finish(length)?;
         for part in [self.trace, self.raw].into_iter().flatten() {
             part.finish()?;

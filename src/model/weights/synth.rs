@@ -43,6 +43,22 @@ fn tiny_transformer() -> Config {
     }
 }
 
+/// A member of the base family: `t2v`, `i2v` or `ti2v`, by its channels (wan/configs/wan_*.py of Wan-Video/Wan2.2 at
+/// 42bf4cf; the sizes of A14B are those of S2V).
+fn base(model_type: &str, of: Config) -> Config {
+    let (in_dim, out_dim) = match model_type {
+        "i2v" => (36, 16),
+        "ti2v" => (48, 48),
+        _ => (16, 16),
+    };
+    Config { model_type: model_type.into(), in_dim, out_dim, audio_inject_layers: Vec::new(), ..of }
+}
+
+/// TI2V-5B (wan/configs/wan_ti2v_5B.py).
+fn ti2v_5b() -> Config {
+    base("ti2v", Config { dim: 3072, ffn_dim: 14336, num_heads: 24, num_layers: 30, ..Config::default() })
+}
+
 fn tiny_hearing() -> wav2vec2::Config {
     wav2vec2::Config {
         hidden_size: 32,
@@ -76,6 +92,36 @@ pub const PRESETS: &[Preset] = &[
         ask: |w| Dit::load(tiny_transformer(), w).map(drop),
     },
     Preset {
+        name: "t2v-14b",
+        about: "one of the two transformers of Wan2.2-T2V-A14B (wan/configs/wan_t2v_A14B.py), 28.6 GB",
+        ask: |w| Dit::load(base("t2v", Config::default()), w).map(drop),
+    },
+    Preset {
+        name: "i2v-14b",
+        about: "one of the two transformers of Wan2.2-I2V-A14B (wan/configs/wan_i2v_A14B.py), 28.6 GB",
+        ask: |w| Dit::load(base("i2v", Config::default()), w).map(drop),
+    },
+    Preset {
+        name: "ti2v-5b",
+        about: "Wan2.2-TI2V-5B transformer (wan/configs/wan_ti2v_5B.py), 10 GB",
+        ask: |w| Dit::load(ti2v_5b(), w).map(drop),
+    },
+    Preset {
+        name: "t2v-tiny",
+        about: "the architecture of T2V at width 96",
+        ask: |w| Dit::load(base("t2v", tiny_transformer()), w).map(drop),
+    },
+    Preset {
+        name: "i2v-tiny",
+        about: "the architecture of I2V at width 96",
+        ask: |w| Dit::load(base("i2v", tiny_transformer()), w).map(drop),
+    },
+    Preset {
+        name: "ti2v-tiny",
+        about: "the architecture of TI2V at width 96",
+        ask: |w| Dit::load(base("ti2v", tiny_transformer()), w).map(drop),
+    },
+    Preset {
         name: "wan21-vae",
         about: "Wan 2.1 video autoencoder (wan/modules/vae2_1.py)",
         ask: |w| vae(w, Kind::Wan21, Kind::Wan21.widths()),
@@ -86,6 +132,7 @@ pub const PRESETS: &[Preset] = &[
         about: "Wan 2.2 video autoencoder (wan/modules/vae2_2.py)",
         ask: |w| vae(w, Kind::Wan22, Kind::Wan22.widths()),
     },
+    Preset { name: "wan22-vae-tiny", about: "the same at width 4", ask: |w| vae(w, Kind::Wan22, (4, 4)) },
     Preset {
         name: "umt5-xxl",
         about: "UMT5-XXL text encoder (wan/modules/t5.py), 11.4 GB",
@@ -202,10 +249,16 @@ pub struct Whole {
     pub name: &'static str,
     pub about: &'static str,
     pub transformer: &'static str,
+    /// Folders of the transformers: one beside the rest, or two experts' own.
+    pub folders: &'static [&'static str],
     pub vae: &'static str,
     pub text: &'static str,
-    pub hearing: &'static str,
+    /// Models that hear.
+    pub hearing: Option<&'static str>,
 }
+
+/// Where the experts of A14B lie (wan/configs/wan_t2v_A14B.py).
+const EXPERTS: &[&str] = &["high_noise_model", "low_noise_model"];
 
 /// What [`write_folder`] can make, and `random:NAME` names.
 pub const WHOLES: &[Whole] = &[
@@ -213,17 +266,46 @@ pub const WHOLES: &[Whole] = &[
         name: "tiny",
         about: "a whole model at width 96, 8 MB: every part, and a tokenizer",
         transformer: "s2v-tiny",
+        folders: &[""],
         vae: "wan21-vae-tiny",
         text: "umt5-tiny",
-        hearing: "wav2vec2-tiny",
+        hearing: Some("wav2vec2-tiny"),
     },
     Whole {
         name: "14b",
         about: "a whole model of the true sizes, 45 GB: every part, and a tokenizer of single letters",
         transformer: "s2v-14b",
+        folders: &[""],
         vae: "wan21-vae",
         text: "umt5-xxl",
-        hearing: "wav2vec2-large",
+        hearing: Some("wav2vec2-large"),
+    },
+    Whole {
+        name: "tiny-t2v",
+        about: "a whole text-to-video model with two experts at width 96",
+        transformer: "t2v-tiny",
+        folders: EXPERTS,
+        vae: "wan21-vae-tiny",
+        text: "umt5-tiny",
+        hearing: None,
+    },
+    Whole {
+        name: "tiny-i2v",
+        about: "a whole image-to-video model with two experts at width 96",
+        transformer: "i2v-tiny",
+        folders: EXPERTS,
+        vae: "wan21-vae-tiny",
+        text: "umt5-tiny",
+        hearing: None,
+    },
+    Whole {
+        name: "tiny-ti2v",
+        about: "a whole text-and-image-to-video model at width 96",
+        transformer: "ti2v-tiny",
+        folders: &[""],
+        vae: "wan22-vae-tiny",
+        text: "umt5-tiny",
+        hearing: None,
     },
 ];
 
@@ -232,18 +314,37 @@ impl Whole {
     pub fn named(name: &str) -> Result<&'static Whole> {
         WHOLES.iter().find(|w| w.name == name).ok_or_else(|| {
             let names: Vec<_> = WHOLES.iter().map(|w| w.name).collect();
-            Error::Config(format!("there is no random model `{name}`; there are {}", names.join(" and ")))
+            Error::Config(format!("there is no random model `{name}`; there are {}", names.join(", ")))
         })
+    }
+
+    /// By what stands behind `random:`, a name and if wanted a seed: `tiny:7`.
+    pub fn random(text: &str) -> Result<(&'static Whole, u64)> {
+        let (name, seed) = text.split_once(':').unwrap_or((text, "1"));
+        let seed =
+            seed.parse().map_err(|_| Error::Config(format!("random:{text}: a seed is a whole number from 0")))?;
+        Ok((Whole::named(name)?, seed))
     }
 
     /// What stands in `config.json` beside the transformer.
     pub fn transformer_config(&self) -> Config {
-        if self.transformer == "s2v-tiny" { tiny_transformer() } else { Config::default() }
+        match self.transformer {
+            "s2v-tiny" => tiny_transformer(),
+            tiny => match tiny.strip_suffix("-tiny") {
+                Some(kind) => base(kind, tiny_transformer()),
+                None => Config::default(),
+            },
+        }
     }
 
     /// And beside the audio encoder.
     pub fn hearing_config(&self) -> wav2vec2::Config {
-        if self.hearing == "wav2vec2-tiny" { tiny_hearing() } else { wav2vec2::Config::default() }
+        if self.hearing == Some("wav2vec2-tiny") { tiny_hearing() } else { wav2vec2::Config::default() }
+    }
+
+    /// The autoencoder's official file name, without its ending.
+    fn vae_name(&self) -> &'static str {
+        if self.vae.starts_with("wan22") { "Wan2.2_VAE" } else { "Wan2.1_VAE" }
     }
 }
 
@@ -255,51 +356,54 @@ pub fn preset(name: &str) -> Result<&'static Preset> {
     })
 }
 
-/// Writes a whole model in the official layout: transformer with index and `config.json`, autoencoder, text encoder,
+/// Writes a whole model in the official layout: transformers with index and `config.json`, autoencoder, text encoder,
 /// `google/umt5-xxl/tokenizer.json`, and the audio encoder's folder.
 pub fn write_folder(whole: &Whole, folder: &Path, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
     let wrong = |e: std::io::Error| Error::Weights(format!("{} cannot be written: {e}", folder.display()));
     let text = |path: std::path::PathBuf, value: serde_json::Value| -> Result<()> {
         fs::write(path, value.to_string()).map_err(wrong)
     };
-    let (words, hearing) = (folder.join("google/umt5-xxl"), folder.join("wav2vec2-large-xlsr-53-english"));
-    for part in [folder, &words, &hearing] {
-        fs::create_dir_all(part).map_err(wrong)?;
-    }
+    let words = folder.join("google/umt5-xxl");
+    fs::create_dir_all(&words).map_err(wrong)?;
     let shard = "diffusion_pytorch_model-00001-of-00001.safetensors";
-    for (name, path) in [
-        (whole.transformer, folder.join(shard)),
-        (whole.vae, folder.join("Wan2.1_VAE.safetensors")),
-        (whole.text, folder.join("models_t5_umt5-xxl-enc-bf16.safetensors")),
-        (whole.hearing, hearing.join("model.safetensors")),
-    ] {
-        write(preset(name)?, &path, seed, progress)?;
-    }
     let listed = shapes(preset(whole.transformer)?)?;
     let map: serde_json::Map<_, _> = listed.into_keys().map(|name| (name, shard.into())).collect();
     let index = serde_json::json!({"metadata": {}, "weight_map": map});
-    text(folder.join("diffusion_pytorch_model.safetensors.index.json"), index)?;
     let c = whole.transformer_config();
-    text(
-        folder.join("config.json"),
-        serde_json::json!({
-            "model_type": c.model_type, "dim": c.dim, "ffn_dim": c.ffn_dim, "freq_dim": c.freq_dim,
-            "num_heads": c.num_heads, "num_layers": c.num_layers, "in_dim": c.in_dim, "out_dim": c.out_dim,
-            "text_len": c.text_len, "eps": c.eps, "audio_dim": c.audio_dim, "num_audio_token": c.num_audio_token,
-            "audio_inject_layers": c.audio_inject_layers,
-        }),
-    )?;
-    let h = whole.hearing_config();
-    text(
-        hearing.join("config.json"),
-        serde_json::json!({
-            "hidden_size": h.hidden_size, "num_hidden_layers": h.num_hidden_layers,
-            "num_attention_heads": h.num_attention_heads, "intermediate_size": h.intermediate_size,
-            "conv_dim": h.conv_dim, "conv_kernel": h.conv_kernel, "conv_stride": h.conv_stride,
-            "num_conv_pos_embeddings": h.num_conv_pos_embeddings,
-            "num_conv_pos_embedding_groups": h.num_conv_pos_embedding_groups, "layer_norm_eps": h.layer_norm_eps,
-        }),
-    )?;
+    for (place, at) in whole.folders.iter().zip(0..) {
+        let place = folder.join(place);
+        fs::create_dir_all(&place).map_err(wrong)?;
+        write(preset(whole.transformer)?, &place.join(shard), seed + at, progress)?;
+        text(place.join("diffusion_pytorch_model.safetensors.index.json"), index.clone())?;
+        text(
+            place.join("config.json"),
+            serde_json::json!({
+                "model_type": c.model_type, "dim": c.dim, "ffn_dim": c.ffn_dim, "freq_dim": c.freq_dim,
+                "num_heads": c.num_heads, "num_layers": c.num_layers, "in_dim": c.in_dim, "out_dim": c.out_dim,
+                "text_len": c.text_len, "eps": c.eps, "audio_dim": c.audio_dim, "num_audio_token": c.num_audio_token,
+                "audio_inject_layers": c.audio_inject_layers,
+            }),
+        )?;
+    }
+    let beside = |name: &str| folder.join(format!("{name}.safetensors"));
+    write(preset(whole.vae)?, &beside(whole.vae_name()), seed, progress)?;
+    write(preset(whole.text)?, &beside("models_t5_umt5-xxl-enc-bf16"), seed, progress)?;
+    if let Some(name) = whole.hearing {
+        let hearing = folder.join("wav2vec2-large-xlsr-53-english");
+        fs::create_dir_all(&hearing).map_err(wrong)?;
+        write(preset(name)?, &hearing.join("model.safetensors"), seed, progress)?;
+        let h = whole.hearing_config();
+        text(
+            hearing.join("config.json"),
+            serde_json::json!({
+                "hidden_size": h.hidden_size, "num_hidden_layers": h.num_hidden_layers,
+                "num_attention_heads": h.num_attention_heads, "intermediate_size": h.intermediate_size,
+                "conv_dim": h.conv_dim, "conv_kernel": h.conv_kernel, "conv_stride": h.conv_stride,
+                "num_conv_pos_embeddings": h.num_conv_pos_embeddings,
+                "num_conv_pos_embedding_groups": h.num_conv_pos_embedding_groups, "layer_norm_eps": h.layer_norm_eps,
+            }),
+        )?;
+    }
     text(words.join("tokenizer.json"), tokenizer())
 }
 
@@ -416,7 +520,7 @@ pub fn verdict(c: &super::Checkpoint) -> Verdict {
     });
     let weights = Weights::new(Arc::new(Shapes::new(list)), &Device::Cpu, DType::BF16);
     let loaded = match c.part {
-        Part::Speech => transformer(&weights).and_then(|config| Dit::load(config, &weights).map(drop)),
+        Part::Speech | Part::Base => transformer(&weights).and_then(|config| Dit::load(config, &weights).map(drop)),
         Part::Vae21 | Part::Vae22 => WanVae::load(&weights).map(drop),
         Part::Text => Umt5::load(&weights, &umt5::Config::from_weights(&weights)).map(drop),
         Part::Hearing if weights.shape("wav2vec2.encoder.layer_norm.weight").is_some_and(|s| s == [1024]) => {
@@ -447,6 +551,17 @@ pub fn transformer(w: &Weights) -> Result<Config> {
     c.freq_dim = axis("time_embedding.0.weight", 1).unwrap_or(c.freq_dim);
     c.text_dim = axis("text_embedding.0.weight", 1).unwrap_or(c.text_dim);
     c.audio_dim = axis("casual_audio_encoder.encoder.conv1_local.conv.weight", 1).unwrap_or(c.audio_dim);
+    c.in_dim = axis("patch_embedding.weight", 1).unwrap_or(c.in_dim);
+    c.out_dim = axis("head.head.weight", 0).map_or(c.out_dim, |n| n / c.patch.iter().product::<usize>().max(1));
+    if !w.has("casual_audio_encoder.weights") {
+        // The base family: I2V is told of its picture through channels, TI2V has the 48 of Wan 2.2's autoencoder.
+        c.model_type = match (c.in_dim, c.out_dim) {
+            (inner, outer) if inner > outer => "i2v",
+            (_, 48) => "ti2v",
+            _ => "t2v",
+        }
+        .into();
+    }
     let blocks = (0..4096).take_while(|i| w.has(&format!("blocks.{i}.self_attn.q.weight"))).count();
     let injectors = (0..4096).take_while(|j| w.has(&format!("audio_injector.injector.{j}.q.weight"))).count();
     if blocks > 0 && blocks != c.num_layers {

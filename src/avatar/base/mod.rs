@@ -6,13 +6,18 @@
 //! noise ─► steps: t ≥ boundary → high-noise expert, else low-noise expert, each with its own guidance ─► VAE ─► frames
 //! ```
 
+mod experts;
+mod film;
+
+pub use film::{load, makes};
+
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::model::{
     At, Error, Result,
-    dit::{Dit, TextContext, Trace},
+    dit::{Config, Dit, TextContext, Trace},
     sampler::Solver,
     vae::{Probe, WanVae},
 };
@@ -55,12 +60,19 @@ impl BaseSettings {
         Self { frames: 121, fps: 24, steps: 50, shift: 5.0, guidance: [5.0, 5.0], ..Self::t2v_a14b() }
     }
 
+    /// Whether the high-noise expert is asked at timestep `t` (0…1000), and with which guidance.
+    pub fn at(&self, t: f32) -> (bool, f64) {
+        let high = f64::from(t) >= self.boundary * LEVELS;
+        (high, self.guidance[usize::from(high)])
+    }
+
     /// Latent frames.
     pub fn latent_frames(&self) -> usize {
         self.frames.saturating_sub(1) / 4 + 1
     }
 
-    fn check(&self) -> Result<()> {
+    /// Refuses what cannot be made.
+    pub fn check(&self) -> Result<()> {
         if self.frames % 4 != 1 || self.steps == 0 {
             return Err(Error::Config(format!(
                 "a video of {} frames in {} steps cannot be made: frames must be one more than a multiple of four (81, \
@@ -80,31 +92,26 @@ pub struct Expert {
     pub negative: Option<Arc<TextContext>>,
 }
 
-/// The transformers of a model.
-#[derive(Clone)]
-pub enum Experts {
-    /// One for all noise levels.
-    One(Expert),
-    /// By noise level.
-    Two { low: Expert, high: Expert },
+/// The transformers of a model: one, or two that share the noise levels. The noise only falls, so that who is asked
+/// changes at most once in a video and one at a time needs to be in memory.
+pub trait Experts {
+    /// What they have in common.
+    fn config(&self) -> &Config;
+    /// The one for high or for low noise.
+    ///
+    /// # Errors
+    /// It cannot be loaded.
+    fn ask(&mut self, high: bool) -> Result<Expert>;
 }
 
-impl Experts {
-    /// Who is asked at timestep `t` (0…1000), and with which guidance.
-    pub fn at(&self, t: f32, settings: &BaseSettings) -> (&Expert, f64) {
-        let high = f64::from(t) >= settings.boundary * LEVELS;
-        let guidance = settings.guidance[usize::from(high)];
-        match self {
-            Experts::One(all) => (all, guidance),
-            Experts::Two { high: expert, .. } if high => (expert, guidance),
-            Experts::Two { low, .. } => (low, guidance),
-        }
+/// One transformer for all noise levels.
+impl Experts for Expert {
+    fn config(&self) -> &Config {
+        self.dit.config()
     }
 
-    fn any(&self) -> &Dit {
-        match self {
-            Experts::One(e) | Experts::Two { low: e, .. } => &e.dit,
-        }
+    fn ask(&mut self, _: bool) -> Result<Expert> {
+        Ok(self.clone())
     }
 }
 
@@ -117,13 +124,13 @@ pub enum Start<'a> {
     Picture(&'a Tensor),
 }
 
-/// Latents of a video `[channels, T, h, w]` from noise of that shape. The probe sees `latents_in` before and `pred` after
-/// every pass.
+/// Latents of a video `[channels, T, h, w]` from noise of that shape. The probe sees `latents_in` before every step and
+/// `pred` after every pass.
 ///
 /// # Errors
 /// [`Error::Config`] where transformer, start and settings do not belong together.
 pub fn latents(
-    experts: &Experts,
+    experts: &mut dyn Experts,
     vae: &WanVae,
     start: &Start,
     settings: &BaseSettings,
@@ -131,7 +138,7 @@ pub fn latents(
     probe: Probe,
 ) -> Result<Tensor> {
     settings.check()?;
-    let config = experts.any().config();
+    let config = experts.config().clone();
     let (channels, frames, h, w) = noise.dims4()?;
     if channels != config.out_dim || frames != settings.latent_frames() || channels != vae.channels() {
         return Err(Error::Input(format!(
@@ -178,7 +185,8 @@ pub fn latents(
     for step in 0..settings.steps {
         probe("latents_in", &x);
         let t = sampler.timestep(step)?;
-        let (expert, guidance) = experts.at(t, settings);
+        let (high, guidance) = settings.at(t);
+        let expert = experts.ask(high)?;
         let times = match &first {
             Some(_) => (0..tokens).map(|i| if i < per_frame { 0.0 } else { t }).collect(),
             None => vec![t],
@@ -217,8 +225,8 @@ fn given(vae: &WanVae, picture: &Tensor, frames: usize) -> Result<Tensor> {
     Ok(Tensor::cat(&[&Tensor::cat(&[&ones, &zeros], 1)?, &latent], 0)?)
 }
 
-/// Output height and width of I2V (and T2V) for a picture and an area: the picture's aspect, in whole patches
-/// (image2video.py::generate). `unit` is pixels per patch: 16, or 32 with the Wan 2.2 autoencoder.
+/// Output height and width of I2V for a picture and an area: the picture's aspect, in whole patches
+/// (image2video.py::generate). `unit` is pixels per patch.
 pub fn output_size((width, height): (usize, usize), area: usize, unit: usize) -> Result<(usize, usize)> {
     if width == 0 || height == 0 || unit == 0 {
         return Err(Error::Input(format!("a picture of {width}×{height} pixels cannot be used")));
@@ -226,9 +234,35 @@ pub fn output_size((width, height): (usize, usize), area: usize, unit: usize) ->
     let aspect = height as f64 / width as f64;
     let whole = |side: f64| (side / unit as f64).floor() as usize * unit;
     match (whole((area as f64 * aspect).sqrt()), whole((area as f64 / aspect).sqrt())) {
-        (0, _) | (_, 0) => Err(Error::Input(format!("an area of {area} pixels is too small for this picture"))),
+        (0, _) | (_, 0) => Err(too_small(area)),
         size => Ok(size),
     }
+}
+
+/// Output height and width of TI2V for a picture and an area: of the two ways to fill the area with whole patches, width
+/// first or height first, the one nearer to the picture's aspect (wan/utils/utils.py::best_output_size).
+pub fn best_size((width, height): (usize, usize), area: usize, unit: usize) -> Result<(usize, usize)> {
+    let ratio = width as f64 / (height as f64).max(1.0);
+    let side = |ideal: f64| (ideal / unit as f64).floor() as usize * unit;
+    let across = (area as f64 * ratio).sqrt();
+    let (w1, h2) = (side(across), side(area as f64 / across));
+    if w1 == 0 || h2 == 0 {
+        return Err(too_small(area));
+    }
+    let (h1, w2) = (side(area as f64 / w1 as f64), side(area as f64 / h2 as f64));
+    let away = |w: usize, h: usize| {
+        let r = w as f64 / h as f64;
+        (ratio / r).max(r / ratio)
+    };
+    match away(w1, h1) < away(w2, h2) {
+        _ if h1 == 0 || w2 == 0 => Err(too_small(area)),
+        true => Ok((h1, w1)),
+        false => Ok((h2, w2)),
+    }
+}
+
+fn too_small(area: usize) -> Error {
+    Error::Input(format!("an area of {area} pixels is too small for this picture"))
 }
 
 /// Standard normal noise of a video, a function of the seed alone.
