@@ -24,7 +24,8 @@ pub(super) struct Flags {
     /// f32, bf16 or f16 [default: bf16 on a GPU, f32 on the processor].
     #[arg(long, value_parser = named::<Precision>)]
     dtype: Option<Precision>,
-    /// Keep the transformer's blocks in main memory: slower, and fits small GPUs.
+    /// Keep in main memory: rings (block mode's keys and values of the other steps), or blocks (the transformer's, too):
+    /// slower, and fits smaller GPUs.
     #[arg(long, value_name = "WHAT", value_parser = named::<Offload>, num_args = 0..=1, default_missing_value = "blocks")]
     offload: Option<Offload>,
     /// 480p, 720p, WIDTHxHEIGHT, or an area such as 704*384 in the picture's proportions [default: the mode's official

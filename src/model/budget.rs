@@ -124,7 +124,8 @@ impl Plan {
         let others = 0.13e9 * 2.0 + 0.32e9 * 4.0;
         let weights = matrices * share.min(1.0) * self.weights.bytes() + rest + others;
         let each = if self.fp8_memory { 1.0 } else { 2.0 };
-        let kept = self.steps as f64 * self.ring as f64 + CONDITIONING;
+        // Every ring has the conditioning in front of it; the original is kept for when it moves.
+        let kept = self.steps as f64 * (self.ring as f64 + CONDITIONING) + CONDITIONING;
         let memories = LAYERS as f64 * 2.0 * kept * self.tokens() * DIM * each * self.sessions as f64;
         // Two past frames at every temporal convolution: channels times their count, by the share of the pixels.
         let past = 7.0 * 96.0 + 6.0 * 192.0 / 4.0 + (192.0 + 6.0 * 384.0) / 16.0 + (11.0 * 384.0 + 16.0) / 64.0;
@@ -180,7 +181,7 @@ mod tests {
         // Four rings in bf16 (GPU.md §3): 42, 61, 142 GB; without their conditioning.
         for (height, width, gb) in [(704, 384, 42.0), (480, 832, 61.0), (720, 1280, 142.0)] {
             let plan = Plan { height, width, fp8_memory: false, steps: 4, ..LIVE };
-            let rings = plan.need().memories * 48.0 / (48.0 + CONDITIONING);
+            let rings = plan.need().memories * 48.0 / (48.0 + 5.0 * CONDITIONING);
             assert!((rings / gb - 1.0).abs() < 0.02, "{height}×{width}: {rings} GB");
         }
     }

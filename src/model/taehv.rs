@@ -8,7 +8,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{Result as Loaded, weights::Weights};
+use super::{Result as Loaded, nn::convolve, weights::Weights};
 
 /// 3×3 convolution with padding, with or without bias.
 struct Conv(Tensor, Option<Tensor>);
@@ -21,7 +21,7 @@ impl Conv {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.conv2d(&self.0, self.0.dim(2)? / 2, 1, 1, 1)?;
+        let y = convolve(x, &self.0, self.0.dim(2)? / 2, 1)?;
         match &self.1 {
             Some(b) => y.broadcast_add(b),
             None => Ok(y),

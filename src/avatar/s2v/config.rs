@@ -36,7 +36,9 @@ pub enum Precision {
 #[serde(rename_all = "lowercase")]
 pub enum Offload {
     None,
-    /// The transformer's blocks visit the device one by one.
+    /// Block mode: of the steps' key-value rings only that of the step at work is on the device.
+    Rings,
+    /// The same, and the transformer's blocks visit the device one by one.
     Blocks,
 }
 

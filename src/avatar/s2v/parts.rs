@@ -349,7 +349,8 @@ pub(in crate::avatar) fn transformer(
     let weights = watched(source, Part::Speech.name(), device, dtype, watcher).with_fp8(fp8);
     let dit = match settings.offload {
         Offload::None => Dit::load(config, &weights)?,
-        Offload::Blocks => Dit::load_offloaded(config, &weights, 0)?,
+        Offload::Rings => Dit::load(config, &weights)?.parking(true),
+        Offload::Blocks => Dit::load_offloaded(config, &weights, 0)?.parking(true),
     };
     weights.finish()?;
     Ok(dit)

@@ -66,6 +66,8 @@ pub struct Dit {
     head: Head,
     speech: Option<Speech>,
     device: candle_core::Device,
+    /// Whether a stream's rings wait in host memory while another step runs.
+    parks: bool,
 }
 
 /// What only the speech-to-video family has.
@@ -125,7 +127,16 @@ impl Dit {
             speech,
             device: weights.device().clone(),
             config,
+            parks: false,
         })
+    }
+
+    /// Streams of this model keep only the ring of the step at work on the device; the others wait in host memory, as
+    /// `offload_kv_cache` does in Alibaba-Quark/LiveAvatar at 9c2c38d. The same numbers, no graphs, and every step moves
+    /// two rings over the bus.
+    pub fn parking(mut self, yes: bool) -> Self {
+        self.parks = yes;
+        self
     }
 
     /// The configuration it was loaded with.

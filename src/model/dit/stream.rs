@@ -86,6 +86,15 @@ struct Ring {
     rows: usize,
 }
 
+impl Ring {
+    fn go(&mut self, device: &Device) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|m| {
+            *m = m.moved(device)?;
+            Ok(())
+        })
+    }
+}
+
 /// Everything one face remembers in the transformer.
 #[derive(Debug)]
 pub struct StreamState {
@@ -414,6 +423,13 @@ impl Dit {
         let (gh, gw) = state.grid;
         let n = gh * gw;
         let rows = state.rows();
+        if self.parks {
+            // First away, then near: there is room for one.
+            for (i, ring) in state.rings.iter_mut().enumerate().filter(|(i, _)| *i != step) {
+                ring.iter_mut().try_for_each(|r| r.go(&Device::Cpu)).at(|| format!("ring {i}"))?;
+            }
+            state.rings[step].iter_mut().try_for_each(|r| r.go(&self.device)).at(|| format!("ring {step}"))?;
+        }
         if state.rings[step].is_none() {
             state.rings[step] = Some(self.ring(state, blocks.clone(), rows, c.kv_frames * n)?);
         }
@@ -477,7 +493,7 @@ impl Dit {
         }
         let desk = Desk::lay(&mut state.desk, &tokens, &rope, &slot, frames * n, audio)?;
         // What ranks say to each other is not recorded.
-        let graphs = state.graphs && share.is_none() && !trace.on() && !self.travels();
+        let graphs = state.graphs && share.is_none() && !trace.on() && !self.travels() && !self.parks;
         ring.replay.run(&self.device, graphs, || {
             through(desk.tokens.clone(), &desk.rope, &desk.slot, &desk.audio, trace).map(drop)
         })?;

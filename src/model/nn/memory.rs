@@ -83,6 +83,11 @@ impl Memory {
         }
     }
 
+    /// The same on another device: where it waits while it is not looked at.
+    pub fn moved(&self, device: &Device) -> Result<Self> {
+        Ok(Self { k: self.k.to_device(device)?, v: self.v.to_device(device)?, ..self.clone() })
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         [&self.k, &self.v].iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()

@@ -17,7 +17,7 @@ mod residual;
 pub mod rope;
 
 pub use attention::{attention, attention_to_few, plain as attention_plain};
-pub use conv::{CausalConv1d, PatchEmbed};
+pub use conv::{CausalConv1d, PatchEmbed, convolve};
 pub use linear::{Activation, Linear};
 pub use matrix::{Matrix, Numbers, Side, quantised};
 pub use memory::{Memory, Slot};

@@ -20,7 +20,7 @@ use crate::model::kernels::cuda::{
     gemm::{self, Product},
     vae::{self as card, Convolution, Way},
 };
-use crate::model::{Result as Loaded, weights::Weights};
+use crate::model::{Result as Loaded, nn::convolve, weights::Weights};
 
 /// Video between layers.
 pub(super) enum Video {
@@ -310,7 +310,7 @@ impl CausalConv {
                 let index: Vec<u32> = (0..out).map(|i| (i * stride + k) as u32).collect();
                 x.index_select(&Tensor::new(index, x.device())?, 0)?
             };
-            let y = part.conv2d(tap, self.pad, 1, 1, 1)?;
+            let y = convolve(&part, tap, self.pad, 1)?;
             sum = Some(match sum {
                 Some(s) => (s + y)?,
                 None => y,
@@ -467,14 +467,14 @@ impl Attention {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (t, c, h, w) = x.dims4()?;
-        let y = self.norm.forward(x)?.conv2d(&self.qkv.0, 0, 1, 1, 1)?.broadcast_add(&self.qkv.1)?;
+        let y = convolve(&self.norm.forward(x)?, &self.qkv.0, 0, 1)?.broadcast_add(&self.qkv.1)?;
         let y = y.reshape((t, 3, c, h * w))?;
         let part = |i: usize| y.narrow(1, i, 1)?.squeeze(1);
         let q = (part(0)?.transpose(1, 2)?.contiguous()? * (1.0 / (c as f64).sqrt()))?;
         let weights = candle_nn::ops::softmax_last_dim(&q.matmul(&part(1)?.contiguous()?)?)?;
         let out = weights.matmul(&part(2)?.transpose(1, 2)?.contiguous()?)?;
         let out = out.transpose(1, 2)?.contiguous()?.reshape((t, c, h, w))?;
-        x + out.conv2d(&self.proj.0, 0, 1, 1, 1)?.broadcast_add(&self.proj.1)?
+        x + convolve(&out, &self.proj.0, 0, 1)?.broadcast_add(&self.proj.1)?
     }
 }
 
@@ -558,10 +558,10 @@ impl Resample {
 
     fn space(&self, x: &Tensor) -> Result<Tensor> {
         let y = if self.down {
-            x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?.conv2d(&self.kernel, 0, 2, 1, 1)?
+            convolve(&x.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?, &self.kernel, 0, 2)?
         } else {
             let (_, _, h, w) = x.dims4()?;
-            x.upsample_nearest2d(h * 2, w * 2)?.conv2d(&self.kernel, 1, 1, 1, 1)?
+            convolve(&x.upsample_nearest2d(h * 2, w * 2)?, &self.kernel, 1, 1)?
         };
         y.broadcast_add(&self.bias)
     }

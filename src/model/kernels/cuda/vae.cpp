@@ -16,12 +16,13 @@ using namespace lq;
 
 namespace {
 
-// Numbers of a convolution: channels in and out, picture, kernel, padding in front and behind, strides.
+// Numbers of a convolution: channels in and out, picture, kernel, padding in front and behind, strides; f32 or bf16.
 struct Shape {
-    int64_t cin, cout, height, width, kt, ks, before, behind, stride_t, stride_s;
+    int64_t cin, cout, height, width, kt, ks, before, behind, stride_t, stride_s, wide;
     auto key(int device) const {
-        return std::make_tuple(device, cin, cout, height, width, kt, ks, before, behind, stride_t, stride_s);
+        return std::make_tuple(device, cin, cout, height, width, kt, ks, before, behind, stride_t, stride_s, wide);
     }
+    int64_t bytes() const { return wide ? 4 : 2; }
     int64_t frames_out(int64_t frames) const { return (frames - kt) / stride_t + 1; }
     int64_t side(int64_t n) const { return (n + before + behind - ks) / stride_s + 1; }
 };
@@ -30,7 +31,7 @@ using Key = decltype(Shape().key(0));
 
 std::shared_ptr<fe::graph::Graph> convolution(const Shape &s, int64_t frames) {
     auto graph = std::make_shared<fe::graph::Graph>();
-    graph->set_io_data_type(fe::DataType_t::BFLOAT16)
+    graph->set_io_data_type(s.wide ? fe::DataType_t::FLOAT : fe::DataType_t::BFLOAT16)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
     const int64_t h = s.height, w = s.width, c = s.cin, plane = h * w * c;
@@ -80,13 +81,14 @@ struct Room {
 std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_t most_room) {
     auto graph = convolution(s, frames);
     if (!prepare(handle, *graph)) return "";
-    const size_t in = frames * s.height * s.width * s.cin * 2, weights = s.cout * s.cin * s.kt * s.ks * s.ks * 2;
-    const size_t out = s.frames_out(frames) * s.side(s.height) * s.side(s.width) * s.cout * 2;
+    const size_t in = frames * s.height * s.width * s.cin * s.bytes();
+    const size_t weights = s.cout * s.cin * s.kt * s.ks * s.ks * s.bytes();
+    const size_t out = s.frames_out(frames) * s.side(s.height) * s.side(s.width) * s.cout * s.bytes();
     Room x(in), w(weights), y(out), room(most_room);
     cudaStream_t stream = nullptr;
     cudnnGetStream(handle, &stream);
     std::unordered_map<int64_t, void *> operands{{1, x.at}, {2, w.at}, {3, y.at}};
-    // Small numbers of no meaning: an unwritten bf16 might be slow to multiply.
+    // Small numbers of no meaning in either type: an unwritten one might be slow to multiply.
     if (!x.at || !w.at || !y.at || !room.at) return "";
     cudaMemsetAsync(x.at, 0x3c, in, stream);
     cudaMemsetAsync(w.at, 0x3b, weights, stream);
@@ -129,7 +131,7 @@ void *lq_convolution_plan(void *handle_, const int64_t *numbers, int64_t frames,
     static std::map<Key, std::string> chosen;
     auto handle = (cudnnHandle_t)handle_;
     Shape s{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
-            numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]};
+            numbers[5], numbers[6], numbers[7], numbers[8], numbers[9], numbers[10]};
     int device = 0;
     cudaGetDevice(&device);
     std::string name;

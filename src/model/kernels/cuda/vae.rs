@@ -292,17 +292,37 @@ impl Convolution {
         let extent = |n: usize| (n + before + behind - side) / self.stride.1 + 1;
         let frames = (t - taps) / self.stride.0 + 1;
         let y = empty(x.device(), (frames, extent(h), extent(w), out), DType::BF16)?;
-        let numbers = [c, out, h, w, taps, side, before, behind, self.stride.0, self.stride.1].map(|n| n as i64);
+        let numbers = [c, out, h, w, taps, side, before, behind, self.stride.0, self.stride.1, 0].map(|n| n as i64);
         let reference = ((usual.max(1) - 1) * self.stride.0 + taps) as i64;
         let context = context(x.device())?;
         let key = ("convolution", [&numbers[..], &[t as i64, reference]].concat());
         let plan = context.plan(key, |handle| {
-            // SAFETY: ten numbers, as the other side reads them.
+            // SAFETY: eleven numbers, as the other side reads them.
             unsafe { lq_convolution_plan(handle, numbers.as_ptr(), t as i64, reference, MOST_ROOM) }
         })?;
         context.run(&plan, &[(1, address(x)?), (2, address(&self.weight)?), (3, address(&y)?)])?;
         Ok(y)
     }
+}
+
+/// Pictures `[n, in, height, width]` convolved with `[out, in, side, side]`, all f32, `padding` zeros around: `[n, out,
+/// height', width']`. Tensor cores round the factors to TF32, as PyTorch's convolutions do unless told otherwise.
+pub fn convolve(x: &Tensor, kernel: &Tensor, padding: usize, stride: usize) -> Result<Tensor> {
+    let ((n, c, h, w), (out, input, side, _)) = (x.dims4()?, kernel.dims4()?);
+    fits("convolution in f32", c == input && x.dtype() == DType::F32 && kernel.dtype() == DType::F32)?;
+    let last = |t: &Tensor| t.permute((0, 2, 3, 1))?.contiguous();
+    let (x, kernel) = (last(x)?, last(kernel)?);
+    let extent = |n: usize| (n + 2 * padding - side) / stride + 1;
+    let y = empty(x.device(), (n, extent(h), extent(w), out), DType::F32)?;
+    let numbers = [c, out, h, w, 1, side, padding, padding, 1, stride, 1].map(|n| n as i64);
+    let context = context(x.device())?;
+    let key = ("convolution", [&numbers[..], &[n as i64, n as i64]].concat());
+    let plan = context.plan(key, |handle| {
+        // SAFETY: eleven numbers, as the other side reads them.
+        unsafe { lq_convolution_plan(handle, numbers.as_ptr(), n as i64, n as i64, MOST_ROOM) }
+    })?;
+    context.run(&plan, &[(1, address(&x)?), (2, address(&kernel)?), (3, address(&y)?)])?;
+    Ok(y.permute((0, 3, 1, 2))?.contiguous()?)
 }
 
 /// Self-attention of one head over the pixels of each frame: `[frames, pixels, 3 · channels]` (queries, keys, values) →
