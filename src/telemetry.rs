@@ -94,6 +94,9 @@ pub struct Metrics {
     pub speech_packets: IntCounterVec,
     /// HTTP answers by `route`, `method` and `status`.
     pub http_requests: IntCounterVec,
+    /// Requests refused by `why`: `requests`, `sessions`, `full`, `wrong_key`, `wrong_scope`, `wrong_host`,
+    /// `wrong_origin`.
+    pub refusals: IntCounterVec,
     /// Connections refused because too many were open.
     pub connections_refused: IntCounter,
     /// HTTP connections open now.
@@ -135,6 +138,10 @@ impl Metrics {
                 Opts::new("http_requests_total", "HTTP answers"),
                 &["route", "method", "status"],
             )?,
+            refusals: IntCounterVec::new(
+                Opts::new("refusals_total", "Requests that were turned away, by why"),
+                &["why"],
+            )?,
             connections_refused: IntCounter::new(
                 "http_connections_refused_total",
                 "HTTP connections closed at once because too many were open",
@@ -152,6 +159,7 @@ impl Metrics {
         registry.register(Box::new(m.frames.clone()))?;
         registry.register(Box::new(m.speech_packets.clone()))?;
         registry.register(Box::new(m.http_requests.clone()))?;
+        registry.register(Box::new(m.refusals.clone()))?;
         registry.register(Box::new(m.connections_refused.clone()))?;
         registry.register(Box::new(m.connections.clone()))?;
         registry.register(Box::new(m.websockets.clone()))?;
@@ -162,6 +170,9 @@ impl Metrics {
         // A series that does not exist yet reads as "no data"; one that exists reads as zero.
         for stage in ["features", "generation", "decode", "encode", "total"] {
             m.block_seconds.with_label_values(&[stage]);
+        }
+        for why in ["requests", "sessions", "full", "wrong_key", "wrong_scope", "wrong_host", "wrong_origin"] {
+            m.refusals.with_label_values(&[why]);
         }
         for outcome in ["sent", "held", "skipped"] {
             m.frames.with_label_values(&[outcome]);
@@ -185,6 +196,11 @@ impl Metrics {
     /// Notes `n` speech packets with one outcome.
     pub fn speech(&self, outcome: &str, n: u64) {
         self.speech_packets.with_label_values(&[outcome]).inc_by(n);
+    }
+
+    /// Notes a request that was turned away.
+    pub fn refused(&self, why: &str) {
+        self.refusals.with_label_values(&[why]).inc();
     }
 
     /// Notes a message of a WebSocket.

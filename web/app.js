@@ -1,6 +1,6 @@
 // The page: what the visitor sees and presses. The conversation itself is in live.js.
 
-import { Live, LiveProblem, canPlay } from './live.js';
+import { Live, LiveProblem, canPlay, keyHeader } from './live.js';
 import { t, told as toldBy, translate } from './i18n.js';
 import { Meter, microphoneProblem, microphones, openMicrophone } from './meter.js';
 
@@ -151,7 +151,7 @@ async function upload(file) {
   $('upload-label').textContent = t('Sending…');
   try {
     const type = file.type.startsWith('image/') ? file.type : 'application/octet-stream';
-    const response = await fetch(`/v1/portraits?consent=${encodeURIComponent($('consent').nextElementSibling.textContent)}`, { method: 'POST', headers: { 'content-type': type }, body: file });
+    const response = await fetch(`/v1/portraits?consent=${encodeURIComponent($('consent').nextElementSibling.textContent)}`, { method: 'POST', headers: { 'content-type': type, ...keyHeader() }, body: file });
     const told = await response.json();
     if (response.status !== 201) {
       problem(toldBy(told.error?.code, told.error?.message) || t('The server did not accept this picture.'));

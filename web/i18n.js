@@ -137,6 +137,11 @@ const ZH = {
 const ZH_CODES = {
   full: '此刻所有主播都在对话中。',
   draining: '服务正在停止，不再接受新的对话。',
+  no_key: '此服务需要密钥：请用 /#key=KEY 打开本页，密钥由服务管理员提供。',
+  wrong_key: '密钥无效，可能已被收回。',
+  wrong_scope: '此密钥没有这项权限。',
+  too_many: '请求太多，请稍候。',
+  too_many_sessions: '你的对话数已达上限，请先结束一个。',
   service_closing: '服务正在重启，请一分钟后再按“开始”。',
   engine_failed: '绘制主播的引擎出错，请一分钟后重试。',
   codec_failed: '声音或画面无法编码，请按“开始”重试。',

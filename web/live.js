@@ -10,6 +10,10 @@ export class LiveProblem extends Error {
   }
 }
 
+/** The key in the page's address, /#key=KEY: what stands behind # never leaves the browser by itself. */
+const key = new URLSearchParams(location.hash.slice(1)).get('key');
+export const keyHeader = () => (key ? { authorization: `Bearer ${key}` } : {});
+
 const FRAGMENT = 'application/trickle-ice-sdpfrag';
 /** A disconnection shorter than this heals by itself more often than not. */
 const PATIENCE_MS = 1500;
@@ -124,7 +128,7 @@ export class Live extends EventTarget {
     let response;
     try {
       response = await fetch(`/v1/live${query}`, {
-        method: 'POST', headers: { 'content-type': 'application/sdp' }, body: pc.localDescription.sdp,
+        method: 'POST', headers: { 'content-type': 'application/sdp', ...keyHeader() }, body: pc.localDescription.sdp,
       });
     } catch {
       throw new LiveProblem('unreachable', t('The server does not answer'), t('Check that it is still running and that this device is online, then try again.'), 5);

@@ -8,6 +8,7 @@ mod config_cmd;
 mod doctor;
 mod engines;
 mod generate;
+mod key;
 mod large;
 mod loading;
 mod machine;
@@ -45,6 +46,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Print, check or explain the configuration.
     Config(config_cmd::Args),
+    /// Make and list API keys.
+    Key(key::Args),
     /// Look into, check and convert model files.
     Model(model::Args),
 }
@@ -59,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Config(args) => config_cmd::run(args),
+        Command::Key(args) => key::run(args),
         Command::Model(args) => model::run(args),
     };
     match done {

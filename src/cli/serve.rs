@@ -27,9 +27,9 @@ pub(super) struct Args {
     /// Where HTTP listens [default: 127.0.0.1:8080]; port 0 takes a free one.
     #[arg(long, value_name = "IP:PORT")]
     listen: Option<String>,
-    /// Allow an address that other machines can reach.
-    #[arg(long)]
-    allow_remote: bool,
+    /// A file with API keys, as `loquent key new` writes it; needed for an address that other machines can reach.
+    #[arg(long, value_name = "FILE")]
+    keys_file: Option<String>,
     /// What makes the picture: pocket (the built-in model), s2v (the large model) or card (a test card) [default: pocket].
     #[arg(long, value_name = "NAME")]
     engine: Option<String>,
@@ -55,7 +55,7 @@ impl Args {
         };
         let all = [
             flag("listen", "server.listen", self.listen.clone()),
-            flag("allow-remote", "server.allow_remote", self.allow_remote.then(|| "true".into())),
+            flag("keys-file", "server.keys_file", self.keys_file.clone()),
             flag("engine", "engine.generator", self.engine.clone()),
             flag("sessions", "engine.sessions", self.sessions.map(|n| n.to_string())),
             flag("web-dir", "server.web_dir", self.web_dir.clone()),
@@ -125,6 +125,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
 
     let stop_http = CancellationToken::new();
     let http = tokio::spawn(server.run(stop_http.clone()));
+    tokio::spawn(keep_keys(service.clone()));
     let failure = wait_for_the_end(&engine, config.server.engine_failure, stop_after).await?;
 
     service.drain();
@@ -253,6 +254,22 @@ async fn wait_for_the_end(
         why = failed => Ok(Some(why)),
         signal = stop_signal() => signal.map(|()| None),
         () = time_up => Ok(None),
+    }
+}
+
+/// Reads the file of keys again at SIGHUP, and when it changed; never returns.
+async fn keep_keys(service: std::sync::Arc<Service>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut hangup = match signal(SignalKind::hangup()) {
+        Ok(hangup) => hangup,
+        Err(e) => return tracing::error!("SIGHUP cannot be listened for, so keys are not read again: {e}"),
+    };
+    let mut looks = tokio::time::interval(Duration::from_secs(2));
+    loop {
+        tokio::select! {
+            _ = hangup.recv() => service.reload_keys(true),
+            _ = looks.tick() => service.reload_keys(false),
+        }
     }
 }
 

@@ -213,9 +213,14 @@ impl Engine {
         if self.0.draining.load(Ordering::Acquire) {
             return Err(Refusal::Draining);
         }
-        let retry_after = Duration::from_secs(self.0.config.retry_after_s);
+        let retry_after = self.retry_after();
         let seat = Seats::take(&self.0.seats).ok_or(Refusal::Full { retry_after })?;
         Ok(Slot { seat, commands: self.0.commands.clone(), health: self.0.health.clone() })
+    }
+
+    /// What a refused caller is told to wait.
+    pub fn retry_after(&self) -> Duration {
+        Duration::from_secs(self.0.config.retry_after_s)
     }
 
     /// Turns to `Failed` once, and stays.
@@ -246,16 +251,19 @@ impl Seats {
             .used
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| (used < seats.slots).then_some(used + 1))
             .ok()
-            .map(|_| Seat(seats.clone()))
+            .map(|_| Seat { seats: seats.clone(), _kept: None })
     }
 }
 
-/// One taken seat; given back on drop, wherever that happens.
-pub(crate) struct Seat(Arc<Seats>);
+/// One taken seat; given back on drop, wherever that happens, and with it whatever was to be kept as long.
+pub(crate) struct Seat {
+    seats: Arc<Seats>,
+    _kept: Option<Box<dyn Send + Sync>>,
+}
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::AcqRel);
+        self.seats.used.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -267,6 +275,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Keeps something for as long as the seat is taken, and drops it then.
+    pub fn with(mut self, kept: impl Send + Sync + 'static) -> Slot {
+        self.seat._kept = Some(Box::new(kept));
+        self
+    }
+
     /// Opens a face. Work begins here, not before. If the future is dropped half-way the slot is given back.
     pub async fn open(self, portrait: Portrait, options: OpenOptions) -> Result<Lane, EngineError> {
         let (reply, answer) = oneshot::channel();

@@ -1,7 +1,10 @@
 //! Settings of the HTTP side.
 
 use serde::{Deserialize, Serialize};
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 /// `[server]`: addresses, limits, time-outs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -9,8 +12,12 @@ use std::{net::SocketAddr, time::Duration};
 pub struct Config {
     /// Where HTTP listens.
     pub listen: String,
-    /// Says that an address other machines can reach is meant.
-    pub allow_remote: bool,
+    /// A file with API keys, one a line; empty = none. `keys.rs` says what a line is.
+    pub keys_file: String,
+    /// The same lines, here.
+    pub keys: Vec<String>,
+    /// Who may talk on the page once there are keys.
+    pub visitors: Visitors,
     /// Serves the page from this folder instead of from the program; empty = from the program.
     pub web_dir: String,
     /// Origins of other sites whose pages may call the API; empty = this site only.
@@ -19,6 +26,14 @@ pub struct Config {
     pub max_connections: usize,
     /// WHIP publishers and WHEP players connected at once, of all sessions; more are told to come again.
     pub connections_max: usize,
+    /// Sessions at once of one address that shows no key; 0 = as many as there are places.
+    pub sessions_per_address: usize,
+    /// Requests a second of one address, ten times as many at once; 0 = no limit.
+    pub requests_per_second: u32,
+    /// HTTP connections open at once of one address.
+    pub connections_per_address: usize,
+    /// Proxies whose `X-Forwarded-For` is believed.
+    pub proxies: Vec<IpAddr>,
     /// Hosts that sessions may be published to; "*" = every one, empty = none.
     pub publish_hosts: Vec<String>,
     /// Time a client has to send a request's head; also how long an idle connection is kept.
@@ -53,16 +68,32 @@ pub enum EngineFailure {
     Stay,
 }
 
+/// Who may begin a conversation on the page of a service that has keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Visitors {
+    /// Whoever has a key with the scope `live`.
+    Key,
+    /// Whoever reaches it.
+    Anyone,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
             listen: "127.0.0.1:8080".into(),
-            allow_remote: false,
+            keys_file: String::new(),
+            keys: Vec::new(),
+            visitors: Visitors::Key,
             web_dir: String::new(),
             cors_origins: Vec::new(),
             max_connections: 256,
             connections_max: 100,
             publish_hosts: vec!["*".into()],
+            sessions_per_address: 4,
+            requests_per_second: 50,
+            connections_per_address: 64,
+            proxies: Vec::new(),
             header_timeout_s: 10,
             request_timeout_s: 20,
             portrait_max_mb: 10,
@@ -81,26 +112,33 @@ impl Config {
     /// The listening address.
     ///
     /// # Errors
-    /// Text that is no address, or a reachable one without `allow_remote`; the sentence says what to do.
+    /// Text that is no address; the sentence says what one looks like.
     pub fn address(&self) -> Result<SocketAddr, String> {
         let listen = self.listen.replace("localhost", "127.0.0.1");
-        let address: SocketAddr = listen.parse().map_err(|_| {
+        listen.parse().map_err(|_| {
             format!(
                 "server.listen = \"{}\": allowed is IP:port, such as 127.0.0.1:8080, [::1]:8080 or 0.0.0.0:8080",
                 self.listen
             )
-        })?;
-        if !address.ip().is_loopback() && !self.allow_remote {
-            return Err(format!(
-                "server.listen = \"{}\" can be reached from other machines, and whoever reaches it may use this \
-                 service. If that is meant, add --allow-remote (or server.allow_remote = true). Browsers give \
-                 microphones only to HTTPS pages, so put a TLS proxy in front of it; for this machine alone, use \
-                 127.0.0.1:{}",
-                self.listen,
-                address.port()
-            ));
+        })
+    }
+
+    /// Refuses an address that other machines can reach while there is no key.
+    ///
+    /// # Errors
+    /// A sentence that says how to set a key.
+    pub(super) fn reachable(&self, address: SocketAddr, keys: usize) -> Result<(), String> {
+        if address.ip().is_loopback() || keys > 0 {
+            return Ok(());
         }
-        Ok(address)
+        Err(format!(
+            "server.listen = \"{}\" can be reached from other machines, and there is no key: whoever reaches it could \
+             use this service. Make one with `loquent key new NAME --file keys` and say --set server.keys_file=keys. \
+             Browsers give microphones only to HTTPS pages, so also put a TLS proxy in front of it. For this machine \
+             alone, use 127.0.0.1:{}",
+            self.listen,
+            address.port()
+        ))
     }
 
     /// Says whether the values are usable.
@@ -108,8 +146,10 @@ impl Config {
     /// # Errors
     /// A sentence that names the key, its value and what is allowed.
     pub fn validate(&self) -> Result<(), String> {
-        self.address()?;
-        let at_least_one: [(&str, u64); 7] = [
+        let keys = super::keys::Keys::new(self).count()?;
+        self.reachable(self.address()?, keys)?;
+        let at_least_one: [(&str, u64); 8] = [
+            ("connections_per_address", self.connections_per_address as u64),
             ("max_connections", self.max_connections as u64),
             ("header_timeout_s", self.header_timeout_s),
             ("request_timeout_s", self.request_timeout_s),

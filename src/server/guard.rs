@@ -1,6 +1,6 @@
 //! What wraps every route: deadlines, panics turned into answers, security headers, CORS, counts.
 
-use super::{Service, error::ApiError};
+use super::{Service, access, error::ApiError};
 use crate::telemetry::metrics;
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -19,7 +19,7 @@ const PERMISSIONS_POLICY: &str = "microphone=(self), fullscreen=(self), autoplay
      screen-wake-lock=(self), camera=(), geolocation=(), display-capture=(), usb=(), serial=(), midi=(), \
      payment=()";
 
-/// The outermost layer: counts the answer, adds the headers that every answer carries.
+/// The outermost layer: lets in, counts the answer, adds the headers that every answer carries.
 pub(super) async fn outer(State(service): State<Arc<Service>>, request: Request, next: Next) -> Response {
     let method = request.method().clone();
     let origin = request.headers().get(header::ORIGIN).cloned();
@@ -28,7 +28,16 @@ pub(super) async fn outer(State(service): State<Arc<Service>>, request: Request,
 
     let mut response = match (&allowed, is_preflight(&method, request.headers())) {
         (Some(_), true) => preflight(),
-        _ => bounded(&service, request, next).await,
+        _ => {
+            let (mut parts, body) = request.into_parts();
+            match access::admit(&service, route.as_deref(), &parts) {
+                Ok(caller) => {
+                    parts.extensions.insert(caller);
+                    bounded(&service, Request::from_parts(parts, body), next).await
+                }
+                Err(refused) => refused.into_response(),
+            }
+        }
     };
 
     let headers = response.headers_mut();

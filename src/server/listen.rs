@@ -2,17 +2,22 @@
 //!
 //! | edge | capacity | when full |
 //! | --- | --- | --- |
-//! | connections | `server.max_connections` | closed at once, counted |
+//! | connections | `server.max_connections`, `server.connections_per_address` | closed at once, counted |
 
-use super::Config;
+use super::Service;
 use crate::telemetry::metrics;
 use axum::Router;
-use hyper::server::conn::http1;
+use hyper::{
+    Request,
+    body::Incoming,
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -23,19 +28,20 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(super) async fn serve(
     listener: TcpListener,
     app: Router,
-    config: &Config,
+    service: &Service,
     stop: CancellationToken,
     grace: Duration,
 ) {
+    let config = &service.config;
     let places = Arc::new(Semaphore::new(config.max_connections));
     let tasks = TaskTracker::new();
     let header_timeout = config.header_timeout();
     loop {
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             biased;
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 Err(e) => {
                     // Most often "too many open files": those open now must end before there is room.
                     tracing::warn!("a connection could not be accepted: {e}");
@@ -48,12 +54,20 @@ pub(super) async fn serve(
             metrics().connections_refused.inc();
             continue;
         };
+        // Proxies bring many people, and this machine's own programs are not counted.
+        let ip = peer.ip().to_canonical();
+        let counted = !ip.is_loopback() && !config.proxies.contains(&ip);
+        let ticket = counted.then(|| service.limits.connection(ip, config.connections_per_address));
+        if let Some(None) = ticket {
+            metrics().connections_refused.inc();
+            continue;
+        }
         let (app, stop) = (app.clone(), stop.clone());
         tasks.spawn(async move {
             metrics().connections.inc();
-            connection(stream, app, header_timeout, stop).await;
+            connection(stream, peer, app, header_timeout, stop).await;
             metrics().connections.dec();
-            drop(place);
+            drop((place, ticket));
         });
     }
     drop(listener);
@@ -61,13 +75,23 @@ pub(super) async fn serve(
     let _ = tokio::time::timeout(grace, tasks.wait()).await;
 }
 
-async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, stop: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    app: Router,
+    header_timeout: Duration,
+    stop: CancellationToken,
+) {
     let _ = stream.set_nodelay(true);
     let mut builder = http1::Builder::new();
     // The timer runs from when a head is awaited, so it also ends idle connections.
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(64 * 1024);
-    let mut serving =
-        std::pin::pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app)).with_upgrades());
+    let app = TowerToHyperService::new(app);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        app.call(request)
+    });
+    let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
     let done = tokio::select! {
         done = serving.as_mut() => done,
         () = stop.cancelled() => {

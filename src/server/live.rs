@@ -2,13 +2,14 @@
 //!
 //! A place is taken before the offer is looked at; everything a refused or broken offer took is given back by `drop`.
 
-use super::{Service, error::ApiError, presenters::portrait, resource};
+use super::{Service, access::Caller, error::ApiError, limits, presenters::portrait, resource};
 use crate::{
     avatar::OpenOptions,
     engine::Refusal,
     session::{self, SessionId, SessionSpec},
 };
 use axum::{
+    Extension,
     body::Body,
     extract::{Query, State, rejection::QueryRejection},
     http::HeaderMap,
@@ -32,6 +33,7 @@ pub(super) struct Asked {
 /// `POST /v1/live`
 pub(super) async fn offer(
     State(service): State<Arc<Service>>,
+    Extension(caller): Extension<Caller>,
     asked: Result<Query<Asked>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
@@ -41,7 +43,7 @@ pub(super) async fn offer(
         ApiError::bad_request("wrong_query", format!("{}. Allowed are presenter=ID and seed=NUMBER.", e.body_text()))
     })?;
 
-    let slot = service.rooms.engine.admit().map_err(refused)?;
+    let slot = limits::place(&service, &caller)?;
     let (presenter, portrait) = portrait(&service, asked.presenter.as_deref()).await?;
     let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(resource::net_error)?;
 
@@ -57,7 +59,7 @@ pub(super) async fn offer(
     }
     let geometry = service.rooms.engine.geometry().clone();
     let spec = SessionSpec { id: id.clone(), portrait, presenter, options, geometry };
-    let config = service.rooms.session_config.clone();
+    let config = limits::bounded(service.rooms.session_config.clone(), &caller);
     let short = id.short().to_string();
     tokio::spawn(async move {
         let talk = session::run(spec, slot, events, out, control, config);

@@ -14,8 +14,9 @@
 
 use super::{
     Service,
+    access::Caller,
     error::ApiError,
-    live::refused,
+    limits,
     presenters::{self, portrait},
     sessions,
 };
@@ -25,7 +26,7 @@ use crate::{
     media::Portrait,
 };
 use axum::{
-    Json,
+    Extension, Json,
     body::{Body, Bytes},
     extract::{FromRequest, Multipart, Request, State},
     http::{HeaderMap, StatusCode},
@@ -161,8 +162,11 @@ fn short(name: &str) -> String {
 }
 
 /// `POST /v1/livekit` and the other routes of the table.
-pub(super) async fn start(State(service): State<Arc<Service>>, request: Request) -> Result<Response, ApiError> {
-    sessions::control(&service, request.headers())?;
+pub(super) async fn start(
+    State(service): State<Arc<Service>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
     let wanted = read(&service, request).await?;
     let (Some(url), Some(token)) = (wanted.url, wanted.token) else {
         return Err(ApiError::bad_request(
@@ -176,13 +180,13 @@ pub(super) async fn start(State(service): State<Arc<Service>>, request: Request)
             "Pictures are not fetched from elsewhere; upload the picture itself in this call.",
         ));
     }
-    let slot = service.rooms.engine.admit().map_err(refused)?;
+    let slot = limits::place(&service, &caller)?;
     let face = face(&service, wanted.presenter.as_deref(), wanted.picture).await?;
     let joined = enter(&service, Room { url, token, agent: wanted.agent }).await?;
 
     let mut options = OpenOptions { steps: service.rooms.steps, prompt: wanted.prompt, ..OpenOptions::default() };
     options.seed = wanted.seed.unwrap_or(options.seed);
-    let mut config = service.rooms.session_config.clone();
+    let mut config = limits::bounded(service.rooms.session_config.clone(), &caller);
     if let Some(idle) = wanted.idle_timeout_s {
         // A caller may ask for less patience than the operator has, not for more.
         config.idle_timeout_s = if config.idle_timeout_s == 0 { idle } else { idle.min(config.idle_timeout_s) };

@@ -22,11 +22,14 @@
 //!
 //! Errors are JSON: `{"error":{"code","message"}}`; a refusal (503) also carries `reason` and `message` at the top.
 
+mod access;
 mod config;
 mod error;
 mod guard;
 mod health;
 mod info;
+mod keys;
+mod limits;
 mod listen;
 mod live;
 mod livekit;
@@ -42,7 +45,8 @@ mod sessions;
 mod whip;
 mod ws;
 
-pub use config::{Config, EngineFailure};
+pub use config::{Config, EngineFailure, Visitors};
+pub use keys::{Key, Scope, parse_keys};
 pub use presenters::Presenter;
 
 use crate::{
@@ -51,6 +55,7 @@ use crate::{
     session::{self, Registry, SessionId},
     voice::Voice,
 };
+use access::{Right::*, Routes};
 use axum::{
     Router,
     body::{Body, Bytes},
@@ -63,7 +68,7 @@ use error::ApiError;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -107,6 +112,10 @@ pub struct Service {
     portraits: portraits::Portraits,
     decoders: Semaphore,
     draining: AtomicBool,
+    /// What each route wants, known once the router is there.
+    rights: OnceLock<access::Rights>,
+    keys: keys::Keys,
+    limits: limits::Limits,
 }
 
 impl Service {
@@ -117,6 +126,9 @@ impl Service {
             portraits: portraits::Portraits::new(config.portraits_kept, ttl),
             decoders: Semaphore::new(DECODERS),
             draining: AtomicBool::new(false),
+            rights: OnceLock::new(),
+            keys: keys::Keys::new(&config),
+            limits: limits::Limits::new(&config, Instant::now()),
             peers: resource::Peers::default(),
             sessions: sessions::Sessions::default(),
             recordings: recording::Recordings::default(),
@@ -141,6 +153,11 @@ impl Service {
         self.rooms.sessions.get(id)
     }
 
+    /// Reads the file of keys again if it changed, or `always`; takes no time worth mentioning.
+    pub fn reload_keys(&self, always: bool) {
+        self.keys.reload(always);
+    }
+
     fn presenter(&self, id: &str) -> Option<&Presenter> {
         self.rooms.presenters.iter().find(|p| p.id == id)
     }
@@ -153,42 +170,53 @@ impl Service {
         let one =
             patch(resource::patch).delete(resource::delete).options(resource::options_of_one).get(resource::nothing);
         let offers = |route: MethodRouter<Arc<Service>>| route.options(resource::options).get(whip::nothing);
-        Router::new()
-            .route("/", get(pages::index))
-            .route("/{file}", get(pages::file))
-            .route("/v1/info", get(info::info))
-            .route("/v1/openapi.json", get(openapi::document))
-            .route("/v1/live", post(live::offer).options(resource::options).get(resource::nothing))
-            .route("/v1/live/{id}", one.clone())
-            .route("/v1/sessions", post(sessions::begin).get(sessions::list))
-            .route("/v1/sessions/{id}", get(sessions::one).patch(sessions::change).delete(sessions::end))
-            .route("/v1/sessions/{id}/token", post(sessions::token))
-            .route("/v1/sessions/{id}/interrupt", post(sessions::interrupt))
-            .route("/v1/sessions/{id}/live", post(sessions::join).options(resource::options).get(resource::nothing))
-            .route("/v1/sessions/{id}/ws", get(ws::open))
-            .route("/v1/sessions/{id}/whip", offers(post(whip::publish)))
-            .route("/v1/sessions/{id}/whep", offers(post(whip::play)))
-            .route("/v1/sessions/{id}/whip/{connection}", one.clone())
-            .route("/v1/sessions/{id}/whep/{connection}", one)
-            .route("/whip/{id}", offers(post(whip::moved)))
-            .route("/whep/{id}", offers(post(whip::moved)))
-            .route("/v1/sessions/{id}/publish", post(publish::begin).get(publish::list))
-            .route("/v1/sessions/{id}/publish/{publication}", get(publish::one).delete(publish::end))
-            .route("/v1/sessions/{id}/say", post(say::route))
-            .route("/v1/sessions/{id}/recording", post(recording::begin).get(recording::list).delete(recording::end))
-            .route("/v1/sessions/{id}/recording/{file}", get(recording::file))
-            .route("/v1/recordings", get(recording::all))
-            .route("/v1/recordings/{file}", get(recording::any))
-            .route("/v1/livekit", post(livekit::start).layer(DefaultBodyLimit::disable()))
-            .route("/v1/livekit/v1/sessions", post(livekit::start).layer(DefaultBodyLimit::disable()))
-            .route("/v1/livekit/v1/session", post(livekit::start).layer(DefaultBodyLimit::disable()))
-            .route("/v1/session", post(livekit::start).layer(DefaultBodyLimit::disable()))
-            .route("/v1/presenters", get(presenters::list))
-            .route("/v1/presenters/{file}", get(presenters::picture))
-            .route("/v1/portraits", post(presenters::upload))
-            .route("/healthz", get(health::healthz))
-            .route("/readyz", get(health::readyz))
-            .route("/metrics", get(health::prometheus))
+        let (routes, rights) = Routes::new()
+            .route("/", Anyone, get(pages::index))
+            .route("/{file}", Anyone, get(pages::file))
+            .route("/v1/info", Anyone, get(info::info))
+            .route("/v1/openapi.json", Anyone, get(openapi::document))
+            .route("/v1/live", Visitor, post(live::offer).options(resource::options).get(resource::nothing))
+            .route("/v1/live/{id}", Connection, one.clone())
+            .route("/v1/sessions", Control, post(sessions::begin).get(sessions::list))
+            .route("/v1/sessions/{id}", Control, get(sessions::one).patch(sessions::change).delete(sessions::end))
+            .route("/v1/sessions/{id}/token", Control, post(sessions::token))
+            .route("/v1/sessions/{id}/interrupt", Session, post(sessions::interrupt))
+            .route(
+                "/v1/sessions/{id}/live",
+                Session,
+                post(sessions::join).options(resource::options).get(resource::nothing),
+            )
+            .route("/v1/sessions/{id}/ws", Session, get(ws::open))
+            .route("/v1/sessions/{id}/whip", Session, offers(post(whip::publish)))
+            .route("/v1/sessions/{id}/whep", Session, offers(post(whip::play)))
+            .route("/v1/sessions/{id}/whip/{connection}", Connection, one.clone())
+            .route("/v1/sessions/{id}/whep/{connection}", Connection, one)
+            .route("/whip/{id}", Anyone, offers(post(whip::moved)))
+            .route("/whep/{id}", Anyone, offers(post(whip::moved)))
+            .route("/v1/sessions/{id}/publish", Session, post(publish::begin).get(publish::list))
+            .route("/v1/sessions/{id}/publish/{publication}", Session, get(publish::one).delete(publish::end))
+            .route("/v1/sessions/{id}/say", Session, post(say::route))
+            .route(
+                "/v1/sessions/{id}/recording",
+                Session,
+                post(recording::begin).get(recording::list).delete(recording::end),
+            )
+            .route("/v1/sessions/{id}/recording/{file}", Session, get(recording::file))
+            .route("/v1/recordings", Control, get(recording::all))
+            .route("/v1/recordings/{file}", Control, get(recording::any))
+            .route("/v1/livekit", Control, post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/livekit/v1/sessions", Control, post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/livekit/v1/session", Control, post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/session", Control, post(livekit::start).layer(DefaultBodyLimit::disable()))
+            .route("/v1/presenters", Anyone, get(presenters::list))
+            .route("/v1/presenters/{file}", Anyone, get(presenters::picture))
+            .route("/v1/portraits", Visitor, post(presenters::upload))
+            .route("/healthz", Anyone, get(health::healthz))
+            .route("/readyz", Anyone, get(health::readyz))
+            .route("/metrics", Metrics, get(health::prometheus))
+            .done();
+        let _ = self.rights.set(rights);
+        routes
             .fallback(guard::no_route)
             .method_not_allowed_fallback(guard::no_method)
             .layer(middleware::from_fn_with_state(self.clone(), guard::outer))
@@ -218,6 +246,8 @@ impl Server {
     /// An address that is not allowed or not free.
     pub async fn bind(service: Arc<Service>) -> Result<Server, ServerError> {
         let address = service.config.address().map_err(ServerError::Config)?;
+        let keys = service.keys.count().map_err(ServerError::Config)?;
+        service.config.reachable(address, keys).map_err(ServerError::Config)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;
         Ok(Server { listener, service })
     }
@@ -233,7 +263,7 @@ impl Server {
     /// Answers until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let app = self.service.router();
-        listen::serve(self.listener, app, &self.service.config, stop, Duration::from_secs(1)).await;
+        listen::serve(self.listener, app, &self.service, stop, Duration::from_secs(1)).await;
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Each route of [`super::Service::router`] has its line in [`paths`]; `tests/it/openapi.rs` compares the two.
 
-use super::Service;
+use super::{Service, access::Right};
 use axum::{
     Json,
     extract::State,
@@ -13,7 +13,11 @@ use std::sync::Arc;
 
 /// `GET /v1/openapi.json`
 pub(super) async fn document(State(service): State<Arc<Service>>) -> Response {
-    Json(build(service.config.portrait_max_mb)).into_response()
+    let key = |path: &str, method: &str| {
+        let right = service.rights.get().and_then(|rights| rights.get(path));
+        matches!(right, Some(Right::Control | Right::Metrics)) || (right == Some(&Right::Visitor) && method == "post")
+    };
+    Json(build(service.config.portrait_max_mb, key)).into_response()
 }
 
 /// One operation: its method, what it does, what it takes, what it answers.
@@ -476,7 +480,8 @@ fn schemas() -> Value {
     })
 }
 
-fn build(portrait_max_mb: usize) -> Value {
+/// `key`: whether a route wants a key where there are keys.
+fn build(portrait_max_mb: usize, key: impl Fn(&str, &str) -> bool) -> Value {
     let mut all = Map::new();
     for (path, ops) in paths() {
         let mut item = Map::new();
@@ -488,7 +493,10 @@ fn build(portrait_max_mb: usize) -> Value {
         if !names.is_empty() {
             item.insert("parameters".into(), Value::Array(names));
         }
-        for Op(method, value) in ops {
+        for Op(method, mut value) in ops {
+            if key(path, method) {
+                value["security"] = json!([{}, { "key": [] }]);
+            }
             item.insert(method.into(), value);
         }
         all.insert(path.into(), Value::Object(item));
@@ -510,6 +518,7 @@ fn build(portrait_max_mb: usize) -> Value {
                 "content": { JSON: { "schema": schema("Error") } },
             } },
             "securitySchemes": {
+                "key": { "type": "http", "scheme": "bearer", "description": "An API key; only where the service has keys" },
                 "bearer": { "type": "http", "scheme": "bearer", "description": "The session's token" },
                 "token": { "type": "apiKey", "in": "query", "name": "token" },
             },

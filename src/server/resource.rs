@@ -96,6 +96,11 @@ impl Pace {
         Pace { burst, per_second, left: burst, at: now }
     }
 
+    /// Whether nothing of it is used.
+    pub(super) fn rested(&self, now: Instant) -> bool {
+        self.left + now.saturating_duration_since(self.at).as_secs_f64() * self.per_second >= self.burst
+    }
+
     /// # Errors
     /// 429 with `Retry-After` for what is too much.
     pub(super) fn take(&mut self, now: Instant) -> Result<(), ApiError> {
@@ -104,7 +109,8 @@ impl Pace {
         self.at = now;
         if self.left < 1.0 {
             let mut error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many", "Too many requests; slow down.");
-            error.retry_after = Some(Duration::from_secs(1));
+            error.retry_after =
+                Some(Duration::from_secs_f64(((1.0 - self.left) / self.per_second).clamp(1.0, 3600.0).ceil()));
             return Err(error);
         }
         self.left -= 1.0;

@@ -9,7 +9,12 @@
 //! | sessions | `engine.sessions` | 503 with `Retry-After` |
 //! | ends that are remembered, for whoever asks later | 256 | the oldest leaves |
 
-use super::{Service, error::ApiError, live, livekit, presenters, resource};
+use super::{
+    Service,
+    access::{self, Caller},
+    error::ApiError,
+    keys, limits, livekit, presenters, resource,
+};
 use crate::{
     avatar::{AvatarError, OpenOptions},
     codec::View,
@@ -19,7 +24,7 @@ use crate::{
     session::{self, ChangeError, Handle, Reason, SessionId, SessionSpec, SinkRole, Snapshot},
 };
 use axum::{
-    Json,
+    Extension, Json,
     body::Body,
     extract::{Path, RawQuery, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -76,7 +81,7 @@ impl Sessions {
         let inner = self.lock();
         // Hashes are compared: how long that takes says nothing about the token.
         match inner.live.get(id) {
-            Some(entry) if entry.token != digest(token) => Err(unauthorised(
+            Some(entry) if !keys::same(&entry.token, &digest(token)) => Err(unauthorised(
                 "wrong_token",
                 "This token does not open this session. Use the newest one that the session was given.",
             )),
@@ -115,12 +120,6 @@ fn unauthorised(code: &'static str, message: &str) -> ApiError {
     ApiError::new(StatusCode::UNAUTHORIZED, code, message)
 }
 
-/// Who may use the control API: for now whoever reaches it. Keys are checked here, and nowhere else, once there are
-/// any.
-pub(super) fn control(_service: &Service, _headers: &HeaderMap) -> Result<(), ApiError> {
-    Ok(())
-}
-
 /// The live session `id`, for whoever shows its token.
 ///
 /// # Errors
@@ -133,12 +132,8 @@ pub(super) fn access(
 ) -> Result<Handle, ApiError> {
     let id = SessionId::from(id);
     let handle = service.rooms.sessions.get(&id).ok_or_else(|| service.sessions.gone(&id))?;
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| {
-        let (scheme, token) = v.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-    });
     let asked = || query?.split('&').find_map(|pair| pair.strip_prefix("token="));
-    let token = bearer.or_else(asked).ok_or_else(|| {
+    let token = access::bearer(headers).or_else(asked).ok_or_else(|| {
         let how = "Show the session's token: Authorization: Bearer TOKEN, or ?token=TOKEN.";
         unauthorised("no_token", how)
     })?;
@@ -146,9 +141,8 @@ pub(super) fn access(
     Ok(handle)
 }
 
-/// Asks the control API for a live session.
-fn controlled(service: &Service, headers: &HeaderMap, id: &str) -> Result<Handle, ApiError> {
-    control(service, headers)?;
+/// A live session, for the control API, whose routes need a key (`access.rs`).
+fn controlled(service: &Service, id: &str) -> Result<Handle, ApiError> {
     let id = SessionId::from(id);
     service.rooms.sessions.get(&id).ok_or_else(|| service.sessions.gone(&id))
 }
@@ -249,17 +243,17 @@ fn printable(text: &str) -> String {
 /// `POST /v1/sessions`
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    control(&service, &headers)?;
     let mut wanted: Wanted = json(&headers, body).await?;
     possible(&service, &wanted)?;
     let view = wanted.background.as_deref().map(|b| background(&service, b)).transpose()?;
-    let mut config = service.rooms.session_config.clone();
+    let mut config = limits::bounded(service.rooms.session_config.clone(), &caller);
     config.max_session_s = limited("max_session_s", wanted.limits.max_session_s, config.max_session_s)?;
     config.idle_timeout_s = limited("idle_timeout_s", wanted.limits.idle_timeout_s, config.idle_timeout_s)?;
-    let slot = service.rooms.engine.admit().map_err(live::refused)?;
+    let slot = limits::place(&service, &caller)?;
     let face = presenters::portrait(&service, wanted.presenter.as_deref()).await?;
     let room = match wanted.livekit.take() {
         Some(room) => Some(livekit::enter(&service, room).await?),
@@ -401,30 +395,21 @@ fn told(service: &Service, s: &Snapshot, sinks: usize) -> Told {
 }
 
 /// `GET /v1/sessions`
-pub(super) async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Result<Response, ApiError> {
-    control(&service, &headers)?;
+pub(super) async fn list(State(service): State<Arc<Service>>) -> Result<Response, ApiError> {
     let all: Vec<Told> =
         service.rooms.sessions.snapshots().iter().map(|s| told(&service, s, s.metrics.sinks as usize)).collect();
     Ok(Json(json!({ "sessions": all })).into_response())
 }
 
 /// `GET /v1/sessions/{id}`
-pub(super) async fn one(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    headers: HeaderMap,
-) -> Result<Response, ApiError> {
-    let handle = controlled(&service, &headers, &id)?;
+pub(super) async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let handle = controlled(&service, &id)?;
     Ok(Json(told(&service, &handle.snapshot(), handle.sinks())).into_response())
 }
 
 /// `DELETE /v1/sessions/{id}`: answers when the place is free.
-pub(super) async fn end(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    headers: HeaderMap,
-) -> Result<StatusCode, ApiError> {
-    let handle = controlled(&service, &headers, &id)?;
+pub(super) async fn end(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let handle = controlled(&service, &id)?;
     handle.close(Reason::Stopped);
     // Until its place is free, which is a moment after its last event.
     let over = async {
@@ -450,7 +435,7 @@ pub(super) async fn change(
         prompt: Option<String>,
         background: Option<String>,
     }
-    let handle = controlled(&service, &headers, &id)?;
+    let handle = controlled(&service, &id)?;
     let Change { presenter, prompt, background: asked } = json(&headers, body).await?;
     let view = asked.as_deref().map(|b| background(&service, b)).transpose()?;
     possible(&service, &Wanted { prompt: prompt.clone(), ..Wanted::default() })?;
@@ -486,12 +471,8 @@ pub(super) async fn change(
 }
 
 /// `POST /v1/sessions/{id}/token`: a new token; the one before opens nothing any more. What is connected stays so.
-pub(super) async fn token(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    headers: HeaderMap,
-) -> Result<Response, ApiError> {
-    let handle = controlled(&service, &headers, &id)?;
+pub(super) async fn token(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let handle = controlled(&service, &id)?;
     let ttl = Duration::from_secs(service.config.session_token_ttl_s);
     let token = service.sessions.issue(handle.id(), ttl, Instant::now());
     let urls = urls(handle.id(), &token);

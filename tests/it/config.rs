@@ -84,7 +84,7 @@ fn values_are_read_as_the_kind_that_stands_there() {
     let config = layered(&[
         change("engine.sessions", "3"),
         change("engine.steps", "4"),
-        change("server.allow_remote", "true"),
+        change("net.ice_tcp", "true"),
         change("server.cors_origins", "https://a.example, https://b.example"),
         change("net.public_ips", "[\"192.0.2.1\"]"),
         change("net.ice_servers", "[{ urls = [\"stun:stun.example.net\"] }]"),
@@ -94,7 +94,7 @@ fn values_are_read_as_the_kind_that_stands_there() {
     .unwrap();
     assert_eq!(config.engine.sessions, 3);
     assert_eq!(config.engine.steps, Some(4));
-    assert!(config.server.allow_remote);
+    assert!(config.net.ice_tcp);
     assert_eq!(config.server.cors_origins, ["https://a.example", "https://b.example"]);
     assert_eq!(config.net.public_ips, ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
     assert_eq!(config.net.ice_servers[0].urls, ["stun:stun.example.net"]);
@@ -130,13 +130,17 @@ fn what_is_wrong_is_named_with_key_value_and_origin() {
         layered(changes).unwrap().validate().map(|()| Config::default()).map_err(|e| e.to_string())
     };
     says(invalid(&[change("server.listen", "here")]), &["server.listen", "\"here\"", "127.0.0.1:8080"]);
-    says(invalid(&[change("server.listen", "0.0.0.0:80")]), &["0.0.0.0:80", "--allow-remote", "HTTPS"]);
+    says(invalid(&[change("server.listen", "0.0.0.0:80")]), &["0.0.0.0:80", "loquent key new", "HTTPS"]);
     says(invalid(&[change("server.cors_origins", "a.example")]), &["server.cors_origins", "a.example", "https://"]);
     says(invalid(&[change("server.header_timeout_s", "0")]), &["server.header_timeout_s = 0", "1 or more"]);
     says(invalid(&[change("server.web_dir", "/no/such/dir")]), &["server.web_dir", "/no/such/dir"]);
     says(invalid(&[change("engine.sessions", "0")]), &["engine.sessions = 0", "1 to 64"]);
     says(invalid(&[change("log.filter", "loquent=shout")]), &["log.filter", "shout"]);
     says(invalid(&[change("net.port_min", "7000")]), &["[net]", "port_max"]);
-    assert!(invalid(&[change("server.listen", "0.0.0.0:80"), change("server.allow_remote", "true")]).is_ok());
+    let key = format!("1a2b3c4d shop control {}", "0".repeat(64));
+    let key = format!("[\"{key}\"]");
+    assert!(invalid(&[change("server.listen", "0.0.0.0:80"), change("server.keys", &key)]).is_ok());
+    says(invalid(&[change("server.keys", "lq_secret")]), &["server.keys", "ID NAME SCOPES SHA256"]);
+    says(invalid(&[change("server.keys_file", "/no/such")]), &["server.keys_file", "/no/such", "loquent key new"]);
     assert!(invalid(&[change("server.listen", "localhost:80")]).is_ok());
 }

@@ -181,7 +181,7 @@ impl House {
 
     fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
         let mut bytes = format!(
-            "{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {}\r\n",
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n",
             body.len()
         );
         for (name, value) in headers {
@@ -459,21 +459,22 @@ fn pictures(house: &House, from: u64, inputs: &mut usize) {
 
 fn requests(house: &House, from: u64, inputs: &mut usize) {
     let good = format!(
-        "POST /v1/live?presenter=card HTTP/1.1\r\nHost: x\r\nContent-Type: application/sdp\r\nContent-Length: 5\r\n\
+        "POST /v1/live?presenter=card HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/sdp\r\nContent-Length: 5\r\n\
          Connection: close\r\n\r\nv=0\r\n"
     );
     let mut cases: Vec<Vec<u8>> = (from..from + 40).map(|seed| spoil(good.as_bytes(), seed)).collect();
-    let header = |h: &str| format!("GET / HTTP/1.1\r\nHost: x\r\n{h}\r\nConnection: close\r\n\r\n").into_bytes();
+    let header =
+        |h: &str| format!("GET / HTTP/1.1\r\nHost: localhost\r\n{h}\r\nConnection: close\r\n\r\n").into_bytes();
     cases.extend([
         header(&format!("X: {}", "y".repeat(200_000))),
         header(&"X: y\r\n".repeat(500)),
         header("Content-Length: -1"),
         header("Content-Length: 99999999999999999999"),
         header("Transfer-Encoding: chunked, chunked"),
-        b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(),
-        b"GET /%2e%2e/Cargo.toml HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(),
-        b"GET /v1/presenters/..%2f..%2fx.png HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(),
-        b"GET /v1/live?presenter=%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(),
+        b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(),
+        b"GET /%2e%2e/Cargo.toml HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(),
+        b"GET /v1/presenters/..%2f..%2fx.png HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(),
+        b"GET /v1/live?presenter=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
         vec![],

@@ -1,5 +1,6 @@
 //! Fast tests, no GPU, no browser: one binary so that candle is linked once.
 
+mod access;
 mod base;
 mod batch;
 mod checkpoints;

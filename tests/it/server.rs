@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use loquent::{
     avatar::{self, AvatarError, Generator, OpenOptions, Stream},
-    engine::{self, Engine},
+    engine::Engine,
     media::{Geometry, Portrait},
     net::{self, Net},
     server::{Config, Presenter, Rooms, Server, Service},
-    session::{self, Registry},
+    session::Registry,
     voice::{self, Voice},
 };
 use std::{
@@ -55,18 +55,32 @@ pub(crate) async fn house_of(
     change_net: impl FnOnce(&mut net::Config),
     build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
-    let mut config = Config { listen: "127.0.0.1:0".into(), ..Config::default() };
-    change(&mut config);
-    let settings = engine::Config::default();
+    let mut all = settings();
+    change(&mut all.server);
+    change_net(&mut all.net);
+    house_from(all, build).await
+}
+
+/// What a house is made from when nothing else is said.
+pub(crate) fn settings() -> loquent::config::Config {
+    let mut all = loquent::config::Config::default();
+    all.server.listen = "127.0.0.1:0".into();
+    all.net.bind = vec!["127.0.0.1".parse().unwrap()];
+    all
+}
+
+pub(crate) async fn house_from(
+    all: loquent::config::Config,
+    build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+) -> House {
+    let loquent::config::Config { server: config, net, engine: settings, session: session_config, .. } = all;
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
-    let mut net = net::Config { bind: vec!["127.0.0.1".parse().unwrap()], ..net::Config::default() };
-    change_net(&mut net);
     let rooms = Rooms {
         engine: engine.await.unwrap().unwrap(),
         engine_name: "card",
         net: Net::new(net).unwrap(),
         sessions: Registry::new(),
-        session_config: session::Config::default(),
+        session_config,
         livekit: Default::default(),
         steps: None,
         presenters: vec![Presenter {
@@ -112,7 +126,7 @@ impl Answer {
 
 impl House {
     pub(crate) async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n");
+        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
         if !body.is_empty() {
             head += &format!("Content-Length: {}\r\n", body.len());
         }
@@ -150,7 +164,7 @@ fn parse(bytes: &[u8]) -> Answer {
 }
 
 /// What a browser offers: one section for each way, one for the data channel.
-fn offer() -> String {
+pub(crate) fn offer() -> String {
     let print = vec!["AB"; 32].join(":");
     let transport = format!(
         "c=IN IP4 0.0.0.0\r\na=rtcp:9 IN IP4 0.0.0.0\r\na=ice-ufrag:Qm9v\r\na=ice-pwd:MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMg\r\n\
@@ -428,13 +442,14 @@ async fn slow_and_surplus_clients_are_shed() {
     slow.write_all(b"GET / HTTP/1.1\r\nHost: te").await.unwrap();
     // A body that never ends.
     let mut endless = TcpStream::connect(house.address).await.unwrap();
-    let head = "POST /v1/live HTTP/1.1\r\nHost: t\r\nContent-Type: application/sdp\r\nContent-Length: 1000\r\n\r\nv=0";
+    let head =
+        "POST /v1/live HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/sdp\r\nContent-Length: 1000\r\n\r\nv=0";
     endless.write_all(head.as_bytes()).await.unwrap();
     tokio::time::sleep(Duration::from_millis(200)).await;
     // Two are open: the third is closed at once.
     let mut third = TcpStream::connect(house.address).await.unwrap();
     let mut bytes = Vec::new();
-    let _ = third.write_all(b"GET /healthz HTTP/1.1\r\nHost: t\r\n\r\n").await;
+    let _ = third.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     let closed = tokio::time::timeout(Duration::from_secs(1), third.read_to_end(&mut bytes)).await;
     assert!(closed.is_ok() && bytes.is_empty(), "{bytes:?}");
 
@@ -512,7 +527,7 @@ fn the_program_serves_and_ends_when_told() {
     let line = lines.into_iter().find(|l| l.starts_with("Open http://")).expect("the address to open is printed");
     let address = line.trim_start_matches("Open http://").split('/').next().unwrap().to_string();
     let mut socket = std::net::TcpStream::connect(&address).unwrap();
-    socket.write_all(b"GET /readyz HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").unwrap();
+    socket.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
     let mut text = String::new();
     socket.read_to_string(&mut text).unwrap();
     assert!(text.starts_with("HTTP/1.1 200"), "{text}");

@@ -11,34 +11,34 @@ use tokio_tungstenite::{
 };
 
 impl House {
-    async fn json(&self, method: &str, path: &str, body: Value) -> Answer {
+    pub(crate) async fn json(&self, method: &str, path: &str, body: Value) -> Answer {
         self.ask(method, path, &[("Content-Type", "application/json")], body.to_string().as_bytes()).await
     }
-    async fn begin(&self) -> Value {
+    pub(crate) async fn begin(&self) -> Value {
         let begun = self.json("POST", "/v1/sessions", json!({})).await;
         assert_eq!(begun.status, 201, "{}", begun.text());
         begun.json()
     }
-    async fn socket(&self, session: &Value) -> Socket {
+    pub(crate) async fn socket(&self, session: &Value) -> Socket {
         let path = session["urls"]["websocket"].as_str().unwrap();
         let (socket, _) = tokio_tungstenite::connect_async(format!("ws://{}{path}", self.address)).await.unwrap();
         Socket(socket)
     }
 }
 
-struct Socket(WebSocketStream<MaybeTlsStream<TcpStream>>);
+pub(crate) struct Socket(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
 impl Socket {
-    async fn say(&mut self, message: Value) {
+    pub(crate) async fn say(&mut self, message: Value) {
         self.0.send(Message::text(message.to_string())).await.unwrap();
     }
     /// A tone of so many milliseconds at 16 kHz.
-    async fn sound(&mut self, ms: usize) {
+    pub(crate) async fn sound(&mut self, ms: usize) {
         let tone = (0..16 * ms).flat_map(|i| ((12_000.0 * (i as f64 * 0.17).sin()) as i16).to_le_bytes());
         self.0.send(Message::binary(tone.collect::<Vec<u8>>())).await.unwrap();
     }
     /// The next message of this type; others are skipped.
-    async fn hear(&mut self, kind: &str) -> Value {
+    pub(crate) async fn hear(&mut self, kind: &str) -> Value {
         loop {
             let message = tokio::time::timeout(Duration::from_secs(8), self.0.next()).await;
             let message = message.unwrap_or_else(|_| panic!("no {kind} came")).unwrap().unwrap();
@@ -49,7 +49,7 @@ impl Socket {
             }
         }
     }
-    async fn code(&mut self) -> CloseCode {
+    pub(crate) async fn code(&mut self) -> CloseCode {
         loop {
             match tokio::time::timeout(Duration::from_secs(8), self.0.next()).await.unwrap() {
                 Some(Ok(Message::Close(frame))) => return frame.unwrap().code,

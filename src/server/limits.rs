@@ -1,0 +1,267 @@
+//! How much one caller may take: requests, connections and sessions at once, by address and by key.
+//!
+//! Addresses are those of the network, or what a proxy named in `server.proxies` says; an IPv6 address stands for its
+//! /64, which is what one customer gets. This machine's own programs (loopback, not forwarded) are not limited by
+//! address.
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | requests of one address | `server.requests_per_second`, ten times that at once | 429 with `Retry-After`, counted |
+//! | wrong keys of one address | 20, then one a second | 429 with `Retry-After`, counted |
+//! | sessions of one address, one key | `server.sessions_per_address`, the key's `sessions` | 429 with `Retry-After`, counted |
+//! | connections of one address | `server.connections_per_address` | closed at once, counted |
+//! | addresses that are remembered | 10 000 | the rest share one entry |
+
+use super::{Config, Service, access::Caller, error::ApiError, live, resource::Pace};
+use crate::{engine::Slot, session, telemetry::metrics};
+use axum::http::{HeaderMap, StatusCode};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+const ADDRESSES: usize = 10_000;
+/// Wrong keys: (at once, per second).
+const WRONG_KEYS: (f64, f64) = (20.0, 1.0);
+/// Looking for entries that are worth nothing any more takes a while: not more often than this.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// What is counted of every caller.
+#[derive(Clone)]
+pub(super) struct Limits(Arc<Mutex<Inner>>);
+
+struct Inner {
+    rate: (f64, f64),
+    visitors: HashMap<IpAddr, Visitor>,
+    swept: Instant,
+    /// By address or key: how many sessions, how many connections.
+    taken: HashMap<(What, String), usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum What {
+    Session,
+    Connection,
+}
+
+struct Visitor {
+    requests: Pace,
+    wrong_keys: Pace,
+}
+
+/// Something taken, given back on drop.
+pub(super) struct Ticket {
+    limits: Limits,
+    of: (What, String),
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut inner = self.limits.lock();
+        if let Some(n) = inner.taken.get_mut(&self.of) {
+            *n -= 1;
+            if *n == 0 {
+                inner.taken.remove(&self.of);
+            }
+        }
+    }
+}
+
+impl Limits {
+    pub(super) fn new(config: &Config, now: Instant) -> Limits {
+        let rate = f64::from(config.requests_per_second);
+        let rate = (rate * 10.0, rate);
+        Limits(Arc::new(Mutex::new(Inner { rate, visitors: HashMap::new(), swept: now, taken: HashMap::new() })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Counts a request.
+    ///
+    /// # Errors
+    /// 429 for one too many.
+    pub(super) fn request(&self, address: Option<IpAddr>, now: Instant) -> Result<(), ApiError> {
+        let Some(address) = address else { return Ok(()) };
+        let mut inner = self.lock();
+        if inner.rate.1 == 0.0 {
+            return Ok(());
+        }
+        inner.visitor(address, now).requests.take(now).inspect_err(|_| metrics().refused("requests"))
+    }
+
+    /// Counts a wrong key.
+    ///
+    /// # Errors
+    /// 429 for one too many.
+    pub(super) fn wrong_key(&self, address: Option<IpAddr>, now: Instant) -> Result<(), ApiError> {
+        metrics().refused("wrong_key");
+        let Some(address) = address else { return Ok(()) };
+        self.lock().visitor(address, now).wrong_keys.take(now)
+    }
+
+    /// One more connection of this address, or `None`.
+    pub(super) fn connection(&self, address: IpAddr, most: usize) -> Option<Ticket> {
+        self.take(What::Connection, prefix(address).to_string(), most)
+    }
+
+    fn take(&self, what: What, who: String, most: usize) -> Option<Ticket> {
+        let mut inner = self.lock();
+        let n = inner.taken.entry((what, who.clone())).or_default();
+        if *n >= most {
+            return None;
+        }
+        *n += 1;
+        Some(Ticket { limits: self.clone(), of: (what, who) })
+    }
+}
+
+impl Inner {
+    fn visitor(&mut self, address: IpAddr, now: Instant) -> &mut Visitor {
+        let mut address = prefix(address);
+        if self.visitors.len() >= ADDRESSES && !self.visitors.contains_key(&address) {
+            if now.saturating_duration_since(self.swept) >= SWEEP {
+                self.swept = now;
+                self.visitors.retain(|_, v| !(v.requests.rested(now) && v.wrong_keys.rested(now)));
+            }
+            if self.visitors.len() >= ADDRESSES {
+                address = Ipv6Addr::UNSPECIFIED.into();
+            }
+        }
+        let rate = self.rate;
+        self.visitors
+            .entry(address)
+            .or_insert_with(|| Visitor { requests: Pace::new(rate, now), wrong_keys: Pace::new(WRONG_KEYS, now) })
+    }
+}
+
+/// What one customer has: an IPv4 address, or 64 bits of an IPv6 one.
+fn prefix(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
+/// Whom a request comes from, for counting: `None` for this machine's own programs.
+pub(super) fn address(config: &Config, peer: Option<IpAddr>, headers: &HeaderMap) -> Option<IpAddr> {
+    let peer = peer?.to_canonical();
+    let proxy = |ip: &IpAddr| config.proxies.contains(ip);
+    let named = || {
+        let all = headers.get_all("x-forwarded-for").iter().filter_map(|v| v.to_str().ok());
+        let all: Vec<IpAddr> = all.flat_map(|v| v.split(',')).filter_map(|a| a.trim().parse().ok()).collect();
+        // From the right: what stands further left was written by whoever asked.
+        all.into_iter().rev().map(|ip| ip.to_canonical()).find(|ip| !proxy(ip))
+    };
+    let address = if proxy(&peer) { named().unwrap_or(peer) } else { peer };
+    (!address.is_loopback()).then_some(address)
+}
+
+/// A place on the engine for this caller, with its ticket inside: both are given back together.
+///
+/// # Errors
+/// 429 when the caller has as many sessions as it may; 503 when all places are taken.
+pub(super) fn place(service: &Service, caller: &Caller) -> Result<Slot, ApiError> {
+    let retry = service.rooms.engine.retry_after();
+    let take = |who: String, most: usize, whose: &str| {
+        service.limits.take(What::Session, who, most).ok_or_else(|| {
+            metrics().refused("sessions");
+            let text = format!("{whose} has {most} sessions, and may have no more at once. End one, or come later.");
+            let mut error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sessions", text);
+            error.retry_after = Some(retry);
+            error
+        })
+    };
+    let mut tickets = Vec::new();
+    if let Some(key) = &caller.key
+        && let Some(most) = key.allowance.sessions
+    {
+        tickets.push(take(key.id.clone(), most, "This key")?);
+    }
+    // A key's sessions are its own business: a backend begins those of all its users from one address.
+    if let (Some(address), None, most @ 1..) = (caller.address, &caller.key, service.config.sessions_per_address) {
+        tickets.push(take(prefix(address).to_string(), most, "Your address")?);
+    }
+    let slot = service.rooms.engine.admit().map_err(|refusal| {
+        metrics().refused("full");
+        live::refused(refusal)
+    })?;
+    Ok(if tickets.is_empty() { slot } else { slot.with(tickets) })
+}
+
+/// A session's settings within what its caller's key allows.
+pub(super) fn bounded(mut config: session::Config, caller: &Caller) -> session::Config {
+    // Zero stands for no limit, so the smaller of two is not always the smaller number.
+    let least = |a: u64, b: Option<u64>| match b {
+        Some(b) if a == 0 || b < a => b,
+        _ => a,
+    };
+    if let Some(key) = &caller.key {
+        config.max_session_s = least(config.max_session_s, key.allowance.max_session_s);
+        config.idle_timeout_s = least(config.idle_timeout_s, key.allowance.idle_timeout_s);
+    }
+    config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn an_address_has_its_own_pace_and_the_memory_is_bounded() {
+        let t0 = Instant::now();
+        let limits = Limits::new(&Config { requests_per_second: 1, ..Config::default() }, t0);
+        let ok = |a: &str, s: u64| limits.request(Some(ip(a)), t0 + Duration::from_secs(s)).is_ok();
+        assert!((0..10).all(|_| ok("192.0.2.1", 0)) && !ok("192.0.2.1", 0), "ten at once");
+        assert!(ok("192.0.2.2", 0), "another address is not concerned");
+        assert!((0..10).all(|_| ok("2001:db8::1", 0)) && !ok("2001:db8::ffff:1", 0), "one customer");
+        assert!(ok("192.0.2.1", 1) && !ok("192.0.2.1", 1), "one a second");
+        let refused = limits.request(Some(ip("192.0.2.1")), t0 + Duration::from_secs(1)).unwrap_err();
+        assert_eq!(
+            (refused.status, refused.retry_after),
+            (StatusCode::TOO_MANY_REQUESTS, Some(Duration::from_secs(1)))
+        );
+        // A flood of addresses takes no more memory than was said, and goes with time.
+        for i in 0..3 * ADDRESSES as u32 {
+            let _ = limits.request(Some(IpAddr::from(std::net::Ipv4Addr::from(i + (10 << 24)))), t0);
+        }
+        assert!(limits.lock().visitors.len() <= ADDRESSES + 1);
+        assert!(ok("198.51.100.1", 60));
+        assert!(limits.lock().visitors.len() < 10);
+    }
+
+    #[test]
+    fn tickets_come_back() {
+        let limits = Limits::new(&Config::default(), Instant::now());
+        let (a, b) = (limits.connection(ip("192.0.2.1"), 2), limits.connection(ip("::ffff:192.0.2.1"), 2));
+        assert!(a.is_some() && b.is_some() && limits.connection(ip("192.0.2.1"), 2).is_none());
+        drop(a);
+        assert!(limits.connection(ip("192.0.2.1"), 2).is_some());
+        drop(b);
+        assert!(limits.lock().taken.is_empty());
+    }
+
+    #[test]
+    fn only_named_proxies_are_believed() {
+        let config = Config { proxies: vec![ip("127.0.0.1"), ip("10.0.0.1")], ..Config::default() };
+        let from = |peer: &str, said: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in said {
+                headers.append("x-forwarded-for", value.parse().unwrap());
+            }
+            address(&config, Some(ip(peer)), &headers)
+        };
+        assert_eq!(from("192.0.2.9", &["203.0.113.5"]), Some(ip("192.0.2.9")), "a stranger says what it likes");
+        assert_eq!(from("127.0.0.1", &["1.1.1.1, 203.0.113.5"]), Some(ip("203.0.113.5")), "the rightmost");
+        assert_eq!(from("127.0.0.1", &["203.0.113.5", "10.0.0.1"]), Some(ip("203.0.113.5")), "two proxies");
+        assert_eq!(from("127.0.0.1", &[]), None, "this machine");
+        assert_eq!(from("127.0.0.1", &["nonsense"]), None);
+    }
+}
