@@ -4,6 +4,10 @@
 //! `wall(t) = begun + (t − origin) + delay`. The delay follows how late blocks come: each second's latest block counts,
 //! and of the last 30 seconds the worst tenth is forgiven. It moves slowly while someone speaks (at most 5 % faster or
 //! 0.5 % slower than life) and quicker while nobody does.
+//!
+//! A block that comes later than the longest delay can never be in time, and on an engine that slow none ever is. Its
+//! pictures are shown all the same, one a slot from when they come, until one comes that is in time or a newer block: late,
+//! but moving. They take the time of the slot in which they are shown, and count as late.
 
 use crate::{
     codec::{OPUS_RATE, VOICE_FRAME},
@@ -47,6 +51,8 @@ pub struct PlayoutStats {
     pub held: u64,
     /// Pictures made but never shown.
     pub skipped: u64,
+    /// Pictures of blocks that could not be in time, shown when they came.
+    pub late: u64,
     pub voice_packets: u64,
     /// Voice packets made of silence because no voice was there: always zero unless ingest stood still.
     pub voice_gaps: u64,
@@ -75,6 +81,8 @@ pub struct Playout {
     owed: usize,
     blocks: u64,
     frames: VecDeque<Frame>,
+    /// Pictures of the newest block, where it came too late for any delay.
+    belated: VecDeque<Frame>,
     /// The slot that is open or next.
     slot: MediaTime,
     slot_filled: bool,
@@ -113,6 +121,7 @@ impl Playout {
             owed: 0,
             blocks: 0,
             frames: VecDeque::new(),
+            belated: VecDeque::new(),
             slot: origin,
             slot_filled: false,
             begun_showing: false,
@@ -174,18 +183,27 @@ impl Playout {
         if counts {
             self.remember(needed, now);
         }
+        let (waiting, mut late) = (self.frames.len(), VecDeque::new());
         for frame in frames {
             let passed = frame.at < self.slot || (frame.at == self.slot && self.slot_filled);
             let stale = frame.at < self.floor;
             let disorder = self.frames.back().is_some_and(|b| b.at >= frame.at);
-            if passed || stale || disorder || self.frames.len() >= MOST_FRAMES {
-                if !stale {
-                    self.skip();
-                }
+            if stale {
                 continue;
             }
-            self.frames.push_back(frame);
+            if passed && needed > self.most {
+                late.push_back(frame);
+            } else if passed || disorder || self.frames.len() >= MOST_FRAMES {
+                self.skip();
+            } else {
+                self.frames.push_back(frame);
+            }
         }
+        // What this block replaces, and the beginning of one whose end is in time, is not shown any more.
+        if !late.is_empty() && self.frames.len() == waiting {
+            std::mem::swap(&mut self.belated, &mut late);
+        }
+        late.iter().for_each(|_| self.skip());
         if self.free {
             self.delay = self.wanted();
         }
@@ -203,6 +221,7 @@ impl Playout {
             *s *= 1.0 - (i as f32 / fade as f32).min(1.0);
         }
         self.frames.clear();
+        self.belated.clear();
     }
 
     /// What is due, one thing at a time; the voice first. `None`: come back at [`Playout::deadline`].
@@ -224,10 +243,19 @@ impl Playout {
             let end = at + self.frame_span;
             let ready = !self.slot_filled && self.frames.front().is_some_and(|f| f.at < end);
             if self.wall(end) > now {
-                if !ready {
-                    return None;
-                }
-                let frame = self.frames.pop_front()?;
+                let frame = match ready {
+                    true => {
+                        let passed = std::mem::take(&mut self.belated);
+                        passed.iter().for_each(|_| self.skip());
+                        self.frames.pop_front()?
+                    }
+                    false if self.slot_filled => return None,
+                    false => {
+                        let frame = self.belated.pop_front()?;
+                        self.stats.late += 1;
+                        Frame { at, ..frame }
+                    }
+                };
                 self.slot_filled = true;
                 self.begun_showing = true;
                 let late = now.saturating_duration_since(due) > Duration::from_millis(10);
@@ -261,7 +289,7 @@ impl Playout {
     pub fn deadline(&self) -> Instant {
         let voice = self.wall(self.voice_at);
         let end = self.slot + self.frame_span;
-        let ready = !self.slot_filled && self.frames.front().is_some_and(|f| f.at < end);
+        let ready = !self.slot_filled && (!self.belated.is_empty() || self.frames.front().is_some_and(|f| f.at < end));
         voice.min(self.wall(if ready { self.slot } else { end }))
     }
 

@@ -329,6 +329,27 @@ fn an_engine_too_slow_for_good_skips_speech_and_never_lags_beyond_the_bound() {
     }
 }
 
+#[test]
+fn an_engine_that_is_never_in_time_still_moves() {
+    // Nineteen times too slow: a block of four pictures every three seconds, all of them later than any delay.
+    let mut w = World::new(Config::default());
+    w.block_takes = ms(3000);
+    w.talk.link(LinkEvent::Connected, w.now);
+    w.talk.opened(w.now).unwrap();
+    w.run_until(60.0);
+    let m = w.metrics();
+    let shown: Vec<Instant> = w.jobs.iter().filter(|j| j.2).map(|j| j.1).collect();
+    println!("{} blocks, {} pictures shown, {m:?}", m.blocks, shown.len());
+    assert!((18..=20).contains(&m.blocks), "{m:?}");
+    assert!(shown.len() as u64 >= 4 * m.blocks - 4, "every picture that was made is seen: {}", shown.len());
+    // Four in a row as they come, a picture's time apart.
+    let quick = shown.windows(2).filter(|p| p[1] - p[0] < ms(60)).count() as u64;
+    assert!(quick >= 3 * (m.blocks - 1), "{quick}");
+    // The voice goes on meanwhile, within the longest delay.
+    assert!(m.playout_delay_ms <= 2000.0);
+    assert!(w.voices.windows(2).all(|v| v[1].0 - v[0].0 == MediaTime::from_millis(20)));
+}
+
 #[derive(Default)]
 pub(crate) struct Recorder {
     pub(crate) videos: Mutex<Vec<(EncodedVideo, Instant, Instant)>>,
