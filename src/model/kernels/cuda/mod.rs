@@ -21,6 +21,8 @@ pub mod rows;
 mod tests;
 pub mod time;
 pub mod vae;
+#[cfg(test)]
+mod vae_tests;
 
 use std::{
     collections::HashMap,

@@ -1,0 +1,160 @@
+//! The video autoencoder's kernels against plain loops in f64 over the same numbers: fresh inputs, odd sizes; results lie
+//! in memory that holds NaN before (`empty` sees to that in tests).
+
+use candle_core::{DType, Device, Tensor};
+
+use super::vae::{self, Convolution, Video, Way};
+use crate::model::picture;
+
+fn card() -> Device {
+    static CARD: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    CARD.get_or_init(|| super::open(0).unwrap()).clone()
+}
+
+/// Numbers that bf16 holds, on the card and flat in f64.
+fn bf16(shape: &[usize]) -> (Tensor, Vec<f64>) {
+    let t = Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+    (t.to_device(&card()).unwrap(), flat(&t))
+}
+
+fn f32s(shape: &[usize]) -> (Tensor, Vec<f64>) {
+    let t = Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+    (t.to_device(&card()).unwrap(), flat(&t))
+}
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap();
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[track_caller]
+fn close(what: &str, got: &[f64], want: &[f64], bound: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let (mut apart, mut all) = (0.0, 1e-30);
+    for (g, w) in got.iter().zip(want) {
+        apart += (g - w) * (g - w);
+        all += w * w;
+    }
+    let error = (apart / all).sqrt();
+    assert!(error <= bound, "{what}: relative error {error:.2e}, at most {bound:.0e} expected");
+}
+
+#[test]
+fn card_passes_over_video_agree_with_f64() {
+    for (t, h, w, c, past) in
+        [(1, 3, 5, 8, 2), (3, 2, 7, 96, 2), (2, 5, 3, 192, 1), (4, 1, 3, 384, 2), (1, 3, 3, 640, 0)]
+    {
+        let (p, what) = (h * w, format!("{t}×{h}×{w}×{c}, {past}"));
+        let ((x, x64), (y, y64), (bias, b64)) = (bf16(&[t, h, w, c]), bf16(&[t, h, w, c]), f32s(&[c]));
+        let ((gain, g64), (cache, k64)) = (f32s(&[c]), bf16(&[past.max(1), h, w, c]));
+        let video = Video { x, y: Some(y), bias: Some(bias), usual: t };
+        let way = Way { gain: Some(&gain), silu: true, cache: (past > 0).then_some(&cache) };
+        let (sum, out) = video.settled_and(&way).unwrap();
+        let want: Vec<f64> = (0..t * p * c).map(|i| x64[i] + y64[i] + b64[i % c]).collect();
+        close(&what, &flat(&sum), &want, 4e-3);
+        let sum = flat(&sum);
+        let mut joined = k64[..past * p * c].to_vec();
+        for row in sum.chunks_exact(c) {
+            let length = row.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-12);
+            joined.extend(row.iter().zip(&g64).map(|(v, g)| v / length * g).map(|v| v / (1.0 + (-v).exp())));
+        }
+        close(&what, &flat(&out), &joined, 4e-3);
+        if past > 0 {
+            let out = flat(&out);
+            assert_eq!(flat(&cache), out[out.len() - past * p * c..], "{what}: what is remembered");
+        }
+    }
+}
+
+#[test]
+fn card_convolutions_agree_with_f64() {
+    for (t, h, w, cin, cout, taps, side, padding, stride) in [
+        (5, 5, 7, 16, 24, 3, 3, (1, 1), (1, 1)),
+        (3, 4, 3, 96, 96, 3, 1, (0, 0), (1, 1)),
+        (5, 3, 5, 8, 16, 3, 1, (0, 0), (2, 1)),
+        (2, 7, 5, 24, 3, 1, 3, (1, 1), (1, 1)),
+        (2, 6, 8, 16, 16, 1, 3, (0, 1), (1, 2)),
+    ] {
+        let (kernel, k64) = bf16(&[cout, cin, taps, side, side]);
+        let (bias, _) = f32s(&[cout]);
+        let conv = Convolution::new(&kernel, &bias, padding, stride).unwrap();
+        let (x, x64) = bf16(&[t, h, w, cin]);
+        let extent = |n: usize| (n + padding.0 + padding.1 - side) / stride.1 + 1;
+        let (frames, oh, ow, wide) = ((t - taps) / stride.0 + 1, extent(h), extent(w), cout.next_multiple_of(8));
+        let got = flat(&conv.run(&x, frames).unwrap());
+        let mut want = vec![0.0; frames * oh * ow * wide];
+        for (i, out) in want.iter_mut().enumerate().filter(|(i, _)| i % wide < cout) {
+            let (o, px, py, f) = (i % wide, i / wide % ow, i / wide / ow % oh, i / wide / ow / oh);
+            for (k, ky, kx) in (0..taps * side * side).map(|n| (n / side / side, n / side % side, n % side)) {
+                let (sy, sx) =
+                    ((py * stride.1 + ky).wrapping_sub(padding.0), (px * stride.1 + kx).wrapping_sub(padding.0));
+                if sy < h && sx < w {
+                    for c in 0..cin {
+                        let weight = k64[(((o * cin + c) * taps + k) * side + ky) * side + kx];
+                        *out += weight * x64[(((f * stride.0 + k) * h + sy) * w + sx) * cin + c];
+                    }
+                }
+            }
+        }
+        close(&format!("{cin}→{cout}, {taps}×{side}×{side}"), &got, &want, 4e-3);
+    }
+}
+
+#[test]
+fn card_convolves_pictures_in_f32() {
+    for (n, h, w, cin, cout, side, padding, stride) in [
+        (3, 5, 7, 16, 24, 3, 1, 1),
+        (1, 9, 4, 3, 12, 3, 1, 1),
+        (2, 6, 8, 24, 3, 3, 1, 1),
+        (2, 7, 9, 16, 16, 3, 0, 2),
+        (4, 3, 5, 32, 96, 1, 0, 1),
+    ] {
+        let ((x, x64), (kernel, k64)) = (f32s(&[n, cin, h, w]), f32s(&[cout, cin, side, side]));
+        let extent = |n: usize| (n + 2 * padding - side) / stride + 1;
+        let (oh, ow) = (extent(h), extent(w));
+        let mut want = vec![0.0; n * cout * oh * ow];
+        for (i, out) in want.iter_mut().enumerate() {
+            let (px, py, o, f) = (i % ow, i / ow % oh, i / ow / oh % cout, i / ow / oh / cout);
+            for (c, ky, kx) in (0..cin * side * side).map(|n| (n / side / side, n / side % side, n % side)) {
+                let (sy, sx) = ((py * stride + ky).wrapping_sub(padding), (px * stride + kx).wrapping_sub(padding));
+                if sy < h && sx < w {
+                    *out += k64[((o * cin + c) * side + ky) * side + kx] * x64[((f * cin + c) * h + sy) * w + sx];
+                }
+            }
+        }
+        let got = flat(&vae::convolve(&x, &kernel, padding, stride).unwrap());
+        // TF32 keeps ten bits of each factor.
+        close(&format!("f32 {cin}→{cout}, {side}×{side}, {stride}"), &got, &want, 1e-3);
+    }
+}
+
+#[test]
+fn card_doubles_mixes_and_colours_as_plain_loops_do() {
+    let (t, h, w, c) = (2, 3, 5, 24);
+    let ((x, x64), (bias, b64)) = (bf16(&[t, h, w, 2 * c]), f32s(&[2 * c]));
+    let got = flat(&Video::new(x, Some(&bias), t).spread(2).unwrap());
+    let want: Vec<f64> = (0..8 * t * h * w * c)
+        .map(|i| (i % c, i / c % (2 * w) / 2, i / c / (2 * w) % (2 * h) / 2, i / c / (4 * w * h)))
+        .map(|(k, px, py, f)| (((f / 2 * h + py) * w + px) * 2 * c + f % 2 * c + k, f % 2 * c + k))
+        .map(|(at, channel)| x64[at] + b64[channel])
+        .collect();
+    close("doubling", &got, &want, 4e-3);
+
+    let (p, c) = (37, 48);
+    let (qkv, v64) = bf16(&[2, p, 3 * c]);
+    let got = flat(&vae::attention(&qkv).unwrap());
+    let mut want = Vec::new();
+    for (f, q) in (0..2 * p).map(|i| (i / p, i % p)) {
+        let row = |r: usize, part: usize| &v64[(f * p + r) * 3 * c + part * c..][..c];
+        let dot = |k: usize| row(q, 0).iter().zip(row(k, 1)).map(|(a, b)| a * b).sum::<f64>() / (c as f64).sqrt();
+        let weights: Vec<f64> = (0..p).map(|k| dot(k).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        want.extend((0..c).map(|i| (0..p).map(|k| weights[k] / sum * row(k, 2)[i]).sum::<f64>()));
+    }
+    close("attention", &got, &want, 1e-2);
+
+    let ((x, _), (bias, _)) = (bf16(&[3, 6, 10, 8]), f32s(&[8]));
+    let video = Video::new(x, Some(&bias), 3);
+    let (planes, bytes) = (video.planes().unwrap(), video.i420().unwrap());
+    assert_eq!(flat(&bytes), flat(&picture::i420(&planes).unwrap()), "colours");
+}
