@@ -1,7 +1,8 @@
 // The bot: a presenter full frame, the page's microphone is what it says. Meeting bots open this page as their camera.
 //
 // Query: presenter=ID (a conversation of its own), or session=ID and token=TOKEN (one that somebody else began);
-// speech=mic (usual) or speech=ws (text and sound come over the API; no microphone); fit=contain; words.
+// speech=mic (usual) or speech=ws (text and sound come over the API; no microphone); fit=contain (usual: all of the
+// picture, and its colours around it) or fit=cover (nothing around it, and perhaps no badge either); words.
 
 import { Live, canPlay } from './live.js';
 import { openMicrophone } from './meter.js';
@@ -10,11 +11,11 @@ import { t } from './i18n.js';
 
 const query = new URLSearchParams(location.search);
 const $ = (id) => document.getElementById(id);
-const [video, poster, word] = ['video', 'poster', 'word'].map($);
+const [video, poster, word, around] = ['video', 'poster', 'word', 'around'].map($);
 const session = query.get('session');
 const token = query.get('token');
 const microphone = query.get('speech') !== 'ws';
-if (query.get('fit') === 'contain') document.body.classList.add('fit');
+if (query.get('fit') === 'cover') document.body.classList.add('cover');
 /** Pauses between two conversations: the first, and the longest. */
 const PAUSES = [500, 10_000];
 
@@ -30,6 +31,14 @@ const watch = () => {
 };
 if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(watch);
 else video.addEventListener('playing', watch);
+
+/** What the picture does not cover gets its colours: a few pixels now and then, for a meeting bot has little to draw with. */
+function surround() {
+  const source = video.videoWidth ? video : poster;
+  const paper = around.getContext('2d');
+  paper.filter = 'blur(5px) brightness(.75)';
+  if (source === video || poster.complete) paper.drawImage(source, -6, -6, around.width + 12, around.height + 12);
+}
 
 /** A meeting's sound is nobody's room: nothing is to be cleaned, and an echo cannot come. */
 async function listen() {
@@ -94,6 +103,9 @@ async function guest(info) {
 
 async function begin() {
   window.loquent = { video };
+  setInterval(surround, 1000);
+  video.addEventListener('resize', surround);
+  poster.addEventListener('load', surround);
   if (!canPlay()) return say(t('This browser cannot play the video'), true);
   if (!session && !microphone) return say(t('This address names no session: add ?session=ID&token=TOKEN, as the service gave them.'), true);
   if (microphone && !navigator.mediaDevices?.getUserMedia) return say(t('This address is not secure'), true);

@@ -23,7 +23,10 @@ use serde::Deserialize;
 use serde_json::json;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::{broadcast::error::RecvError, mpsc, oneshot};
@@ -43,32 +46,43 @@ struct Saying {
 
 /// Texts that wait, by session.
 #[derive(Clone, Default)]
-pub(super) struct Sayings(Arc<Mutex<HashMap<SessionId, mpsc::Sender<Saying>>>>);
+pub(super) struct Sayings(Arc<Mutex<HashMap<SessionId, Queue>>>);
+
+#[derive(Clone)]
+struct Queue {
+    texts: mpsc::Sender<Saying>,
+    /// Texts that wait, and the one being spoken.
+    left: Arc<AtomicUsize>,
+}
 
 impl Sayings {
-    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, mpsc::Sender<Saying>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Queue>> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn queue(&self, handle: &Handle, capacity: usize) -> mpsc::Sender<Saying> {
+    fn queue(&self, handle: &Handle, capacity: usize) -> Queue {
         let mut all = self.lock();
-        if let Some(queue) = all.get(handle.id()).filter(|q| !q.is_closed()) {
+        if let Some(queue) = all.get(handle.id()).filter(|q| !q.texts.is_closed()) {
             return queue.clone();
         }
-        let (queue, texts) = mpsc::channel(capacity);
+        let (texts, waiting) = mpsc::channel(capacity);
+        let queue = Queue { texts, left: Arc::default() };
         all.insert(handle.id().clone(), queue.clone());
-        tokio::spawn(speak(self.clone(), handle.clone(), texts));
+        tokio::spawn(speak(self.clone(), handle.clone(), waiting, queue.left.clone()));
         queue
     }
 }
 
 /// Speaks what comes until the session is over.
-async fn speak(sayings: Sayings, handle: Handle, mut texts: mpsc::Receiver<Saying>) {
+async fn speak(sayings: Sayings, handle: Handle, mut texts: mpsc::Receiver<Saying>, left: Arc<AtomicUsize>) {
     let mut events = handle.events();
     loop {
         tokio::select! {
             text = texts.recv() => match text {
-                Some(text) => one(&handle, text).await,
+                Some(text) => {
+                    one(&handle, text).await;
+                    left.fetch_sub(1, Ordering::AcqRel);
+                }
                 None => break,
             },
             event = events.recv() => match event {
@@ -141,16 +155,20 @@ pub(super) async fn say(service: &Service, handle: &Handle, text: &str) -> Resul
     let sentences = speech.left();
     let queue = service.sayings.queue(handle, voice.config().queue);
     let (begun, word) = oneshot::channel();
-    let waits = queue.capacity() < queue.max_capacity();
-    queue.try_send(Saying { speech, interrupts: handle.interrupts(), begun }).map_err(|e| match e {
+    let before = queue.left.fetch_add(1, Ordering::AcqRel);
+    let sent = queue.texts.try_send(Saying { speech, interrupts: handle.interrupts(), begun });
+    if sent.is_err() {
+        queue.left.fetch_sub(1, Ordering::AcqRel);
+    }
+    sent.map_err(|e| match e {
         mpsc::error::TrySendError::Full(_) => ApiError::new(
             StatusCode::TOO_MANY_REQUESTS,
             "too_many_texts",
-            format!("{} texts wait already; wait until one was spoken, or interrupt.", voice.config().queue),
+            format!("There are {} texts waiting; wait until one was spoken, or interrupt.", voice.config().queue),
         ),
         mpsc::error::TrySendError::Closed(_) => ApiError::not_found("no_such_session", "The session is over."),
     })?;
-    if waits {
+    if before > 0 {
         return Ok(Said::Waiting { sentences });
     }
     match tokio::time::timeout(FIRST_SOUND, word).await {

@@ -26,6 +26,8 @@ const JUMP: i32 = 48_000;
 const SEQUENCE_JUMP: i64 = 500;
 /// Packets waiting at most: more than a second cannot be a gap being waited for.
 const WAITING: usize = 64;
+/// What sounds before an interruption is in the 16 kHz filter's output for this long after it.
+const RINGING: MediaTime = MediaTime::from_millis(8);
 /// Where the head of the timeline should stand just after a packet that met no delay, milliseconds ahead of now.
 const TARGET_LEVEL_MS: f64 = 25.0;
 /// Above target by this much, packets are dropped (late speech is of no use); by the lesser, silent ones are.
@@ -236,7 +238,8 @@ impl Ingest {
             samples[..old].fill(0.0);
         };
         hush(&mut self.voice, self.voice_at, OPUS_RATE);
-        hush(&mut self.speech, self.speech_at, SPEECH_RATE);
+        // The filter to 16 kHz rings on for a while, and a mouth would answer.
+        hush(&mut self.speech, self.speech_at - RINGING, SPEECH_RATE);
         let voice = Pcm { at: self.voice_at, rate: OPUS_RATE, samples: std::mem::take(&mut self.voice) };
         self.voice_at = voice.end();
         let speech = AudioBlock { at: self.speech_at, samples: std::mem::take(&mut self.speech) };

@@ -19,6 +19,7 @@ mod prompts;
 mod quantised;
 mod recording;
 mod s2v;
+mod say;
 mod server;
 mod session;
 mod session_loop;

@@ -73,7 +73,7 @@ pub(crate) async fn house_from(
     all: loquent::config::Config,
     build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
-    let loquent::config::Config { server: config, net, engine: settings, session: session_config, .. } = all;
+    let loquent::config::Config { server: config, net, engine: settings, session: session_config, voice, .. } = all;
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
     let rooms = Rooms {
         engine: engine.await.unwrap().unwrap(),
@@ -89,7 +89,8 @@ pub(crate) async fn house_from(
             description: "Bars".into(),
             png: Bytes::from_static(CARD),
         }],
-        voice: Voice::new(voice::Config::default(), None).unwrap(),
+        // A key for the endpoint that tests bring.
+        voice: Voice::new(voice, Some("secret".into())).unwrap(),
     };
     let service = Service::new(config, rooms);
     let server = Server::bind(service.clone()).await.unwrap();

@@ -116,8 +116,8 @@ impl World {
                 }
                 Effect::Show(Job { at, wall, spoken, picture, .. }) => {
                     if let Picture::Rgb(frame) = &picture {
-                        // The level meter at −12 dB.
-                        let lit = frame.rgb[3 * (65 * 256 + 26) + 1] > 100;
+                        // The level meter at −49 dB: anything that is not silence.
+                        let lit = frame.rgb[3 * (178 * 256 + 26) + 1] > 100;
                         self.loud.push((self.now, lit));
                     }
                     assert!(wall <= self.now);
