@@ -8,7 +8,7 @@ use loquent::{
     net::{self, Net},
     server::{Config, Presenter, Rooms, Server, Service},
     session::Registry,
-    voice::{self, Voice},
+    voice::Voice,
 };
 use std::{
     collections::BTreeMap,
