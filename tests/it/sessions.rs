@@ -229,11 +229,8 @@ async fn the_openapi_document_and_the_router_say_the_same() {
     let document = house.get("/v1/openapi.json").await.json();
     assert_eq!(document["openapi"], "3.1.0");
     let source = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/server/mod.rs")).unwrap();
-    let routes: Vec<&str> = source
-        .split(".route(")
-        .skip(1)
-        .filter_map(|r| r.trim_start().strip_prefix('"')?.split('"').next())
-        .collect();
+    let routes: Vec<&str> =
+        source.split(".route(").skip(1).filter_map(|r| r.trim_start().strip_prefix('"')?.split('"').next()).collect();
     let documented: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
     assert!(routes.len() > 10);
     for path in &documented {
