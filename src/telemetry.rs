@@ -94,9 +94,11 @@ pub struct Metrics {
     pub speech_packets: IntCounterVec,
     /// HTTP answers by `route`, `method` and `status`.
     pub http_requests: IntCounterVec,
-    /// Requests refused by `why`: `requests`, `sessions`, `full`, `wrong_key`, `wrong_scope`, `wrong_host`,
+    /// Requests refused by `why`: `requests`, `sessions`, `full`, `memory`, `wrong_key`, `wrong_scope`, `wrong_host`,
     /// `wrong_origin`.
     pub refusals: IntCounterVec,
+    /// Times a failed engine was built anew, or tried to be.
+    pub engine_rebuilds: IntCounter,
     /// Connections refused because too many were open.
     pub connections_refused: IntCounter,
     /// HTTP connections open now.
@@ -142,6 +144,10 @@ impl Metrics {
                 Opts::new("refusals_total", "Requests that were turned away, by why"),
                 &["why"],
             )?,
+            engine_rebuilds: IntCounter::new(
+                "engine_rebuilds_total",
+                "Times a failed engine was built anew, or that was tried",
+            )?,
             connections_refused: IntCounter::new(
                 "http_connections_refused_total",
                 "HTTP connections closed at once because too many were open",
@@ -160,6 +166,7 @@ impl Metrics {
         registry.register(Box::new(m.speech_packets.clone()))?;
         registry.register(Box::new(m.http_requests.clone()))?;
         registry.register(Box::new(m.refusals.clone()))?;
+        registry.register(Box::new(m.engine_rebuilds.clone()))?;
         registry.register(Box::new(m.connections_refused.clone()))?;
         registry.register(Box::new(m.connections.clone()))?;
         registry.register(Box::new(m.websockets.clone()))?;
@@ -171,7 +178,8 @@ impl Metrics {
         for stage in ["features", "generation", "decode", "encode", "total"] {
             m.block_seconds.with_label_values(&[stage]);
         }
-        for why in ["requests", "sessions", "full", "wrong_key", "wrong_scope", "wrong_host", "wrong_origin"] {
+        for why in ["requests", "sessions", "full", "memory", "wrong_key", "wrong_scope", "wrong_host", "wrong_origin"]
+        {
             m.refusals.with_label_values(&[why]);
         }
         for outcome in ["sent", "held", "skipped"] {

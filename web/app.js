@@ -472,7 +472,7 @@ window.loquent = { numbers, get live() { return live; } };
 (async () => {
   translate();
   try {
-    const response = await fetch('/v1/info');
+    const response = await fetch('/v1/info', { headers: keyHeader() });
     if (response.ok) info = await response.json();
     stage.style.setProperty('--aspect', String(info.engine.width / info.engine.height));
     put('n-block', t('({name} engine; a block lasts {ms} ms)', { name: info.engine.name, ms: info.engine.block_ms }));

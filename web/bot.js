@@ -4,7 +4,7 @@
 // speech=mic (usual) or speech=ws (text and sound come over the API; no microphone); fit=contain (usual: all of the
 // picture, and its colours around it) or fit=cover (nothing around it, and perhaps no badge either); words.
 
-import { Live, canPlay } from './live.js';
+import { Live, canPlay, keyHeader } from './live.js';
 import { openMicrophone } from './meter.js';
 import { play, publish, sounding } from './player.js';
 import { t } from './i18n.js';
@@ -111,7 +111,7 @@ async function begin() {
   if (microphone && !navigator.mediaDevices?.getUserMedia) return say(t('This address is not secure'), true);
   let info = null;
   for (let pause = PAUSES[0]; !info; pause = Math.min(pause * 2, PAUSES[1])) {
-    info = await fetch('/v1/info').then((r) => (r.ok ? r.json() : null)).catch(() => null);
+    info = await fetch('/v1/info', { headers: token ? { authorization: `Bearer ${token}` } : keyHeader() }).then((r) => (r.ok ? r.json() : null)).catch(() => null);
     if (!info) {
       say(t('The server does not answer'));
       await sleep(pause);

@@ -128,6 +128,16 @@ const ZH = {
   'No connection came about': '未能建立连接',
   'The time is up': '时间到',
   'Nobody spoke for a long time': '很久没有人说话',
+  // status
+  'Loquent status': 'Loquent 状态', Service: '服务', Engine: '引擎', Conversations: '对话',
+  'Nobody is in a conversation.': '此刻没有对话。',
+  'The engine is being built anew': '引擎正在重建',
+  Version: '版本', 'Running for': '已运行', 'Conversations so far': '累计对话', 'HTTP connections': 'HTTP 连接', WebSockets: 'WebSocket',
+  'Players and publishers': '播放与发布连接', 'Uploaded pictures': '上传的图片', 'Memory free': '可用内存', 'Places taken': '已占座位',
+  'Real-time factor': '实时系数', 'Block (median, 95 %)': '每块用时（中位，95 %）', 'A block lasts': '每块时长', 'Hearing, drawing, decoding': '听、画、解码',
+  'Lag now, worst': '滞后（当前，最差）', 'Blocks made': '已生成块', 'Built anew': '重建次数',
+  Id: '编号', State: '状态', Since: '已持续', Watching: '观看', 'Pictures a second': '每秒画面', Delay: '延迟', 'Held and skipped': '重复与跳过', 'Waiting speech': '待说',
+  'Lost in and out': '丢包（进、出）', Silent: '静默', Ending: '结束中', Preparing: '准备中',
   // overlay and bot
   'Waiting for the presenter…': '正在等待主播…',
   'This address names no session: add ?session=ID&token=TOKEN, as the service gave them.': '此地址没有指定会话：请加上服务给出的 ?session=ID&token=TOKEN。',
@@ -136,6 +146,8 @@ const ZH = {
 /** What the server says, by its code, for readers who do not read English. */
 const ZH_CODES = {
   full: '此刻所有主播都在对话中。',
+  engine_restarting: '绘制主播的引擎正在重建，请几秒后重试。',
+  no_memory: '内存不足，请稍后重试。',
   draining: '服务正在停止，不再接受新的对话。',
   no_key: '此服务需要密钥：请用 /#key=KEY 打开本页，密钥由服务管理员提供。',
   wrong_key: '密钥无效，可能已被收回。',

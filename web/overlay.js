@@ -71,7 +71,7 @@ async function begin() {
   }
   let info = null;
   for (let pause = 500; !info; pause = Math.min(pause * 2, 10_000)) {
-    info = await fetch('/v1/info').then((r) => (r.ok ? r.json() : null)).catch(() => null);
+    info = await fetch('/v1/info', { headers: { authorization: `Bearer ${query.get('token')}` } }).then((r) => (r.ok ? r.json() : null)).catch(() => null);
     if (!info) await new Promise((done) => setTimeout(done, pause));
   }
   let view = query.get('view') || 'auto';

@@ -125,17 +125,25 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
 
     let stop_http = CancellationToken::new();
     let http = tokio::spawn(server.run(stop_http.clone()));
-    tokio::spawn(keep_keys(service.clone()));
+    tokio::spawn(keep_files(service.clone()));
+    notify("READY=1");
     let failure = wait_for_the_end(&engine, config.server.engine_failure, stop_after).await?;
 
     service.drain();
-    let grace = Duration::from_secs(config.server.drain_timeout_s);
+    notify("STOPPING=1");
     if failure.is_none() && !sessions.is_empty() {
-        let (n, seconds) = (sessions.len(), grace.as_secs());
+        let (wait, grace) = (config.server.drain_wait_s, config.server.drain_timeout_s);
+        let (n, seconds) = (sessions.len(), wait + grace);
         say!("Stopping: {} have {seconds} s to end; Ctrl-C again ends them now.", conversations(n));
-        sessions.drain_all(&Reason::ServiceClosing);
+        let drained = async {
+            if wait > 0 && sessions.emptied(Duration::from_secs(wait)).await {
+                return;
+            }
+            sessions.drain_all(&Reason::ServiceClosing);
+            sessions.emptied(Duration::from_secs(grace)).await;
+        };
         tokio::select! {
-            _ = sessions.emptied(grace) => {}
+            () = drained => {}
             _ = stop_signal() => {}
         }
     }
@@ -208,7 +216,8 @@ fn announce(config: &Config, engine: &Engine, http: std::net::SocketAddr) {
         a if a.ip().is_unspecified() => format!("localhost:{}", a.port()),
         a => a.to_string(),
     };
-    say!("Open http://{host}/ and press Start. Ctrl-C ends the service.");
+    let scheme = if config.server.tls_cert.is_empty() { "http" } else { "https" };
+    say!("Open {scheme}://{host}/ and press Start. Ctrl-C ends the service.");
 }
 
 fn conversations(n: usize) -> String {
@@ -257,18 +266,35 @@ async fn wait_for_the_end(
     }
 }
 
-/// Reads the file of keys again at SIGHUP, and when it changed; never returns.
-async fn keep_keys(service: std::sync::Arc<Service>) {
+/// Tells systemd how far we are (sd_notify(3)), where it started us as Type=notify.
+fn notify(state: &str) {
+    use std::os::{linux::net::SocketAddrExt as _, unix::net};
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let name = name.to_string_lossy();
+    let address = match name.strip_prefix('@') {
+        Some(name) => net::SocketAddr::from_abstract_name(name),
+        None => net::SocketAddr::from_pathname(name.as_ref()),
+    };
+    let sent = address.and_then(|to| net::UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &to));
+    if let Err(e) = sent {
+        tracing::warn!("the service manager could not be told {state}: {e}");
+    }
+}
+
+/// Reads keys and certificate again at SIGHUP, and when they changed; never returns.
+async fn keep_files(service: std::sync::Arc<Service>) {
     use tokio::signal::unix::{SignalKind, signal};
     let mut hangup = match signal(SignalKind::hangup()) {
         Ok(hangup) => hangup,
-        Err(e) => return tracing::error!("SIGHUP cannot be listened for, so keys are not read again: {e}"),
+        Err(e) => {
+            return tracing::error!("SIGHUP cannot be listened for, so keys and certificates are not read again: {e}");
+        }
     };
     let mut looks = tokio::time::interval(Duration::from_secs(2));
     loop {
         tokio::select! {
-            _ = hangup.recv() => service.reload_keys(true),
-            _ = looks.tick() => service.reload_keys(false),
+            _ = hangup.recv() => service.reload(true),
+            _ = looks.tick() => service.reload(false),
         }
     }
 }
@@ -313,7 +339,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_failed_engine_ends_the_service_with_its_reason() {
-        let config = engine::Config::default();
+        let config = engine::Config { rebuilds: 0, ..engine::Config::default() };
         let engine = tokio::task::spawn_blocking(move || {
             Engine::start("fragile", &config, || Ok(Box::new(Fragile { inner: avatar::test_card(), opened: 0 }) as _))
         });

@@ -17,7 +17,7 @@ use std::{
     pin::Pin,
     sync::{Arc, atomic::AtomicU32, mpsc::SyncSender},
     task::Poll,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -28,6 +28,14 @@ pub(super) struct Command {
     pub(super) seat: Seat,
     pub(super) reply: oneshot::Sender<Result<Lane, EngineError>>,
 }
+
+/// The first wait before a failed engine is built anew; each further one is twice as long.
+const BACK_OFF: Duration = Duration::from_secs(1);
+/// How often it is looked meanwhile whether the engine was stopped.
+const GLANCE: Duration = Duration::from_millis(20);
+/// An engine that worked for so long begins to count its failures anew.
+const FORGIVEN: Duration = Duration::from_secs(600);
+const STOPPED: &str = "the engine was stopped";
 
 pub(super) struct Device {
     name: String,
@@ -133,20 +141,11 @@ impl Device {
     /// The thread's whole life.
     pub(super) fn run(
         mut self,
-        build: impl FnOnce() -> avatar::Result<Box<dyn Generator>>,
+        mut build: impl FnMut() -> avatar::Result<Box<dyn Generator>>,
         ready: SyncSender<Result<Geometry, EngineError>>,
     ) {
         let _will = LastWill(self.health.clone());
-        let started = guarded(build).map_err(|fault| match fault {
-            Fault::Face(source) => EngineError::Build { name: self.name.clone(), source },
-            Fault::Device(message) => EngineError::WarmUp { name: self.name.clone(), message },
-        });
-        let started = started.and_then(|mut generator| match self.warm_up(generator.as_mut()) {
-            Ok(geometry) => Ok((generator, geometry)),
-            Err(Fault::Device(message)) => Err(EngineError::WarmUp { name: self.name.clone(), message }),
-            Err(Fault::Face(error)) => Err(EngineError::WarmUp { name: self.name.clone(), message: describe(&error) }),
-        });
-        let (mut generator, geometry) = match started {
+        let (mut generator, geometry) = match self.build(&mut build) {
             Ok(started) => started,
             Err(error) => {
                 let _ = ready.send(Err(error));
@@ -156,26 +155,99 @@ impl Device {
         if ready.send(Ok(geometry.clone())).is_err() {
             return;
         }
-        let mut tracks = Vec::new();
-        let why = self.serve(generator.as_mut(), &geometry, &mut tracks);
-        // No more faces: whoever still waits to open one is told by the closed channel.
-        self.commands.close();
-        let message = match &why {
-            Some(fault) => {
-                tracing::error!(engine = self.name, "{fault}");
-                self.health.send_replace(Health::Failed(fault.clone()));
-                fault.clone()
+        let mut failures = 0;
+        loop {
+            let (mut tracks, since) = (Vec::new(), Instant::now());
+            let fault = self.serve(generator.as_mut(), &geometry, &mut tracks);
+            if since.elapsed() >= FORGIVEN {
+                failures = 0;
             }
-            None => "the engine was stopped".to_string(),
-        };
-        for track in tracks {
-            track.end(LaneEvent::Failed(message.clone()));
+            let message = fault.clone().unwrap_or_else(|| STOPPED.into());
+            if let Some(fault) = &fault {
+                tracing::error!(engine = self.name, "{fault}");
+                self.unwell(fault, failures);
+            }
+            for track in tracks {
+                track.end(LaneEvent::Failed(message.clone()));
+            }
+            self.turn_away(&message);
+            // What it holds of the device must be free before another one is built.
+            if catch_unwind(AssertUnwindSafe(|| drop(generator))).is_err() {
+                tracing::error!(engine = self.name, "the generator panicked while it was dropped");
+            }
+            let again = fault.and_then(|fault| self.rebuild(&mut build, &geometry, fault, &mut failures));
+            let Some(again) = again else {
+                // No more faces: whoever still waits to open one is told by the closed channel.
+                self.commands.close();
+                return self.turn_away(&message);
+            };
+            generator = again;
         }
+    }
+
+    /// Builds a generator and warms it up.
+    fn build(
+        &self,
+        build: &mut impl FnMut() -> avatar::Result<Box<dyn Generator>>,
+    ) -> Result<(Box<dyn Generator>, Geometry), EngineError> {
+        let name = || self.name.clone();
+        let mut generator = guarded(build).map_err(|fault| match fault {
+            Fault::Face(source) => EngineError::Build { name: name(), source },
+            Fault::Device(message) => EngineError::WarmUp { name: name(), message },
+        })?;
+        match self.warm_up(generator.as_mut()) {
+            Ok(geometry) => Ok((generator, geometry)),
+            Err(Fault::Device(message)) => Err(EngineError::WarmUp { name: name(), message }),
+            Err(Fault::Face(error)) => Err(EngineError::WarmUp { name: name(), message: describe(&error) }),
+        }
+    }
+
+    /// Says what happened, and whether another try follows.
+    fn unwell(&self, fault: &str, failures: u32) {
+        self.health.send_replace(match failures < self.config.rebuilds {
+            true => Health::Rebuilding(fault.into()),
+            false => Health::Failed(fault.into()),
+        });
+    }
+
+    /// Tries to build the generator anew, after ever longer waits. `None`: stopped, or failed for good.
+    fn rebuild(
+        &mut self,
+        build: &mut impl FnMut() -> avatar::Result<Box<dyn Generator>>,
+        geometry: &Geometry,
+        mut fault: String,
+        failures: &mut u32,
+    ) -> Option<Box<dyn Generator>> {
+        while *failures < self.config.rebuilds {
+            let until = Instant::now() + BACK_OFF * 2u32.pow((*failures).min(6));
+            *failures += 1;
+            while Instant::now() < until {
+                if self.stopped() {
+                    return None;
+                }
+                self.turn_away(&fault);
+                std::thread::sleep(GLANCE);
+            }
+            telemetry::metrics().engine_rebuilds.inc();
+            match self.build(build) {
+                Ok((generator, new)) if new == *geometry => {
+                    tracing::info!(engine = self.name, "the engine was built anew");
+                    self.health.send_replace(Health::Ready);
+                    return Some(generator);
+                }
+                Ok(_) => fault = "built anew, it makes pictures of another shape".into(),
+                Err(error) => fault = describe(&error),
+            }
+            tracing::error!(engine = self.name, "the engine could not be built anew: {fault}");
+            self.unwell(&fault, *failures);
+        }
+        None
+    }
+
+    /// Answers whoever waits to open a face.
+    fn turn_away(&mut self, message: &str) {
         while let Ok(command) = self.commands.try_recv() {
-            let _ = command.reply.send(Err(EngineError::Failed(message.clone())));
-        }
-        if catch_unwind(AssertUnwindSafe(|| drop(generator))).is_err() {
-            tracing::error!(engine = self.name, "the generator panicked while it was dropped");
+            let _ = command.reply.send(Err(EngineError::Failed(message.into())));
         }
     }
 

@@ -65,12 +65,14 @@ pub struct Config {
     pub retry_after_s: u64,
     /// Blocks made before anyone is admitted, so that the first guest does not pay for cold caches.
     pub warm_up_blocks: u64,
+    /// How often in a row a failed engine is built anew before it has failed for good; 0 = never.
+    pub rebuilds: u32,
 }
 
 impl Default for Config {
     fn default() -> Self {
         let generator = Kind::Pocket;
-        Config { generator, sessions: 1, threads: 2, steps: None, retry_after_s: 5, warm_up_blocks: 3 }
+        Config { generator, sessions: 1, threads: 2, steps: None, retry_after_s: 5, warm_up_blocks: 3, rebuilds: 3 }
     }
 }
 
@@ -117,6 +119,8 @@ pub enum Refusal {
     Full { retry_after: Duration },
     #[error("the engine has failed: {0}")]
     Failed(String),
+    #[error("the engine has failed and is being built anew; try again in {} s", retry_after.as_secs())]
+    Rebuilding { retry_after: Duration },
     #[error("the service is closing and admits nobody any more")]
     Draining,
 }
@@ -125,6 +129,8 @@ pub enum Refusal {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
     Ready,
+    /// It failed and is being built anew. The text says what happened.
+    Rebuilding(String),
     /// For good: the engine must be built anew. The text says what happened.
     Failed(String),
 }
@@ -159,11 +165,12 @@ impl Drop for Inner {
 
 impl Engine {
     /// Builds the generator on its own named thread, warms it up; returns when ready or failed. Blocks for as long as
-    /// that takes: call it before anything listens, or from a blocking task.
+    /// that takes: call it before anything listens, or from a blocking task. `build` is called again when the engine has
+    /// failed and is built anew.
     pub fn start(
         name: &str,
         config: &Config,
-        build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+        build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
     ) -> Result<Engine, EngineError> {
         let (commands, command_rx) = mpsc::channel(8);
         let (stop, stop_rx) = oneshot::channel();
@@ -207,8 +214,10 @@ impl Engine {
 
     /// The right to a face, or at once the reason why not.
     pub fn admit(&self) -> Result<Slot, Refusal> {
-        if let Health::Failed(why) = &*self.0.health.borrow() {
-            return Err(Refusal::Failed(why.clone()));
+        match &*self.0.health.borrow() {
+            Health::Ready => {}
+            Health::Rebuilding(_) => return Err(Refusal::Rebuilding { retry_after: self.retry_after() }),
+            Health::Failed(why) => return Err(Refusal::Failed(why.clone())),
         }
         if self.0.draining.load(Ordering::Acquire) {
             return Err(Refusal::Draining);
@@ -223,7 +232,7 @@ impl Engine {
         Duration::from_secs(self.0.config.retry_after_s)
     }
 
-    /// Turns to `Failed` once, and stays.
+    /// Turns to `Failed` once, and stays; to `Rebuilding` and back before that.
     pub fn health(&self) -> watch::Receiver<Health> {
         self.0.health.clone()
     }
@@ -294,7 +303,7 @@ impl Slot {
 
 fn failure(health: &watch::Receiver<Health>) -> String {
     match &*health.borrow() {
-        Health::Failed(why) => why.clone(),
+        Health::Failed(why) | Health::Rebuilding(why) => why.clone(),
         Health::Ready => "it was stopped".into(),
     }
 }

@@ -47,7 +47,7 @@ pub struct StageTimes {
 }
 
 /// The shape of what a generator makes and needs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Geometry {
     pub width: u32,
     pub height: u32,

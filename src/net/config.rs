@@ -26,6 +26,12 @@ pub struct Config {
     pub public_ips: Vec<IpAddr>,
     /// STUN and TURN servers this server itself uses (`stun:` and `turn:` over UDP).
     pub ice_servers: Vec<IceServer>,
+    /// TURN servers that take time-limited credentials made from `turn_secret`; handed to visitors only.
+    pub turn_urls: Vec<String>,
+    /// What those servers share with this one (coturn's `static-auth-secret`).
+    pub turn_secret: String,
+    /// How long credentials hold, seconds.
+    pub turn_ttl_s: u64,
     /// Bits per second that a new peer begins with, all media together.
     pub start_bitrate: u32,
     /// The estimate never goes below this, bits per second.
@@ -60,6 +66,9 @@ impl Default for Config {
             ice_lite: false,
             public_ips: vec![],
             ice_servers: vec![],
+            turn_urls: vec![],
+            turn_secret: String::new(),
+            turn_ttl_s: 7200,
             start_bitrate: 900_000,
             min_bitrate: 150_000,
             max_bitrate: 2_500_000,
@@ -90,6 +99,12 @@ impl Config {
         }
         if self.interrupted_after_ms < 500 || self.failed_after_ms < 500 {
             return wrong("`interrupted_after_ms` and `failed_after_ms` must be at least 500".into());
+        }
+        if let Some(url) = self.turn_urls.iter().find(|u| !u.starts_with("turn:") && !u.starts_with("turns:")) {
+            return wrong(format!("`turn_urls` holds `{url}`, which must begin with turn: or turns:"));
+        }
+        if !self.turn_urls.is_empty() && (self.turn_secret.is_empty() || self.turn_ttl_s < 60) {
+            return wrong("`turn_urls` needs a `turn_secret`, and a `turn_ttl_s` of at least 60".into());
         }
         for server in &self.ice_servers {
             for url in &server.urls {

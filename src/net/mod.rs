@@ -26,6 +26,7 @@ mod shared;
 mod speech;
 mod stack;
 mod traffic;
+mod turn;
 
 pub use config::{Config, IceServer};
 pub use data::{Data, DataChannelSpec, DataOut};
@@ -34,7 +35,7 @@ pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 pub use publish::{Publication, PublishState, PublishStatus, Target};
 pub use reqwest::Url;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;
 
 /// The way to make peers.
@@ -52,9 +53,9 @@ impl Net {
         Ok(Net { ports: ports::Ports::new(&config), config: Arc::new(config) })
     }
 
-    /// The STUN and TURN servers that browsers should use as well.
-    pub fn ice_servers(&self) -> &[IceServer] {
-        &self.config.ice_servers
+    /// The STUN and TURN servers that visitors should use as well; credentials made now, where they are made.
+    pub fn ice_servers(&self, now: SystemTime) -> Vec<IceServer> {
+        self.config.ice_servers.iter().cloned().chain(turn::minted(&self.config, now)).collect()
     }
 
     /// Answers an SDP offer for the two-way live session (microphone in, voice and H.264 out). Returns the answer beside

@@ -12,7 +12,7 @@ use super::{
     keys::{Key, Scope},
     limits,
 };
-use crate::telemetry::metrics;
+use crate::{net::IceServer, telemetry::metrics};
 use axum::{
     Router,
     http::{HeaderMap, Method, StatusCode, header, request},
@@ -22,7 +22,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 /// What a caller must have. `OPTIONS` needs nothing anywhere.
@@ -134,6 +134,22 @@ fn key(service: &Service, headers: &HeaderMap) -> Result<Key, ApiError> {
         let text = "This key is not known here; it may have been taken back.";
         ApiError::new(StatusCode::UNAUTHORIZED, "wrong_key", text)
     })
+}
+
+/// The ICE servers that this caller may know: those with credentials only for whoever may talk, or shows a session's
+/// token, because a relay costs whoever runs it.
+pub(super) fn ice_servers(service: &Service, headers: &HeaderMap) -> Vec<IceServer> {
+    let all = service.rooms.net.ice_servers(SystemTime::now());
+    let open = service.keys.open() || service.config.visitors == Visitors::Anyone;
+    let known = || {
+        let shown = bearer(headers)?;
+        let key = service.keys.find(shown).is_some_and(|key| key.scopes.contains(&Scope::Live));
+        (key || service.sessions.knows(shown, Instant::now())).then_some(())
+    };
+    match open || known().is_some() {
+        true => all,
+        false => all.into_iter().filter(|server| server.credential.is_empty()).collect(),
+    }
 }
 
 /// Without keys, only names of this machine are answered.

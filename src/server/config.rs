@@ -54,6 +54,13 @@ pub struct Config {
     pub recording_max_mb: u64,
     /// How long conversations may take to end after the service was told to stop.
     pub drain_timeout_s: u64,
+    /// How long conversations go on undisturbed before that.
+    pub drain_wait_s: u64,
+    /// Memory that must be free for a session to be admitted; 0 = never looked at.
+    pub memory_reserve_mb: u64,
+    /// Certificate chain and key, PEM files; empty = plain HTTP.
+    pub tls_cert: String,
+    pub tls_key: String,
     /// What to do when the engine has failed.
     pub engine_failure: EngineFailure,
 }
@@ -103,6 +110,10 @@ impl Default for Config {
             recordings_dir: String::new(),
             recording_max_mb: 4000,
             drain_timeout_s: 5,
+            drain_wait_s: 0,
+            memory_reserve_mb: 300,
+            tls_cert: String::new(),
+            tls_key: String::new(),
             engine_failure: EngineFailure::Exit,
         }
     }
@@ -162,6 +173,10 @@ impl Config {
             if value == 0 {
                 return Err(format!("server.{key} = 0: allowed is 1 or more"));
             }
+        }
+        super::tls::Tls::new(self)?;
+        if self.drain_wait_s > 86_400 {
+            return Err(format!("server.drain_wait_s = {}: allowed is 0 to 86400", self.drain_wait_s));
         }
         if self.portrait_max_mb > 100 {
             return Err(format!("server.portrait_max_mb = {}: allowed is 1 to 100", self.portrait_max_mb));

@@ -62,6 +62,9 @@ pub(super) async fn outer(State(service): State<Arc<Service>>, request: Request,
     for (name, value) in fixed {
         headers.insert(name, HeaderValue::from_static(value));
     }
+    if matches!(&service.tls, Ok(Some(_))) {
+        headers.insert(header::STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+    }
     if !headers.contains_key(header::CACHE_CONTROL) {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }

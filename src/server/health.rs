@@ -20,10 +20,23 @@ pub(super) async fn healthz() -> Response {
     ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], "ok\n").into_response()
 }
 
+/// Whether new conversations can be had, the word for it, and what happened if not.
+pub(super) fn state(service: &Service) -> (StatusCode, &'static str, Option<String>) {
+    let health = service.rooms.engine.health().borrow().clone();
+    match health {
+        Health::Failed(why) => (StatusCode::SERVICE_UNAVAILABLE, "engine_failed", Some(why)),
+        Health::Rebuilding(why) => (StatusCode::SERVICE_UNAVAILABLE, "engine_restarting", Some(why)),
+        Health::Ready if service.draining.load(Ordering::Acquire) => {
+            (StatusCode::SERVICE_UNAVAILABLE, "draining", None)
+        }
+        Health::Ready => (StatusCode::OK, "ready", None),
+    }
+}
+
 #[derive(Serialize)]
 struct Ready {
     ready: bool,
-    /// `ready`, `draining` or `engine_failed`.
+    /// `ready`, `draining`, `engine_restarting` or `engine_failed`.
     state: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
@@ -34,14 +47,9 @@ struct Ready {
 /// `GET /readyz`: new conversations can be had (a full house is still ready; it answers 503 by itself).
 pub(super) async fn readyz(State(service): State<Arc<Service>>) -> Response {
     let stats = service.rooms.engine.stats();
-    let health = service.rooms.engine.health().borrow().clone();
-    let (status, state, why) = match health {
-        Health::Failed(why) => (StatusCode::SERVICE_UNAVAILABLE, "engine_failed", Some(why)),
-        Health::Ready if service.draining.load(Ordering::Acquire) => {
-            (StatusCode::SERVICE_UNAVAILABLE, "draining", None)
-        }
-        Health::Ready => (StatusCode::OK, "ready", None),
-    };
+    let (status, state, why) = state(&service);
+    // What failed is the operator's business: /status and the log say it.
+    let why = why.filter(|_| service.keys.open());
     let told = Ready { ready: status == StatusCode::OK, state, why, slots: stats.slots, slots_used: stats.used };
     (status, Json(told)).into_response()
 }

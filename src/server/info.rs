@@ -1,10 +1,11 @@
 //! `GET /v1/info`: what a page needs to know before it starts.
 
-use super::Service;
-use crate::codec::BadgePlace;
+use super::{Service, access};
+use crate::{codec::BadgePlace, net::IceServer};
 use axum::{
     Json,
     extract::State,
+    http::HeaderMap,
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
@@ -15,7 +16,7 @@ struct Info<'a> {
     version: &'static str,
     engine: EngineInfo<'a>,
     /// As `RTCPeerConnection` takes them.
-    ice_servers: Vec<Ice<'a>>,
+    ice_servers: Vec<Ice>,
     portrait_max_bytes: usize,
 }
 
@@ -34,18 +35,24 @@ struct EngineInfo<'a> {
     badge: bool,
 }
 
+/// A server as `RTCPeerConnection` takes it.
 #[derive(Serialize)]
-struct Ice<'a> {
-    urls: &'a [String],
-    #[serde(skip_serializing_if = "str::is_empty")]
-    username: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    credential: &'a str,
+pub(super) struct Ice {
+    urls: Vec<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    username: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    credential: String,
 }
 
-pub(super) async fn info(State(service): State<Arc<Service>>) -> Response {
+impl From<IceServer> for Ice {
+    fn from(IceServer { urls, username, credential }: IceServer) -> Ice {
+        Ice { urls, username, credential }
+    }
+}
+
+pub(super) async fn info(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response {
     let g = service.rooms.engine.geometry();
-    let servers = service.rooms.net.ice_servers().iter();
     Json(Info {
         version: env!("CARGO_PKG_VERSION"),
         engine: EngineInfo {
@@ -58,7 +65,7 @@ pub(super) async fn info(State(service): State<Arc<Service>>) -> Response {
             matte: g.matte,
             badge: service.rooms.session_config.badge != BadgePlace::Off,
         },
-        ice_servers: servers.map(|s| Ice { urls: &s.urls, username: &s.username, credential: &s.credential }).collect(),
+        ice_servers: access::ice_servers(&service, &headers).into_iter().map(Ice::from).collect(),
         portrait_max_bytes: service.config.portrait_max_mb << 20,
     })
     .into_response()

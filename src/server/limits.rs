@@ -12,7 +12,7 @@
 //! | connections of one address | `server.connections_per_address` | closed at once, counted |
 //! | addresses that are remembered | 10 000 | the rest share one entry |
 
-use super::{Config, Service, access::Caller, error::ApiError, live, resource::Pace};
+use super::{Config, Service, access::Caller, error::ApiError, live, memory, resource::Pace};
 use crate::{engine::Slot, session, telemetry::metrics};
 use axum::http::{HeaderMap, StatusCode};
 use std::{
@@ -184,6 +184,13 @@ pub(super) fn place(service: &Service, caller: &Caller) -> Result<Slot, ApiError
     // A key's sessions are its own business: a backend begins those of all its users from one address.
     if let (Some(address), None, most @ 1..) = (caller.address, &caller.key, service.config.sessions_per_address) {
         tickets.push(take(prefix(address).to_string(), most, "Your address")?);
+    }
+    let reserve = service.config.memory_reserve_mb.saturating_mul(1 << 20);
+    if reserve > 0 && memory::available().is_some_and(|left| left < reserve) {
+        metrics().refused("memory");
+        tracing::warn!("a session was refused: less memory is free than server.memory_reserve_mb");
+        let text = "There is not enough memory for one session more just now.";
+        return Err(ApiError::unavailable("no_memory", text, retry));
     }
     let slot = service.rooms.engine.admit().map_err(|refusal| {
         metrics().refused("full");

@@ -19,7 +19,8 @@ use hyper_util::{
 };
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
     sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -63,9 +64,19 @@ pub(super) async fn serve(
             continue;
         }
         let (app, stop) = (app.clone(), stop.clone());
+        let acceptor = service.tls.as_ref().ok().and_then(|tls| Some(tls.as_ref()?.acceptor.clone()));
         tasks.spawn(async move {
             metrics().connections.inc();
-            connection(stream, peer, app, header_timeout, stop).await;
+            let _ = stream.set_nodelay(true);
+            match acceptor {
+                None => connection(stream, peer, app, header_timeout, stop).await,
+                // As long as for a head: a client that says nothing holds a place no longer.
+                Some(acceptor) => match tokio::time::timeout(header_timeout, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => connection(stream, peer, app, header_timeout, stop).await,
+                    Ok(Err(e)) => tracing::debug!("a TLS connection did not come about: {e}"),
+                    Err(_) => tracing::debug!("a TLS connection took too long to come about"),
+                },
+            }
             metrics().connections.dec();
             drop((place, ticket));
         });
@@ -76,13 +87,12 @@ pub(super) async fn serve(
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     peer: SocketAddr,
     app: Router,
     header_timeout: Duration,
     stop: CancellationToken,
 ) {
-    let _ = stream.set_nodelay(true);
     let mut builder = http1::Builder::new();
     // The timer runs from when a head is awaited, so it also ends idle connections.
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(64 * 1024);

@@ -78,6 +78,11 @@ pub(super) fn refused(refusal: Refusal) -> ApiError {
         Refusal::Full { retry_after } => {
             ApiError::unavailable("full", "Every presenter is in a conversation just now.", retry_after)
         }
+        Refusal::Rebuilding { retry_after } => ApiError::unavailable(
+            "engine_restarting",
+            "The engine that draws the presenter has failed and is being started again.",
+            retry_after,
+        ),
         Refusal::Failed(why) => {
             tracing::warn!("a conversation was refused: the engine has failed: {why}");
             ApiError::unavailable(

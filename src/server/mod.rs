@@ -18,6 +18,7 @@
 //! | `POST /v1/livekit`, `/v1/session` | a session in a LiveKit room, as agents' plugins ask for one → 201, `session_id` |
 //! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
 //! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
+//! | `GET /v1/status` | how it is, for the page `/status` |
 //! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
 //!
 //! Errors are JSON: `{"error":{"code","message"}}`; a refusal (503) also carries `reason` and `message` at the top.
@@ -33,6 +34,7 @@ mod limits;
 mod listen;
 mod live;
 mod livekit;
+mod memory;
 mod openapi;
 mod pages;
 mod portraits;
@@ -42,6 +44,8 @@ mod recording;
 mod resource;
 mod say;
 mod sessions;
+mod status;
+mod tls;
 mod whip;
 mod ws;
 
@@ -116,6 +120,8 @@ pub struct Service {
     rights: OnceLock<access::Rights>,
     keys: keys::Keys,
     limits: limits::Limits,
+    tls: Result<Option<tls::Tls>, String>,
+    began: Instant,
 }
 
 impl Service {
@@ -128,6 +134,8 @@ impl Service {
             draining: AtomicBool::new(false),
             rights: OnceLock::new(),
             keys: keys::Keys::new(&config),
+            began: Instant::now(),
+            tls: tls::Tls::new(&config),
             limits: limits::Limits::new(&config, Instant::now()),
             peers: resource::Peers::default(),
             sessions: sessions::Sessions::default(),
@@ -153,9 +161,12 @@ impl Service {
         self.rooms.sessions.get(id)
     }
 
-    /// Reads the file of keys again if it changed, or `always`; takes no time worth mentioning.
-    pub fn reload_keys(&self, always: bool) {
+    /// Reads the files of keys and certificates again if they changed, or `always`; takes no time worth mentioning.
+    pub fn reload(&self, always: bool) {
         self.keys.reload(always);
+        if let Ok(Some(tls)) = &self.tls {
+            tls.reload(always);
+        }
     }
 
     fn presenter(&self, id: &str) -> Option<&Presenter> {
@@ -213,6 +224,7 @@ impl Service {
             .route("/v1/portraits", Visitor, post(presenters::upload))
             .route("/healthz", Anyone, get(health::healthz))
             .route("/readyz", Anyone, get(health::readyz))
+            .route("/v1/status", Metrics, get(status::status))
             .route("/metrics", Metrics, get(health::prometheus))
             .done();
         let _ = self.rights.set(rights);
@@ -246,6 +258,7 @@ impl Server {
     /// An address that is not allowed or not free.
     pub async fn bind(service: Arc<Service>) -> Result<Server, ServerError> {
         let address = service.config.address().map_err(ServerError::Config)?;
+        service.tls.as_ref().map_err(|e| ServerError::Config(e.clone()))?;
         let keys = service.keys.count().map_err(ServerError::Config)?;
         service.config.reachable(address, keys).map_err(ServerError::Config)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;

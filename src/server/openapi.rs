@@ -370,6 +370,14 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
                 &[(200, "Ready", JSON, schema("Ready")), (503, "Not now", JSON, schema("Ready"))],
             )],
         ),
+        (
+            "/v1/status",
+            vec![op(
+                "get",
+                "Sessions, stages, queues: how the service is",
+                &[(200, "Facts", JSON, json!({ "type": "object" }))],
+            )],
+        ),
         ("/metrics", vec![op("get", "Counters in Prometheus' text format", &[(200, "Numbers", "text/plain", text())])]),
     ]
 }

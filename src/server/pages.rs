@@ -25,7 +25,7 @@ macro_rules! asset {
     };
 }
 
-static ASSETS: [Asset; 14] = [
+static ASSETS: [Asset; 17] = [
     asset!("index.html", "text/html; charset=utf-8"),
     asset!("app.js", "text/javascript; charset=utf-8"),
     asset!("live.js", "text/javascript; charset=utf-8"),
@@ -38,6 +38,9 @@ static ASSETS: [Asset; 14] = [
     asset!("overlay.js", "text/javascript; charset=utf-8"),
     asset!("bot.html", "text/html; charset=utf-8"),
     asset!("bot.js", "text/javascript; charset=utf-8"),
+    asset!("status.html", "text/html; charset=utf-8"),
+    asset!("status.js", "text/javascript; charset=utf-8"),
+    asset!("status.css", "text/css; charset=utf-8"),
     asset!("stage.css", "text/css; charset=utf-8"),
     asset!("icon.svg", "image/svg+xml"),
 ];
@@ -58,6 +61,7 @@ pub(super) async fn file(
         "favicon.ico" => "icon.svg",
         "overlay" => "overlay.html",
         "bot" => "bot.html",
+        "status" => "status.html",
         name => name,
     };
     page(&service, name, &headers).await

@@ -1,7 +1,7 @@
 //! Connections as HTTP resources (RFC 9725): what `/v1/live`, WHIP and WHEP share. An offer makes one; `PATCH` trickles or
 //! restarts ICE, `DELETE` ends it.
 
-use super::{Service, error::ApiError, presenters::sentence};
+use super::{Service, access, error::ApiError, presenters::sentence};
 use crate::{
     net::{IceServer, NetError, Peer},
     session::{Reason, SessionId},
@@ -15,7 +15,7 @@ use axum::{
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -137,7 +137,7 @@ pub(super) fn created(service: &Service, path: &str, etag: &str, answer: String)
     put(headers, header::LOCATION, path);
     put(headers, header::ETAG, etag);
     headers.insert(ACCEPT_PATCH, HeaderValue::from_static(FRAGMENT));
-    links(headers, service.rooms.net.ice_servers());
+    links(headers, &service.rooms.net.ice_servers(SystemTime::now()));
     response
 }
 
@@ -191,10 +191,10 @@ pub(super) async fn delete(State(service): State<Arc<Service>>, uri: Uri) -> Res
 }
 
 /// `OPTIONS` (not a CORS preflight) where offers are posted: what may be posted, and which ICE servers to use.
-pub(super) async fn options(State(service): State<Arc<Service>>) -> Response {
+pub(super) async fn options(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response {
     let mut response = StatusCode::OK.into_response();
     response.headers_mut().insert(ACCEPT_POST, HeaderValue::from_static(SDP));
-    links(response.headers_mut(), service.rooms.net.ice_servers());
+    links(response.headers_mut(), &access::ice_servers(&service, &headers));
     response
 }
 

@@ -13,6 +13,7 @@ use super::{
     Service,
     access::{self, Caller},
     error::ApiError,
+    info::Ice,
     keys, limits, livekit, presenters, resource,
 };
 use crate::{
@@ -38,7 +39,7 @@ use std::{
     collections::{HashMap, VecDeque},
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// Largest JSON body of the control API.
@@ -91,6 +92,12 @@ impl Sessions {
             Some(_) => Ok(()),
             None => Err(unauthorised("wrong_token", "No token opens this session.")),
         }
+    }
+
+    /// Whether a token opens any session.
+    pub(super) fn knows(&self, token: &str, now: Instant) -> bool {
+        let hash = digest(token);
+        self.lock().live.values().any(|entry| now < entry.expires && keys::same(&entry.token, &hash))
     }
 
     fn end(&self, id: &SessionId, reason: Reason) {
@@ -271,6 +278,8 @@ pub(super) async fn begin(
     told.token = Some(token.clone());
     told.token_expires_in_s = Some(ttl.as_secs());
     told.urls = urls(&id, &token);
+    let servers = service.rooms.net.ice_servers(SystemTime::now());
+    told.ice_servers = Some(servers.into_iter().map(Ice::from).collect());
     let mut response = (StatusCode::CREATED, Json(told)).into_response();
     if let Ok(location) = HeaderValue::from_str(&format!("/v1/sessions/{}", id.as_str())) {
         response.headers_mut().insert(header::LOCATION, location);
@@ -373,6 +382,9 @@ struct Told {
     token_expires_in_s: Option<u64>,
     #[serde(skip_serializing_if = "serde_json::Value::is_null")]
     urls: serde_json::Value,
+    /// For players: STUN, and TURN with credentials that hold for a while.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ice_servers: Option<Vec<Ice>>,
 }
 
 fn told(service: &Service, s: &Snapshot, sinks: usize) -> Told {
@@ -391,6 +403,7 @@ fn told(service: &Service, s: &Snapshot, sinks: usize) -> Told {
         token: None,
         token_expires_in_s: None,
         urls: serde_json::Value::Null,
+        ice_servers: None,
     }
 }
 

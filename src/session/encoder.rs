@@ -17,6 +17,7 @@ use crate::{
 use bytes::Bytes;
 use std::{
     collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
@@ -97,7 +98,7 @@ impl Encoder {
             Arc::new(Shared { jobs: Latest::default(), keyframe: AtomicBool::new(false), report: Mutex::default() });
         let inner = shared.clone();
         let thread =
-            std::thread::Builder::new().name(format!("encode-{name}")).spawn(move || work(&inner, &fan, &look))?;
+            std::thread::Builder::new().name(format!("encode-{name}")).spawn(move || run(&inner, &fan, &look))?;
         Ok(Encoder { shared, thread: Some(thread) })
     }
 
@@ -144,6 +145,14 @@ struct Desk {
     encoder: Option<VideoEncoder>,
     badge: Option<Badge>,
     failures: u32,
+}
+
+/// The thread's whole life. A panic is a failure that the session sees: it must not go on without pictures.
+fn run(shared: &Shared, fan: &Fan, look: &Look) {
+    if catch_unwind(AssertUnwindSafe(|| work(shared, fan, look))).is_err() {
+        tracing::error!("an encoder thread panicked; this is a bug");
+        shared.report().failed = Some("the encoder's thread panicked".into());
+    }
 }
 
 fn work(shared: &Shared, fan: &Fan, look: &Look) {

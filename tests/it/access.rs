@@ -96,19 +96,27 @@ const ROWS: &[(&str, Needs)] = &[
     ("/healthz", Needs::Nothing),
     ("/readyz", Needs::Nothing),
     ("/metrics", Needs::Metrics),
+    ("/v1/status", Needs::Metrics),
 ];
 
-/// The routes of the router itself, each with its methods.
-async fn routes() -> Vec<(String, Vec<String>)> {
+/// The routes of the router itself.
+pub(crate) fn of_the_router() -> Vec<String> {
     let source = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/server/mod.rs")).unwrap();
+    let paths =
+        source.split(".route(").skip(1).map(|r| r.trim_start().trim_start_matches('"').split('"').next().unwrap());
+    paths.map(String::from).collect()
+}
+
+/// Each with its methods.
+async fn routes() -> Vec<(String, Vec<String>)> {
     let open = house(|_| {}).await;
     let mut all = Vec::new();
-    for path in source.split(".route(\"").skip(1).map(|r| r.split('"').next().unwrap()) {
+    for path in of_the_router() {
         let concrete: Vec<&str> = path.split('/').map(|p| if p.starts_with('{') { "x" } else { p }).collect();
         let refused = open.ask("TRACE", &concrete.join("/"), &[], b"").await;
         let methods =
             refused.header("allow").split(',').map(|m| m.trim().to_string()).filter(|m| m != "HEAD").collect();
-        all.push((path.to_string(), methods));
+        all.push((path, methods));
     }
     all
 }
@@ -365,11 +373,11 @@ async fn a_crowd_at_two_places() {
     }
 }
 
-/// The program with a file of keys; ends when dropped.
-struct Program {
-    child: Child,
-    address: String,
-    folder: PathBuf,
+/// The program in a folder of its own; ends when dropped.
+pub(crate) struct Program {
+    pub(crate) child: Child,
+    pub(crate) address: String,
+    pub(crate) folder: PathBuf,
 }
 
 impl Drop for Program {
@@ -380,8 +388,33 @@ impl Drop for Program {
     }
 }
 
+pub(crate) fn folder(name: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("loquent-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
 impl Program {
-    fn ask(&self, method: &str, path: &str, more: &str) -> String {
+    /// Serves the test card. `before`: what a shell does first; `log` in the folder gets its standard error.
+    pub(crate) fn start(name: &str, before: &str, more: &[&str]) -> Program {
+        let folder = folder(name);
+        let mut child = Command::new("sh")
+            .args(["-c", &format!("{before} exec \"$@\""), "sh", env!("CARGO_BIN_EXE_loquent")])
+            .args(["serve", "--engine", "card", "--listen", "127.0.0.1:0", "--stop-after", "120"])
+            .args(more)
+            .env("LOQUENT__NET__BIND", "127.0.0.1")
+            .current_dir(&folder)
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(folder.join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let line = lines.into_iter().find(|l| l.starts_with("Open http")).expect("the address to open is printed");
+        let address = line.split('/').nth(2).unwrap().to_string();
+        Program { child, address, folder }
+    }
+
+    pub(crate) fn ask(&self, method: &str, path: &str, more: &str) -> String {
         let mut socket = std::net::TcpStream::connect(&self.address).unwrap();
         let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{more}\r\n");
         socket.write_all(head.as_bytes()).unwrap();
@@ -390,11 +423,24 @@ impl Program {
         text
     }
 
+    /// An empty object in, an object out.
+    pub(crate) fn json(&self, method: &str, path: &str, more: &str) -> Value {
+        let body = "Content-Type: application/json\r\nContent-Length: 2\r\n";
+        let answer = self.ask(method, path, &format!("{more}{body}\r\n{{}}"));
+        let text = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
+        serde_json::from_str(text).unwrap_or_else(|e| panic!("no JSON ({e}): {answer}"))
+    }
+
+    pub(crate) fn signal(&self, signal: &str) {
+        let told = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        assert!(told.success());
+    }
+
     fn status(&self, key: &str) -> String {
         self.ask("GET", "/v1/sessions", &format!("Authorization: Bearer {key}\r\n")).chars().skip(9).take(3).collect()
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.folder.join("log")).unwrap()
     }
 }
@@ -412,8 +458,7 @@ fn new_key(folder: &std::path::Path, name: &str) -> String {
 /// As an operator does it: no key, no address for others; a key; a second one, the first taken back; no restart.
 #[test]
 fn keys_are_made_listed_and_rotated_while_it_runs_and_no_secret_is_logged() {
-    let folder = std::env::temp_dir().join(format!("loquent-rotation-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let folder = folder("rotation");
     let remote = Command::new(env!("CARGO_BIN_EXE_loquent"))
         .args(["serve", "--engine", "card", "--listen", "0.0.0.0:0"])
         .current_dir(&folder)
@@ -427,18 +472,7 @@ fn keys_are_made_listed_and_rotated_while_it_runs_and_no_secret_is_logged() {
     assert!(!file.contains(&first[12..]), "the file keeps the hash alone");
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(folder.join("keys")).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_loquent"))
-        .args(["serve", "--engine", "card", "--listen", "127.0.0.1:0", "--keys-file", "keys", "--stop-after", "60"])
-        .args(["--set", "log.filter=trace"])
-        .current_dir(&folder)
-        .stdout(Stdio::piped())
-        .stderr(std::fs::File::create(folder.join("log")).unwrap())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let line = lines.into_iter().find(|l| l.starts_with("Open http://")).expect("the address to open is printed");
-    let address = line.trim_start_matches("Open http://").split('/').next().unwrap().to_string();
-    let program = Program { child, address, folder };
+    let program = Program::start("rotation", "", &["--keys-file", "keys", "--set", "log.filter=trace"]);
     assert_eq!(program.status(&first), "200");
     let second = new_key(&program.folder, "second");
     let listed = Command::new(env!("CARGO_BIN_EXE_loquent"))
@@ -448,10 +482,6 @@ fn keys_are_made_listed_and_rotated_while_it_runs_and_no_secret_is_logged() {
         .unwrap();
     let listed = String::from_utf8(listed.stdout).unwrap();
     assert!(listed.contains("first") && listed.contains("second") && !listed.contains(&second), "{listed}");
-    let hang_up = || {
-        let told = Command::new("kill").args(["-HUP", &program.child.id().to_string()]).status().unwrap();
-        assert!(told.success());
-    };
     let becomes = |key: &str, status: &str| {
         let began = Instant::now();
         while program.status(key) != status {
@@ -459,7 +489,7 @@ fn keys_are_made_listed_and_rotated_while_it_runs_and_no_secret_is_logged() {
             std::thread::sleep(Duration::from_millis(50));
         }
     };
-    hang_up();
+    program.signal("-HUP");
     becomes(&second, "200");
     assert_eq!(program.status(&first), "200", "both count while callers move");
     let file = std::fs::read_to_string(program.folder.join("keys")).unwrap();
@@ -469,9 +499,7 @@ fn keys_are_made_listed_and_rotated_while_it_runs_and_no_secret_is_logged() {
     becomes(&first, "401");
     assert_eq!(program.status(&second), "200");
     // A session begun and used, its token in a header and in an address; then the log is searched.
-    let body = "Content-Type: application/json\r\nContent-Length: 2\r\n";
-    let begun = program.ask("POST", "/v1/sessions", &format!("Authorization: Bearer {second}\r\n{body}\r\n{{}}"));
-    let told: Value = serde_json::from_str(begun.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    let told = program.json("POST", "/v1/sessions", &format!("Authorization: Bearer {second}\r\n"));
     let (id, token) = (told["id"].as_str().unwrap(), told["token"].as_str().unwrap());
     let path = format!("/v1/sessions/{id}/interrupt");
     assert!(program.ask("POST", &format!("{path}?token={token}"), "").starts_with("HTTP/1.1 204"));

@@ -91,7 +91,7 @@ fn offer(sections: &[String]) -> String {
 }
 
 /// Voice alone, or voice and face, in one direction.
-fn both(direction: &str) -> String {
+pub(crate) fn both(direction: &str) -> String {
     offer(&[section("audio", 0, direction, "s", OPUS), section("video", 1, direction, "s", H264)])
 }
 

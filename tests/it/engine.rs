@@ -11,7 +11,7 @@ use tokio::time::timeout;
 const SOON: Duration = Duration::from_secs(20);
 
 fn config(sessions: usize) -> Config {
-    Config { sessions, ..Config::default() }
+    Config { sessions, rebuilds: 0, ..Config::default() }
 }
 
 fn portrait() -> Portrait {
@@ -23,12 +23,12 @@ fn audio(at: usize, len: usize) -> AudioBlock {
 }
 
 /// The test card, with faults: the block number at which it panics or fails is the seed (0 = never).
-struct Faulty {
-    how: How,
+pub(crate) struct Faulty {
+    pub(crate) how: How,
 }
 
 #[derive(Clone, Copy)]
-enum How {
+pub(crate) enum How {
     Panic,
     Device,
     Face,

@@ -45,7 +45,7 @@ pub(crate) async fn house(change: impl FnOnce(&mut Config)) -> House {
 
 pub(crate) async fn house_with(
     change: impl FnOnce(&mut Config),
-    build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+    build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
     house_of(change, |_| {}, build).await
 }
@@ -53,7 +53,7 @@ pub(crate) async fn house_with(
 pub(crate) async fn house_of(
     change: impl FnOnce(&mut Config),
     change_net: impl FnOnce(&mut net::Config),
-    build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+    build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
     let mut all = settings();
     change(&mut all.server);
@@ -71,7 +71,7 @@ pub(crate) fn settings() -> loquent::config::Config {
 
 pub(crate) async fn house_from(
     all: loquent::config::Config,
-    build: impl FnOnce() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+    build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
     let loquent::config::Config { server: config, net, engine: settings, session: session_config, voice, .. } = all;
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
@@ -486,7 +486,9 @@ impl Generator for Fragile {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_engine_is_seen_everywhere() {
-    let house = house_with(|_| {}, || Ok(Box::new(Fragile(avatar::test_card(), 0)))).await;
+    let mut all = settings();
+    all.engine.rebuilds = 0;
+    let house = house_from(all, || Ok(Box::new(Fragile(avatar::test_card(), 0)))).await;
     assert_eq!(house.get("/readyz").await.status, 200);
     // Whether the failure overtakes the answer is a matter of scheduling; the place is given back either way.
     house.post("/v1/live", SDP, offer().as_bytes()).await;
