@@ -1,7 +1,8 @@
 //! e4m3 quantisation as LiveAvatar's FP8 linears do it: one scale per tensor, both operands, activations at each call.
 //!
 //! Scale `min(448 / max(largest, 1e-12), 448)`; the cap leaves tensors with values below 1 unstretched. The product with
-//! the scale is rounded to bf16 before it is rounded to e4m3.
+//! the scale is rounded to bf16 before it is rounded to e4m3. This half is the official arithmetic, to be compared with; it
+//! runs on the CPU, because candle has no e4m3 conversion for cards.
 //!
 //! What this program itself computes in e4m3 has a scale per row of both operands instead, which costs nothing more and
 //! loses less: the second half of this file.
@@ -21,9 +22,9 @@ pub struct Quantised {
     pub factor: f32,
 }
 
-/// Quantises a bf16 (or wider) tensor. Reads the largest value back from the device.
+/// Quantises a bf16 (or wider) tensor; the values are on the CPU.
 pub fn quantise(x: &Tensor) -> Result<Quantised> {
-    let x = x.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+    let x = x.to_device(&Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
     let largest = if x.elem_count() == 0 { 0.0 } else { f64::from(x.abs()?.max_all()?.to_scalar::<f32>()?) };
     let scale = (LARGEST / largest.max(1e-12)).min(LARGEST);
     let scaled = (x * scale)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
@@ -36,7 +37,7 @@ pub fn linear(x: &Quantised, weight: &Quantised, bias: Option<&Tensor>) -> Resul
     let wide = |q: &Quantised| q.values.to_dtype(DType::F32);
     let y = (wide(x)?.matmul(&wide(weight)?.t()?)? * f64::from(x.factor * weight.factor))?;
     let y = match bias {
-        Some(b) => y.broadcast_add(&b.to_dtype(DType::F32)?)?,
+        Some(b) => y.broadcast_add(&b.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)?,
         None => y,
     };
     Ok(y.to_dtype(DType::BF16)?)

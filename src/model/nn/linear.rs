@@ -89,12 +89,7 @@ impl Linear {
     fn direct(&self) -> Option<(&Tensor, &Tensor)> {
         #[cfg(feature = "cuda")]
         if let super::Numbers::Float8 { values, scale } = self.matrix.numbers()
-            && matches!(values.device(), Device::Cuda(_))
-            && scale.dims() == [self.out()]
-            && self.out() % 16 == 0
-            && self.width() % 16 == 0
-            && self.matrix.side().is_empty()
-            && crate::model::kernels::cuda::context(values.device()).is_ok_and(|c| c.fp8())
+            && self.matrix.direct(values.device())
         {
             return Some((values, scale));
         }

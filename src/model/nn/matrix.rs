@@ -13,6 +13,8 @@ use candle_core::{
     quantized::{GgmlDType, QStorage, QTensor},
 };
 
+use float8::F8E4M3;
+
 use crate::model::{Error, Result};
 
 /// The stored numbers.
@@ -22,6 +24,9 @@ pub enum Numbers {
     Dense(Tensor),
     /// e4m3 values `[out, in]` and what multiplies them: f32, `[1]` for all or `[out]`, one per row.
     Float8 { values: Tensor, scale: Tensor },
+    /// The same on a card that does not multiply them directly, and for which candle has no e4m3 conversion: their bytes
+    /// `[out, in]`, what each byte is worth `[256]` in f32, and the scale.
+    Coded { codes: Tensor, worth: Tensor, scale: Tensor },
     /// ggml blocks (Q8_0, Q6_K, Q5_K, Q4_K…), `[out, in]`.
     Blocks(Arc<QTensor>),
 }
@@ -95,7 +100,7 @@ impl Matrix {
     /// Rows and columns.
     pub fn dims(&self) -> (usize, usize) {
         let dims = match &self.numbers {
-            Numbers::Dense(t) | Numbers::Float8 { values: t, .. } => t.dims(),
+            Numbers::Dense(t) | Numbers::Float8 { values: t, .. } | Numbers::Coded { codes: t, .. } => t.dims(),
             Numbers::Blocks(q) => q.shape().dims(),
         };
         (dims[0], dims[1])
@@ -104,7 +109,9 @@ impl Matrix {
     /// Where the numbers are.
     pub fn device(&self) -> Device {
         match &self.numbers {
-            Numbers::Dense(t) | Numbers::Float8 { values: t, .. } => t.device().clone(),
+            Numbers::Dense(t) | Numbers::Float8 { values: t, .. } | Numbers::Coded { codes: t, .. } => {
+                t.device().clone()
+            }
             Numbers::Blocks(q) => q.device(),
         }
     }
@@ -115,6 +122,7 @@ impl Matrix {
         let own = match &self.numbers {
             Numbers::Dense(t) => size(t),
             Numbers::Float8 { values, scale } => size(values) + size(scale),
+            Numbers::Coded { codes, worth, scale } => size(codes) + size(worth) + size(scale),
             Numbers::Blocks(q) => q.storage_size_in_bytes(),
         };
         own + self.side.iter().map(|s| size(&s.down) + size(&s.up)).sum::<usize>()
@@ -124,7 +132,7 @@ impl Matrix {
     pub fn kind(&self) -> String {
         match &self.numbers {
             Numbers::Dense(t) => format!("{:?}", t.dtype()),
-            Numbers::Float8 { .. } => "e4m3".into(),
+            Numbers::Float8 { .. } | Numbers::Coded { .. } => "e4m3".into(),
             Numbers::Blocks(q) => format!("{:?}", q.dtype()),
         }
     }
@@ -136,6 +144,10 @@ impl Matrix {
             Numbers::Float8 { values, scale } => {
                 let scale = scale.reshape(((), 1))?;
                 values.to_dtype(DType::F32)?.broadcast_mul(&scale)?.to_dtype(self.dtype)?
+            }
+            Numbers::Coded { codes, worth, scale } => {
+                let wide = worth.index_select(&codes.flatten_all()?, 0)?.reshape(codes.shape())?;
+                wide.broadcast_mul(&scale.reshape(((), 1))?)?.to_dtype(self.dtype)?
             }
             Numbers::Blocks(q) => q.dequantize(&q.device())?.to_dtype(self.dtype)?,
         })
@@ -152,6 +164,19 @@ impl Matrix {
         self.side.iter().try_fold(y, |y, s| Ok((y + x.matmul(&s.down.t()?)?.matmul(&s.up.t()?)?)?))
     }
 
+    /// Whether `device` multiplies these e4m3 numbers as they are: a scale per row, sizes of 16, no adapter beside them,
+    /// and a card that can.
+    pub(super) fn direct(&self, device: &Device) -> bool {
+        let Numbers::Float8 { scale, .. } = &self.numbers else { return false };
+        let (out, width) = self.dims();
+        device.is_cuda()
+            && scale.dims() == [out]
+            && out % 16 == 0
+            && width % 16 == 0
+            && self.side.is_empty()
+            && crate::model::kernels::fp8(device)
+    }
+
     /// The same on another device, in the same format; there adapters and plain numbers have element type `dtype`.
     pub fn moved(&self, device: &Device, dtype: DType) -> Result<Self> {
         let float = |t: &Tensor| -> Result<Tensor> {
@@ -162,9 +187,17 @@ impl Matrix {
         };
         let numbers = match &self.numbers {
             Numbers::Dense(t) => Numbers::Dense(float(t)?),
+            Numbers::Float8 { values, scale } if device.is_cuda() && !self.direct(device) => {
+                coded(values, scale, device)?
+            }
             Numbers::Float8 { values, scale } => {
                 Numbers::Float8 { values: values.to_device(device)?, scale: scale.to_device(device)? }
             }
+            Numbers::Coded { codes, worth, scale } => Numbers::Coded {
+                codes: codes.to_device(device)?,
+                worth: worth.to_device(device)?,
+                scale: scale.to_device(device)?,
+            },
             Numbers::Blocks(q) if q.device().same_device(device) => Numbers::Blocks(q.clone()),
             Numbers::Blocks(q) => {
                 let storage = QStorage::from_data(q.data()?, device, q.dtype())?;
@@ -177,7 +210,42 @@ impl Matrix {
     }
 }
 
+/// e4m3 values as bytes on `device`, which need not know the type.
+fn coded(values: &Tensor, scale: &Tensor, device: &Device) -> Result<Numbers> {
+    let bytes: Vec<F8E4M3> = values.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+    let bytes: Vec<u8> = bytes.into_iter().map(|v| v.to_bits()).collect();
+    // Two bytes are not numbers, and the last one candle's lookup takes for zero; weights have neither.
+    let worth: Vec<f32> = (0..=255).map(|b| F8E4M3::from_bits(b).to_f32()).collect();
+    Ok(Numbers::Coded {
+        codes: Tensor::from_vec(bytes, values.shape(), &Device::Cpu)?.to_device(device)?,
+        worth: Tensor::from_vec(worth, 256, &Device::Cpu)?.to_device(device)?,
+        scale: scale.to_device(device)?,
+    })
+}
+
 /// Whether a ggml type is a quantised one.
 pub fn quantised(kind: GgmlDType) -> bool {
     !matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_worth_what_the_floats_were() {
+        let wave: Vec<f32> = (0..32 * 48).map(|i| (i as f32 * 0.37).sin() * 500.0).collect();
+        let values = Tensor::from_vec(wave, (32, 48), &Device::Cpu).unwrap().clamp(-448.0, 448.0).unwrap();
+        let values = values.to_dtype(DType::F8E4M3).unwrap();
+        let rows = Tensor::from_vec((1..=32).map(|i| i as f32 * 0.013).collect(), 32, &Device::Cpu).unwrap();
+        for scale in [Tensor::new(&[0.37f32], &Device::Cpu).unwrap(), rows] {
+            let coded = coded(&values, &scale, &Device::Cpu).unwrap();
+            let float = Numbers::Float8 { values: values.clone(), scale };
+            let dense = |numbers| {
+                let wide = Matrix::new(numbers, Vec::new(), DType::BF16).unwrap().dense().unwrap();
+                wide.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap()
+            };
+            assert_eq!(dense(coded), dense(float));
+        }
+    }
 }

@@ -244,8 +244,9 @@ impl Weights {
             Some(made) => made,
             None => self.source.load(&full)?,
         };
-        // Convert on the CPU only when that makes the transfer smaller.
-        let t = if t.dtype().size_in_bytes() > self.dtype.size_in_bytes() { t.to_dtype(self.dtype)? } else { t };
+        // Convert on the CPU only when that makes the transfer smaller, or where candle's cards cannot (e4m3).
+        let wide = t.dtype().size_in_bytes() > self.dtype.size_in_bytes() || t.dtype() == DType::F8E4M3;
+        let t = if wide { t.to_dtype(self.dtype)? } else { t };
         let t = t.to_device(&self.device)?.to_dtype(self.dtype)?;
         self.saw(t.elem_count());
         Ok(t)
