@@ -82,7 +82,8 @@ pub struct ClipStream {
     reference: Tensor,
     /// The last pixel frames `[3, motion_frames, height, width]`.
     window: Tensor,
-    motion: Tensor,
+    /// Their latents, once they are asked for: a first clip without motion and a last one never ask.
+    motion: Option<Tensor>,
     clips: usize,
     /// Where each of several speakers is heard; empty for one.
     reach: Vec<Tensor>,
@@ -99,8 +100,7 @@ impl ClipStream {
         if settings.first_frame {
             window = slide(&window, &still(picture, FIRST_FRAMES)?, FIRST_FRAMES)?;
         }
-        let motion = studio.vae.encode(&window)?;
-        Ok(ClipStream { settings, words, reference, window, motion, clips: 0, reach: Vec::new() })
+        Ok(ClipStream { settings, words, reference, window, motion: None, clips: 0, reach: Vec::new() })
     }
 
     /// From now on features belong to several speakers, one after the other along the layers; see
@@ -115,8 +115,11 @@ impl ClipStream {
     }
 
     /// Latents of the motion window `[16, frames, h, w]`.
-    pub fn motion(&self) -> &Tensor {
-        &self.motion
+    pub fn motion(&mut self, studio: &Studio) -> Result<Tensor> {
+        if let Some(motion) = &self.motion {
+            return Ok(motion.clone());
+        }
+        Ok(self.motion.insert(studio.vae.encode(&self.window)?).clone())
     }
 
     /// Whether the next clip starts without motion context.
@@ -141,14 +144,14 @@ impl ClipStream {
 
     /// The transformer's half of [`ClipStream::next`]: latents `[16, T, h, w]`.
     pub fn imagine(
-        &self,
+        &mut self,
         studio: &Studio,
         features: &Tensor,
         noise: &Tensor,
         pose: Option<&Tensor>,
         probe: Probe,
     ) -> Result<Tensor> {
-        let unmoved = self.unmoved();
+        let motion = if self.unmoved() { None } else { Some(self.motion(studio)?) };
         let guided = self.settings.guidance > 1.0;
         let audio = hear(studio, features, &self.reach)?;
         let silence = if guided { Some(hear(studio, &features.zeros_like()?, &self.reach)?) } else { None };
@@ -163,7 +166,7 @@ impl ClipStream {
                     timestep,
                     text: Some(words),
                     reference: &self.reference,
-                    motion: (!unmoved).then_some(&self.motion),
+                    motion: motion.as_ref(),
                     keep_last_motion: 2,
                     cond: pose,
                     audio,
@@ -185,14 +188,14 @@ impl ClipStream {
     /// The decoder's half: the clip's pixels; they become the next clip's motion context.
     pub fn show(&mut self, studio: &Studio, latents: &Tensor) -> Result<Tensor> {
         let unmoved = self.unmoved();
-        let before = if unmoved { &self.reference } else { &self.motion };
-        let decoded = studio.vae.decode(&Tensor::cat(&[before, latents], 1)?)?;
+        let before = if unmoved { self.reference.clone() } else { self.motion(studio)? };
+        let decoded = studio.vae.decode(&Tensor::cat(&[&before, latents], 1)?)?;
         let mut frames = last(&decoded, self.settings.clip_frames)?;
         if unmoved {
             frames = without_first(&frames, WARM_UP)?;
         }
         self.window = slide(&self.window, &frames, self.settings.motion_frames)?;
-        self.motion = studio.vae.encode(&self.window)?;
+        self.motion = None;
         self.clips += 1;
         Ok(frames)
     }

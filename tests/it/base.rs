@@ -7,7 +7,7 @@ use loquent::{
     avatar::base::{BaseSettings, Expert, Experts, Start, best_size, latents, noise, output_size},
     model::{
         dit::{Config, Dit},
-        vae::{Kind, WanVae},
+        vae::{Decoding, Encoding, Kind, WanVae},
         weights::{Tensors, Weights},
     },
 };
@@ -150,4 +150,37 @@ fn sizes_keep_the_aspect_in_whole_patches() {
     assert_eq!(best_size((300, 500), 704 * 1280, 32).unwrap(), (1216, 736));
     assert!(best_size((5, 5), 10, 32).is_err());
     assert!(output_size((0, 5), 1000, 16).is_err() && output_size((5, 5), 10, 16).is_err());
+}
+
+/// `[3, frames, 64, 32]` in −1..1.
+fn video(frames: usize) -> Tensor {
+    noise(7, (3, frames, 64, 32), &Device::Cpu).unwrap().tanh().unwrap()
+}
+
+#[test]
+fn both_autoencoders_stream_as_they_run_in_one_pass() {
+    for kind in [Kind::Wan21, Kind::Wan22] {
+        let vae = vae(kind);
+        let scale = vae.scale();
+        let z = noise(8, (vae.channels(), 6, 64 / scale, 32 / scale), &Device::Cpu).unwrap();
+        let whole = values(&vae.decode(&z).unwrap());
+        for cuts in [vec![1; 6], vec![2, 3, 1], vec![5, 1]] {
+            let (mut state, mut at, mut parts) = (Decoding::default(), 0, Vec::new());
+            for n in cuts {
+                parts.push(vae.decode_next(&mut state, &z.narrow(1, at, n).unwrap()).unwrap());
+                at += n;
+            }
+            assert!(values(&Tensor::cat(&parts, 1).unwrap()) == whole, "{kind:?} decodes in pieces as in one");
+        }
+        let video = video(17);
+        let whole = values(&vae.encode(&video).unwrap());
+        for cuts in [vec![1; 17], vec![5, 4, 8], vec![3, 7, 2, 5]] {
+            let (mut state, mut at, mut parts) = (Encoding::default(), 0, Vec::new());
+            for n in cuts {
+                parts.extend(vae.encode_next(&mut state, &video.narrow(1, at, n).unwrap()).unwrap());
+                at += n;
+            }
+            assert!(values(&Tensor::cat(&parts, 1).unwrap()) == whole, "{kind:?} encodes in pieces as in one");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! Checkpoints in every layout: full-size key listings, real little files of each format, and damaged ones.
 
+use super::names;
 use std::{
     collections::BTreeMap,
     fs,
@@ -76,30 +77,7 @@ fn every_key_of_the_transformer_is_taken_once_in_each_layout() {
     let keys = listing("wan22_s2v_14b");
     takes_all(keys.clone(), Part::Speech, Layout::Official, &[], load_dit);
     takes_all(prefixed(&keys, "model.diffusion_model."), Part::Speech, Layout::Prefixed, &[], load_dit);
-    // Diffusers' names of what the base family has
-    let rename = |k: &str| -> String {
-        let k = match k {
-            "head.modulation" => return "scale_shift_table".into(),
-            k => k.replace(".modulation", ".scale_shift_table").replace("head.head.", "proj_out."),
-        };
-        let k = k.replace(".norm3.", ".norm2.").replace("ffn.0.", "ffn.net.0.proj.").replace("ffn.2.", "ffn.net.2.");
-        let k = k.replace("time_projection.1.", "condition_embedder.time_proj.");
-        let mut k = k;
-        for (n, m) in [(0, 1), (2, 2)] {
-            for kind in ["time", "text"] {
-                let to = format!("condition_embedder.{kind}_embedder.linear_{m}.");
-                k = k.replace(&format!("{kind}_embedding.{n}."), &to);
-            }
-        }
-        for (from, to) in [("self_attn", "attn1"), ("cross_attn", "attn2")] {
-            for p in ["q", "k", "v"] {
-                k = k.replace(&format!("{from}.{p}."), &format!("{to}.to_{p}."));
-            }
-            k = k.replace(&format!("{from}.o."), &format!("{to}.to_out.0.")).replace(from, to);
-        }
-        k
-    };
-    let diffusers = keys.iter().map(|(k, s)| (rename(k), s.clone())).collect();
+    let diffusers = keys.iter().map(|(k, s)| (names::diffusers_transformer(k), s.clone())).collect();
     takes_all(diffusers, Part::Speech, Layout::Diffusers, &[], load_dit);
     // ComfyUI's 8-bit files carry scales and a marker beside the weights
     let mut scaled = keys.clone();
@@ -119,58 +97,9 @@ fn every_key_of_the_autoencoders_is_taken_once() {
     takes_all(keys.clone(), Part::Vae21, Layout::Official, &[], load_vae);
     takes_all(prefixed(&keys, "first_stage_model."), Part::Vae21, Layout::Prefixed, &[], load_vae);
     takes_all(listing("wan22_vae"), Part::Vae22, Layout::Official, &[], load_vae);
-    let inner = |k: &str| {
-        let k = k.replace("residual.0.", "norm1.").replace("residual.2.", "conv1.").replace("residual.3.", "norm2.");
-        k.replace("residual.6.", "conv2.").replace("shortcut.", "conv_shortcut.")
-    };
-    let common = |k: &str| -> Option<String> {
-        for (from, to) in [("conv1.", "quant_conv."), ("conv2.", "post_quant_conv.")] {
-            if let Some(rest) = k.strip_prefix(from) {
-                return Some(format!("{to}{rest}"));
-            }
-        }
-        let (side, rest) = k.split_once('.')?;
-        for (from, to) in [("conv1.", "conv_in."), ("head.0.", "norm_out."), ("head.2.", "conv_out.")] {
-            if let Some(rest) = rest.strip_prefix(from) {
-                return Some(format!("{side}.{to}{rest}"));
-            }
-        }
-        let middle = [("middle.0.", "resnets.0"), ("middle.1.", "attentions.0"), ("middle.2.", "resnets.1")];
-        for (from, to) in middle {
-            if let Some(rest) = rest.strip_prefix(from) {
-                return Some(format!("{side}.mid_block.{to}.{}", inner(rest)));
-            }
-        }
-        None
-    };
-    let diffusers = |k: &str| -> String {
-        if let Some(k) = common(k) {
-            return k;
-        }
-        let p: Vec<&str> = k.splitn(4, '.').collect();
-        let n: usize = p[2].parse().unwrap();
-        match p[1] {
-            "downsamples" => format!("encoder.down_blocks.{n}.{}", inner(p[3])),
-            _ if n % 4 == 3 => format!("decoder.up_blocks.{}.upsamplers.0.{}", n / 4, p[3]),
-            _ => format!("decoder.up_blocks.{}.resnets.{}.{}", n / 4, n % 4, inner(p[3])),
-        }
-    };
-    let stored = keys.iter().map(|(k, s)| (diffusers(k), s.clone())).collect();
+    let stored = keys.iter().map(|(k, s)| (names::diffusers_vae21(k), s.clone())).collect();
     takes_all(stored, Part::Vae21, Layout::Diffusers, &[], load_vae);
-    let diffusers = |k: &str| -> String {
-        if let Some(k) = common(k) {
-            return k;
-        }
-        let p: Vec<&str> = k.splitn(6, '.').collect();
-        let last: usize = p[4].parse().unwrap();
-        match p[1] {
-            "downsamples" if last == 2 => format!("encoder.down_blocks.{}.downsampler.{}", p[2], p[5]),
-            "downsamples" => format!("encoder.down_blocks.{}.resnets.{last}.{}", p[2], inner(p[5])),
-            _ if last == 3 => format!("decoder.up_blocks.{}.upsampler.{}", p[2], p[5]),
-            _ => format!("decoder.up_blocks.{}.resnets.{last}.{}", p[2], inner(p[5])),
-        }
-    };
-    let stored = listing("wan22_vae").iter().map(|(k, s)| (diffusers(k), s.clone())).collect();
+    let stored = listing("wan22_vae").iter().map(|(k, s)| (names::diffusers_vae22(k), s.clone())).collect();
     takes_all(stored, Part::Vae22, Layout::Diffusers, &[], load_vae);
 }
 
@@ -178,40 +107,13 @@ fn every_key_of_the_autoencoders_is_taken_once() {
 fn every_key_of_the_text_encoder_is_taken_once() {
     let keys = listing("umt5_xxl_encoder");
     takes_all(keys.clone(), Part::Text, Layout::Official, &[], load_text);
-    let rename = |k: &str, table: &[(&str, &str)]| -> String {
-        table.iter().fold(k.to_string(), |k, (from, to)| k.replace(from, to))
-    };
-    let transformers = [
-        ("token_embedding.", "shared."),
-        (".norm1.", ".layer.0.layer_norm."),
-        (".norm2.", ".layer.1.layer_norm."),
-        (".attn.", ".layer.0.SelfAttention."),
-        (".pos_embedding.embedding.", ".layer.0.SelfAttention.relative_attention_bias."),
-        (".ffn.gate.0.", ".layer.1.DenseReluDense.wi_0."),
-        (".ffn.fc1.", ".layer.1.DenseReluDense.wi_1."),
-        (".ffn.fc2.", ".layer.1.DenseReluDense.wo."),
-        ("blocks.", "encoder.block."),
-    ];
-    let name =
-        |k: &str| if k == "norm.weight" { "encoder.final_layer_norm.weight".into() } else { rename(k, &transformers) };
-    let mut stored: Shaped = keys.iter().map(|(k, s)| (name(k), s.clone())).collect();
+    let mut stored: Shaped = keys.iter().map(|(k, s)| (names::transformers_text(k), s.clone())).collect();
     takes_all(stored.clone(), Part::Text, Layout::Transformers, &[], load_text);
     // ComfyUI packs the tokenizer with it
     stored.insert("spiece_model".into(), vec![4_500_000]);
     takes_all(stored, Part::Text, Layout::Transformers, &["spiece_model"], load_text);
-    let llama = [
-        ("token_embedding.", "token_embd."),
-        (".norm1.", ".attn_norm."),
-        (".norm2.", ".ffn_norm."),
-        (".attn.", ".attn_"),
-        (".pos_embedding.embedding.", ".attn_rel_b."),
-        (".ffn.gate.0.", ".ffn_gate."),
-        (".ffn.fc1.", ".ffn_up."),
-        (".ffn.fc2.", ".ffn_down."),
-        ("blocks.", "enc.blk."),
-    ];
-    let name = |k: &str| if k == "norm.weight" { "enc.output_norm.weight".into() } else { rename(k, &llama) };
-    takes_all(keys.iter().map(|(k, s)| (name(k), s.clone())).collect(), Part::Text, Layout::LlamaCpp, &[], load_text);
+    let llama = keys.iter().map(|(k, s)| (names::llama_text(k), s.clone())).collect();
+    takes_all(llama, Part::Text, Layout::LlamaCpp, &[], load_text);
 }
 
 #[test]
@@ -315,6 +217,11 @@ fn gguf_blocks_come_back_within_their_precision() {
     fs::remove_dir_all(folder).unwrap();
 }
 
+/// A file of each format.
+pub(crate) fn seeds(folder: &Path) -> [PathBuf; 3] {
+    [torch_file(), gguf_file(folder), scaled_file(folder)]
+}
+
 fn scaled_file(folder: &Path) -> PathBuf {
     let path = folder.join("scaled.safetensors");
     let x = Tensor::from_vec(random(4 * 32, 2), (4, 32), &Device::Cpu).unwrap();
@@ -367,7 +274,7 @@ fn a_folder_is_opened_by_its_index() {
 #[test]
 fn damaged_files_end_in_a_message() {
     let folder = scratch("fuzz");
-    let seeds = [torch_file(), gguf_file(&folder), scaled_file(&folder)];
+    let seeds = seeds(&folder);
     let target = folder.join("mutant");
     let mut rng = StdRng::seed_from_u64(7);
     let mut refused = 0;

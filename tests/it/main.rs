@@ -3,6 +3,7 @@
 mod access;
 mod base;
 mod batch;
+mod bounds;
 mod checkpoints;
 mod codec;
 mod config;
@@ -14,6 +15,8 @@ mod files;
 mod films;
 mod hostile;
 mod hub;
+mod layouts;
+mod names;
 mod net;
 mod peer;
 mod pocket;

@@ -1,10 +1,13 @@
 //! The pickled state dict inside a `.pth` or `.bin`, read as data and never executed: the few names that torch writes
 //! into it (`_rebuild_tensor_v2`, `OrderedDict`, storage types) are recognised, every other one becomes an inert value.
 //!
-//! Values live in an arena and refer to each other by index, so that a hostile pickle can neither nest deeper than the
-//! stack nor make more than one value per byte of its own.
+//! Values live in an arena and refer to each other by index, and there is a limit to their number, so that a hostile pickle
+//! can neither nest deeper than the stack nor take more memory than a real one many times over.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use candle_core::DType;
 
@@ -37,8 +40,10 @@ enum Item {
     Unreadable(String),
 }
 
-/// Larger state dicts do not exist; a file that claims one is refused before it is read.
-const LONGEST: usize = 64 << 20;
+/// Larger state dicts do not exist; a file that claims one is refused before it is read. (One of 1300 tensors has 200 kB.)
+const LONGEST: usize = 16 << 20;
+/// Nor do any with more values; the same holds for those that wait on the stack. (1300 tensors take 30 000.)
+const MOST: usize = 1 << 20;
 /// Names of Python objects are shorter.
 const NAME: usize = 128;
 /// A tensor has fewer axes.
@@ -338,19 +343,23 @@ impl<'a> Machine<'a> {
             b'b' => drop(self.pop()?),
             other => return Err(format!("the pickle has an operation ({other:#04x}) that torch.save does not write")),
         }
+        if self.arena.len() > MOST || self.stack.len() > MOST {
+            return Err(format!("its pickle has more than {MOST} values; no state dict has as many"));
+        }
         Ok(false)
     }
 
     /// Tensors of a dict by name; one dict deeper under the usual names of a training checkpoint.
-    fn tensors(&self, v: Value, deeper: bool) -> Step<Vec<(String, Pickled)>> {
+    fn tensors(&self, v: Value, deeper: bool) -> Step<BTreeMap<Arc<str>, Pickled>> {
         let Some(Item::Dict(pairs)) = self.item(v) else {
             return Err("the file holds no state dict (a dictionary of tensors)".into());
         };
-        let mut out = Vec::new();
+        let mut out = BTreeMap::new();
         for (key, value) in pairs {
             let Some(Item::Text(key)) = self.item(*key) else { continue };
             match self.item(*value) {
-                Some(Item::Tensor(t)) => out.push((key.to_string(), t.clone())),
+                // A name that comes again takes the place of the first, as in any dictionary.
+                Some(Item::Tensor(t)) => drop(out.insert(key.clone(), t.clone())),
                 Some(Item::Unreadable(why)) => return Err(format!("{key} is {why}")),
                 Some(Item::Dict(_)) if deeper && ["state_dict", "model", "module"].contains(&&**key) => {
                     out.extend(self.tensors(*value, false)?);
@@ -363,7 +372,7 @@ impl<'a> Machine<'a> {
 }
 
 /// Names and places of all tensors of a pickled state dict.
-pub(super) fn tensors(bytes: &[u8]) -> Result<Vec<(String, Pickled)>, String> {
+pub(super) fn tensors(bytes: &[u8]) -> Result<BTreeMap<Arc<str>, Pickled>, String> {
     if bytes.len() > LONGEST {
         return Err(format!("its pickle has {} bytes; no state dict is that large", bytes.len()));
     }

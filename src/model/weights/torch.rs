@@ -60,7 +60,7 @@ impl Torch {
                 (None, _) => return Err(wrong(format!("the numbers of {name} are not in the archive"))),
                 _ => return Err(wrong(format!("{name} reaches beyond its numbers; the file is damaged"))),
             }
-            tensors.insert(name, t);
+            tensors.insert(name.to_string(), t);
         }
         Ok(Torch { map, storages, tensors, origin: origin.to_string() })
     }

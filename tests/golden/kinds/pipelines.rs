@@ -120,7 +120,7 @@ fn s2v(g: &Golden) -> Outcome {
     got.insert("cond_latents".into(), clip::pose_latents(&studio, &none)?);
     let mut face = ClipStream::open(&studio, &picture, words, settings)?;
     got.insert("ref_latents".into(), face.reference().clone());
-    got.insert("motion_latents.0".into(), face.motion().clone());
+    got.insert("motion_latents.0".into(), face.motion(&studio)?);
     for r in 0..g.count("clips")?.min(voice.clips) {
         let (mut preds, mut inputs) = (Vec::new(), Vec::new());
         let part = voice.part(r * frames, frames)?;
@@ -132,7 +132,7 @@ fn s2v(g: &Golden) -> Outcome {
         got.insert(format!("pred.{r}"), Tensor::stack(&preds, 0)?);
         got.insert(format!("latents_in.{r}"), Tensor::stack(&inputs, 0)?);
         got.insert(format!("frames.{r}"), shown);
-        got.insert(format!("motion_latents.{}", r + 1), face.motion().clone());
+        got.insert(format!("motion_latents.{}", r + 1), face.motion(&studio)?);
     }
     got.insert("num_repeat".into(), list([voice.clips])?);
     got.insert("audio_emb".into(), voice.features);
