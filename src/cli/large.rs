@@ -56,6 +56,9 @@ pub(super) struct Flags {
     /// Begin with the picture itself (clip mode).
     #[arg(long)]
     first_frame: bool,
+    /// Decode with the small decoder (taew2_1, TAEHV) among the checkpoint's files: several times faster, coarser.
+    #[arg(long)]
+    small_decoder: bool,
     /// Milliseconds of speech that the audio encoder hears before the frames it hears for.
     #[arg(long, value_name = "MS")]
     audio_context_ms: Option<u32>,
@@ -92,6 +95,7 @@ impl Flags {
             ("--clip-frames", self.clip_frames.is_some()),
             ("--frames", self.frames.is_some()),
             ("--first-frame", self.first_frame),
+            ("--small-decoder", self.small_decoder),
             ("--audio-context-ms", self.audio_context_ms.is_some()),
             ("--audio-ahead-ms", self.audio_ahead_ms.is_some()),
         ];
@@ -122,6 +126,7 @@ impl Flags {
             clip_frames: self.clip_frames.or(base.clip_frames),
             frames: self.frames.map(|n| n as usize).or(base.frames),
             first_frame: self.first_frame || base.first_frame,
+            small_decoder: self.small_decoder || base.small_decoder,
             audio_context_ms: self.audio_context_ms.unwrap_or(base.audio_context_ms),
             audio_ahead_ms: self.audio_ahead_ms.unwrap_or(base.audio_ahead_ms),
         })

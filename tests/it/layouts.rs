@@ -291,3 +291,22 @@ fn a_clip_may_begin_with_the_picture_itself() {
     // Both show the whole voice; without three lost frames the first clip is longer.
     assert!(free.len() == bound.len() && free != bound);
 }
+
+#[test]
+fn the_small_decoder_makes_the_pictures_where_it_is_asked_for() {
+    let m = Model::new("small");
+    let plain = m.clip("tiny", &[]);
+    let refused =
+        m.folder.generate(&["--checkpoint", "tiny", "--small-decoder", "--audio", "in.wav", "--out", "no.mp4"]);
+    let text = said(&{ refused }.output().unwrap());
+    assert!(text.contains("no small video decoder") && text.contains("taew2_1"), "{text}");
+    let mut synth = std::process::Command::new(env!("CARGO_BIN_EXE_loquent"));
+    let args = ["model", "synth", "taew2_1", "taew2_1.safetensors"];
+    assert!(synth.args(args).current_dir(&m.folder.0).output().unwrap().status.success());
+    let both = ["--checkpoint", "taew2_1.safetensors"];
+    assert!(m.clip("tiny", &both) == plain, "a file that lies there changes nothing");
+    let small = m.clip("tiny", &[&both[..], &["--small-decoder"]].concat());
+    assert!(small.len() == plain.len() && small != plain);
+    m.frames("random:tiny", &["--mode", "block", "--size", "64x64", "--small-decoder"]);
+    assert_eq!(probe(&m.folder.0.join("out.mp4")), "64,64,25/1,8");
+}

@@ -97,6 +97,8 @@ pub struct Config {
     pub clip_frames: Option<usize>,
     /// Clip mode only: begin with the picture itself.
     pub first_frame: bool,
+    /// Pictures come from the small decoder (TAEHV) among the checkpoint's files instead of the autoencoder's own.
+    pub small_decoder: bool,
     /// Frames of a video of the base family, which is made by `generate` alone.
     #[serde(skip)]
     pub frames: Option<usize>,
@@ -122,6 +124,7 @@ impl Default for Config {
             solver: None,
             clip_frames: None,
             first_frame: false,
+            small_decoder: false,
             frames: None,
             audio_context_ms: 8000,
             audio_ahead_ms: 320,

@@ -16,6 +16,7 @@ use crate::{
     model::{
         self, Error,
         dit::{self, Dit},
+        taehv::Taehv,
         umt5,
         vae::WanVae,
         wav2vec2::{self, Wav2Vec2},
@@ -163,6 +164,8 @@ pub(in crate::avatar) struct Parts {
     pub(in crate::avatar) transformer: Arc<dyn Source>,
     pub(in crate::avatar) transformer_config: dit::Config,
     pub(in crate::avatar) vae: Arc<dyn Source>,
+    /// The small decoder, where one is there.
+    pub(in crate::avatar) small: Option<Arc<dyn Source>>,
     pub(in crate::avatar) text: Text,
     pub(in crate::avatar) hearing: Arc<dyn Source>,
     pub(in crate::avatar) hearing_config: wav2vec2::Config,
@@ -200,6 +203,7 @@ impl Parts {
             transformer: part(whole.transformer)?,
             transformer_config: whole.transformer_config(),
             vae: part(whole.vae)?,
+            small: Some(part(synth::SMALL_DECODER)?),
             text: Text::random(whole, seed)?,
             hearing: part(hearing)?,
             hearing_config: whole.hearing_config(),
@@ -246,6 +250,7 @@ impl Parts {
             transformer: transformer.source.clone(),
             transformer_config,
             vae: vae.source.clone(),
+            small: survey.part(Part::Taehv).map(|c| c.source.clone()),
             text: reads,
             hearing: hearing.source.clone(),
             hearing_config,
@@ -334,6 +339,33 @@ pub(in crate::avatar) fn watched(
         let done = done.fetch_add(more, Ordering::Relaxed) + more;
         watcher(Loading { what, done, total });
     }))
+}
+
+/// Loads the video autoencoder, with the small decoder where that is wanted.
+pub(in crate::avatar) fn autoencoder(
+    parts: &Parts,
+    settings: &Config,
+    device: &Device,
+    dtype: DType,
+    watcher: &Watcher,
+) -> model::Result<WanVae> {
+    let weights = watched(&parts.vae, Part::Vae21.name(), device, dtype, watcher);
+    let vae = WanVae::load(&weights)?;
+    weights.finish()?;
+    if !settings.small_decoder {
+        return Ok(vae);
+    }
+    let small = parts.small.as_ref().ok_or_else(|| {
+        Error::Config(format!(
+            "no {} is among the checkpoint's files: name its file, too; it is published at {}",
+            Part::Taehv.name(),
+            Part::Taehv.published()
+        ))
+    })?;
+    let weights = watched(small, Part::Taehv.name(), device, dtype, watcher);
+    let small = Taehv::load(&weights, vae.channels())?;
+    weights.finish()?;
+    Ok(vae.decoded_by(small))
 }
 
 /// Loads a transformer.

@@ -5,7 +5,11 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, Video, quiet};
-use crate::model::{Result as Loaded, weights::Weights};
+use crate::model::{
+    Result as Loaded, picture,
+    taehv::{Small, Taehv},
+    weights::Weights,
+};
 
 /// `vae2_1.py::Wan2_1_VAE` (Wan-Video/Wan2.2 at 42bf4cf): mean and deviation of each latent channel.
 #[rustfmt::skip]
@@ -183,6 +187,8 @@ pub struct WanVae {
     inlet: CausalConv,
     mean: Tensor,
     inverse_deviation: Tensor,
+    /// Decodes instead of `decoder`, faster and coarser.
+    small: Option<Taehv>,
     /// On a card: statistics and the convolution before the decoder as one matrix `[16, 16]` and its bias `[16]`, f32.
     #[cfg(feature = "cuda")]
     card: Option<(Tensor, Tensor)>,
@@ -201,6 +207,7 @@ pub struct Encoding {
 pub struct Decoding {
     history: History,
     chunks: usize,
+    small: Small,
 }
 
 impl WanVae {
@@ -256,9 +263,15 @@ impl WanVae {
             inlet,
             mean,
             inverse_deviation,
+            small: None,
             #[cfg(feature = "cuda")]
             card: card.transpose()?,
         })
+    }
+
+    /// The same with another decoder, which takes the same latents; encoding stays as it is.
+    pub fn decoded_by(self, small: Taehv) -> Self {
+        WanVae { small: Some(small), ..self }
     }
 
     pub fn kind(&self) -> Kind {
@@ -397,6 +410,9 @@ impl WanVae {
 
     /// [`WanVae::decode_next`] that shows intermediate results as `upsamples.3.1`: layer, then chunk.
     pub fn decode_probed(&self, state: &mut Decoding, latents: &Tensor, probe: Probe) -> Result<Tensor> {
+        if let Some(small) = &self.small {
+            return small.decode_next(&mut state.small, latents);
+        }
         let parts = self.decode_parts(state, latents, probe)?;
         let planes = parts.into_iter().map(Video::planes).collect::<Result<Vec<_>>>()?;
         Tensor::cat(&planes, 1)
@@ -405,6 +421,9 @@ impl WanVae {
     /// Decodes further latents to what video encoders take: planar YUV 4:2:0 in BT.601 limited range, `[frames,
     /// width · height · 3/2]` bytes where the network lives; on a card nothing but these bytes has to leave it.
     pub fn decode_i420(&self, state: &mut Decoding, latents: &Tensor) -> Result<Tensor> {
+        if let Some(small) = &self.small {
+            return picture::i420(&small.decode_next(&mut state.small, latents)?);
+        }
         let parts = self.decode_parts(state, latents, &mut quiet)?;
         Tensor::cat(&parts.into_iter().map(Video::i420).collect::<Result<Vec<_>>>()?, 0)
     }

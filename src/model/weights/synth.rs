@@ -16,6 +16,7 @@ use super::{Source, Tensors, Weights};
 use crate::model::{
     Error, Result,
     dit::{Config, Dit},
+    taehv::Taehv,
     umt5::{self, Umt5},
     vae::{Kind, WanVae},
     wav2vec2::{self, Wav2Vec2},
@@ -79,6 +80,9 @@ fn vae(w: &Weights, kind: Kind, widths: (usize, usize)) -> Result<()> {
     WanVae::build(w, kind, Some(widths.0), widths.1).map(drop)
 }
 
+/// The small decoder's preset; every random model has it.
+pub const SMALL_DECODER: &str = "taew2_1";
+
 /// What [`write`] can make.
 pub const PRESETS: &[Preset] = &[
     Preset {
@@ -133,6 +137,11 @@ pub const PRESETS: &[Preset] = &[
         ask: |w| vae(w, Kind::Wan22, Kind::Wan22.widths()),
     },
     Preset { name: "wan22-vae-tiny", about: "the same at width 4", ask: |w| vae(w, Kind::Wan22, (4, 4)) },
+    Preset {
+        name: SMALL_DECODER,
+        about: "small decoder for Wan 2.1's latents (madebyollin/taehv, taew2_1.pth), 20 MB",
+        ask: |w| Taehv::load(w, 16).map(drop),
+    },
     Preset {
         name: "umt5-xxl",
         about: "UMT5-XXL text encoder (wan/modules/t5.py), 11.4 GB",
