@@ -50,9 +50,6 @@ pub(super) struct Flags {
     /// Frames of a clip, a multiple of 4; in block mode the length of the ring, a multiple of 12 [default: 80, 48].
     #[arg(long, value_name = "N")]
     clip_frames: Option<usize>,
-    /// Frames of a video of a model that hears nothing (T2V, I2V, TI2V): one more than a multiple of 4 [default: 81, 121].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4097))]
-    frames: Option<u64>,
     /// Begin with the picture itself (clip mode).
     #[arg(long)]
     first_frame: bool,
@@ -93,7 +90,6 @@ impl Flags {
             ("--shift", self.shift.is_some()),
             ("--solver", self.solver.is_some()),
             ("--clip-frames", self.clip_frames.is_some()),
-            ("--frames", self.frames.is_some()),
             ("--first-frame", self.first_frame),
             ("--small-decoder", self.small_decoder),
             ("--audio-context-ms", self.audio_context_ms.is_some()),
@@ -124,7 +120,7 @@ impl Flags {
             shift: self.shift.or(base.shift),
             solver: self.solver.or(base.solver),
             clip_frames: self.clip_frames.or(base.clip_frames),
-            frames: self.frames.map(|n| n as usize).or(base.frames),
+            frames: base.frames,
             first_frame: self.first_frame || base.first_frame,
             small_decoder: self.small_decoder || base.small_decoder,
             audio_context_ms: self.audio_context_ms.unwrap_or(base.audio_context_ms),

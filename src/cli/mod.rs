@@ -74,3 +74,22 @@ pub fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{Command, CommandFactory};
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn no_flag_has_two_meanings() {
+        fn look(command: &Command) {
+            let mut seen = BTreeSet::new();
+            for argument in command.get_arguments() {
+                assert!(seen.insert(argument.get_id().to_string()), "{}: {}", command.get_name(), argument.get_id());
+            }
+            command.get_subcommands().for_each(look);
+        }
+        look(&Cli::command());
+    }
+}

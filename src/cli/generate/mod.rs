@@ -71,6 +71,9 @@ pub(super) struct Args {
     /// End after so many clips (large engine).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     max_clips: Option<u64>,
+    /// Frames of a video of a model that hears nothing (T2V, I2V, TI2V): one more than a multiple of 4 [default: 81, 121].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4097))]
+    frames: Option<u64>,
     /// Processor threads for the model; 0 = all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -158,7 +161,8 @@ impl Args {
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let engine = args.engine();
     let official = s2v::Config { size: "official".into(), ..s2v::Config::default() };
-    let config = args.large.over(engine, official)?;
+    let mut config = args.large.over(engine, official)?;
+    config.frames = args.frames.map(|n| n as usize);
     let given = [
         ("--max-clips", args.max_clips.is_some()),
         ("--pose", args.pose.is_some()),
@@ -166,7 +170,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     ];
     let given: Vec<&str> = given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect();
     let silent = engine == Choice::S2v && base::makes(&config)?;
-    if engine != Choice::S2v && !given.is_empty() {
+    let frames = args.frames.is_some().then_some("--frames");
+    if engine != Choice::S2v && (!given.is_empty() || frames.is_some()) {
+        let given: Vec<&str> = given.into_iter().chain(frames).collect();
         bail!("the {} engine has no {}; these belong to --engine s2v", engine.name(), given.join(", "));
     }
     if silent && (!given.is_empty() || !args.audio.is_empty()) {
