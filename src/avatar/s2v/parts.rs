@@ -378,7 +378,8 @@ pub(in crate::avatar) fn transformer(
     watcher: &Watcher,
 ) -> model::Result<Dit> {
     let fp8 = if settings.dtype == Precision::Fp8 { Fp8::All } else { Fp8::Off };
-    let weights = watched(source, Part::Speech.name(), device, dtype, watcher).with_fp8(fp8);
+    let part = if config.speech() { Part::Speech } else { Part::Base };
+    let weights = watched(source, part.name(), device, dtype, watcher).with_fp8(fp8);
     let dit = match settings.offload {
         Offload::None => Dit::load(config, &weights)?,
         Offload::Rings => Dit::load(config, &weights)?.parking(true),

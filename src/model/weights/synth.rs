@@ -97,17 +97,17 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "t2v-14b",
-        about: "one of the two transformers of Wan2.2-T2V-A14B (wan/configs/wan_t2v_A14B.py), 28.6 GB",
+        about: "one of the two transformers of Wan2.2-T2V-A14B (Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_t2v_A14B.py), 28.6 GB",
         ask: |w| Dit::load(base("t2v", Config::default()), w).map(drop),
     },
     Preset {
         name: "i2v-14b",
-        about: "one of the two transformers of Wan2.2-I2V-A14B (wan/configs/wan_i2v_A14B.py), 28.6 GB",
+        about: "one of the two transformers of Wan2.2-I2V-A14B (Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_i2v_A14B.py), 28.6 GB",
         ask: |w| Dit::load(base("i2v", Config::default()), w).map(drop),
     },
     Preset {
         name: "ti2v-5b",
-        about: "Wan2.2-TI2V-5B transformer (wan/configs/wan_ti2v_5B.py), 10 GB",
+        about: "Wan2.2-TI2V-5B transformer (Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_ti2v_5B.py), 10 GB",
         ask: |w| Dit::load(ti2v_5b(), w).map(drop),
     },
     Preset {
@@ -127,24 +127,24 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "wan21-vae",
-        about: "Wan 2.1 video autoencoder (wan/modules/vae2_1.py)",
+        about: "Wan 2.1 video autoencoder (Wan-Video/Wan2.2 42bf4cf, wan/modules/vae2_1.py)",
         ask: |w| vae(w, Kind::Wan21, Kind::Wan21.widths()),
     },
     Preset { name: "wan21-vae-tiny", about: "the same at width 4", ask: |w| vae(w, Kind::Wan21, (4, 4)) },
     Preset {
         name: "wan22-vae",
-        about: "Wan 2.2 video autoencoder (wan/modules/vae2_2.py)",
+        about: "Wan 2.2 video autoencoder (Wan-Video/Wan2.2 42bf4cf, wan/modules/vae2_2.py)",
         ask: |w| vae(w, Kind::Wan22, Kind::Wan22.widths()),
     },
     Preset { name: "wan22-vae-tiny", about: "the same at width 4", ask: |w| vae(w, Kind::Wan22, (4, 4)) },
     Preset {
         name: SMALL_DECODER,
-        about: "small decoder for Wan 2.1's latents (madebyollin/taehv, taew2_1.pth), 20 MB",
+        about: "small decoder for Wan 2.1's latents (madebyollin/taehv 1f14a56, taehv.py, taew2_1.pth), 20 MB",
         ask: |w| Taehv::load(w, 16).map(drop),
     },
     Preset {
         name: "umt5-xxl",
-        about: "UMT5-XXL text encoder (wan/modules/t5.py), 11.4 GB",
+        about: "UMT5-XXL text encoder (Wan-Video/Wan2.2 42bf4cf, wan/modules/t5.py), 11.4 GB",
         ask: |w| Umt5::load(w, &umt5::Config::default()).map(drop),
     },
     Preset {
@@ -154,7 +154,7 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "wav2vec2-large",
-        about: "wav2vec2-large-xlsr-53 audio encoder (transformers, Wav2Vec2Model)",
+        about: "wav2vec2-large-xlsr-53 audio encoder (huggingface/transformers v4.51.3, models/wav2vec2/modeling_wav2vec2.py)",
         ask: |w| Wav2Vec2::load(&w.pp("wav2vec2"), &wav2vec2::Config::default()).map(drop),
     },
     Preset {
