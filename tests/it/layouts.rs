@@ -296,9 +296,9 @@ fn a_clip_may_begin_with_the_picture_itself() {
 fn the_small_decoder_makes_the_pictures_where_it_is_asked_for() {
     let m = Model::new("small");
     let plain = m.clip("tiny", &[]);
-    let refused =
+    let mut refused =
         m.folder.generate(&["--checkpoint", "tiny", "--small-decoder", "--audio", "in.wav", "--out", "no.mp4"]);
-    let text = said(&{ refused }.output().unwrap());
+    let text = said(&refused.output().unwrap());
     assert!(text.contains("no small video decoder") && text.contains("taew2_1"), "{text}");
     let mut synth = std::process::Command::new(env!("CARGO_BIN_EXE_loquent"));
     let args = ["model", "synth", "taew2_1", "taew2_1.safetensors"];

@@ -43,7 +43,7 @@ enum Item {
 /// Larger state dicts do not exist; a file that claims one is refused before it is read. (One of 1300 tensors has 200 kB.)
 const LONGEST: usize = 16 << 20;
 /// Nor do any with more values; the same holds for those that wait on the stack. (1300 tensors take 30 000.)
-const MOST: usize = 1 << 20;
+const MOST: usize = 1 << 19;
 /// Names of Python objects are shorter.
 const NAME: usize = 128;
 /// A tensor has fewer axes.
