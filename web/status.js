@@ -1,7 +1,7 @@
 // The page for whoever runs the service: what /v1/status says, every two seconds. A key comes as /status#key=KEY.
 
 import { keyHeader } from './live.js';
-import { t, told } from './i18n.js';
+import { language, t, told } from './i18n.js';
 
 const $ = (id) => document.getElementById(id);
 const PAUSE_MS = 2000;
@@ -10,6 +10,7 @@ const STATES = { ready: 'Ready', draining: 'The server is closing', engine_resta
 
 for (const element of document.querySelectorAll('[data-t]')) element.textContent = t(element.dataset.t);
 document.title = t('Loquent status');
+document.documentElement.lang = language;
 
 function time(seconds) {
   const [d, h, m] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];

@@ -4,7 +4,7 @@ use crate::media::StageTimes;
 use std::{collections::VecDeque, sync::Mutex, time::Duration};
 
 /// Upper bounds of the block-time histogram, as a fraction of the block's own length (1 = just in time).
-pub const BLOCK_BUCKETS: [f64; 9] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0];
+pub const BLOCK_BUCKETS: [f64; 11] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0];
 
 /// Blocks over which medians are taken.
 const WINDOW: usize = 256;
@@ -116,6 +116,6 @@ mod tests {
         assert_eq!((s.slots, s.used, s.blocks), (2, 1, 101));
         assert_eq!((s.stages.decode, s.block_median), (ms(51), ms(102)));
         assert_eq!((s.lag, s.worst_lag), (ms(101), ms(101)));
-        assert_eq!(s.block_buckets, [8, 16, 24, 32, 40, 60, 80, 101, 101]);
+        assert_eq!(s.block_buckets, [8, 16, 24, 32, 40, 60, 72, 80, 88, 101, 101]);
     }
 }

@@ -96,6 +96,30 @@ async fn a_fault_of_one_face_is_its_own() {
     assert_eq!(house.get("/readyz").await.status, 200);
 }
 
+/// Whoever reads the page for operators finds every metric and every way a session ends; the dashboard asks for nothing
+/// that there is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_operators_pages_and_the_service_say_the_same() {
+    let read = |name: &str| std::fs::read_to_string(format!("{}/deploy/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let (page, board) = (read("OPERATIONS.md"), read("grafana.json"));
+    let house = two_places(|_| {}, None).await;
+    let text = house.get("/metrics").await.text();
+    let names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE loquent_")?.split(' ').next()).collect();
+    assert!(names.len() > 25, "{names:?}");
+    for name in &names {
+        assert!(page.contains(&format!("`{name}`")), "deploy/OPERATIONS.md does not explain {name}");
+    }
+    for reason in loquent::session::Reason::LABELS {
+        assert!(page.contains(&format!("`{reason}`")), "deploy/OPERATIONS.md does not explain the end {reason}");
+    }
+    serde_json::from_str::<Value>(&board).unwrap();
+    for asked in board.split("loquent_").skip(1) {
+        let asked: String = asked.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
+        let known = |n: &&str| [**n == asked, ["_bucket", "_sum", "_count"].iter().any(|e| format!("{n}{e}") == asked)].contains(&true);
+        assert!(names.iter().any(|n| known(&n)), "deploy/grafana.json asks for {asked}, which there is not");
+    }
+}
+
 /// Too little memory for one more is seen before it is taken.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_that_would_run_out_refuses_the_next_and_keeps_the_others() {
