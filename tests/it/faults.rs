@@ -115,7 +115,9 @@ async fn the_operators_pages_and_the_service_say_the_same() {
     serde_json::from_str::<Value>(&board).unwrap();
     for asked in board.split("loquent_").skip(1) {
         let asked: String = asked.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
-        let known = |n: &&str| [**n == asked, ["_bucket", "_sum", "_count"].iter().any(|e| format!("{n}{e}") == asked)].contains(&true);
+        let known = |n: &&str| {
+            [**n == asked, ["_bucket", "_sum", "_count"].iter().any(|e| format!("{n}{e}") == asked)].contains(&true)
+        };
         assert!(names.iter().any(|n| known(&n)), "deploy/grafana.json asks for {asked}, which there is not");
     }
 }
