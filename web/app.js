@@ -159,6 +159,8 @@ async function upload(file) {
     }
     const input = addPresenter({ id: told.presenter, name: t('Your picture'), thumbnail: URL.createObjectURL(file) }, true);
     input.focus();
+    const [warning] = told.warnings || [];
+    if (warning) problem(toldBy(warning.code, warning.message));
     await changedPresenter();
   } catch {
     problem(t('The picture could not be sent. Check the connection and try again.'));

@@ -160,6 +160,8 @@ const ZH_CODES = {
   no_port: '没有空闲的媒体端口，请稍后重试。',
   portrait_refused: '引擎无法使用这张图片。内置引擎只认识风格与内置主播相近的手绘正面人像，照片需要大模型。',
   unusable_picture: '这张图片无法读取，请使用 PNG、JPEG 或 WebP。',
+  small_face: '图片里的人脸似乎太小：请裁剪到头部和肩部，否则口型不动或很僵硬。',
+  nobody: '图片只有一种颜色，看不到人。',
   no_such_presenter: '没有这位主播。',
   no_such_portrait: '图片已过期，请重新上传。',
   no_such_session: '对话已结束，或从未存在。请重新开始。',

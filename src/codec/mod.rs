@@ -15,6 +15,7 @@ mod opus;
 pub mod picture;
 pub mod pose;
 mod resample;
+pub mod subject;
 mod tracks;
 mod view;
 

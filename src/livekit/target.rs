@@ -4,7 +4,8 @@
 //! forgery). Names are resolved once, every address is judged, and the connection goes to the judged address.
 
 use super::{Config, LivekitError};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use crate::net::is_public;
+use std::net::SocketAddr;
 use url::{Host, Url};
 
 /// A LiveKit server that may be connected to.
@@ -97,37 +98,6 @@ impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}://{}", self.url.scheme(), self.url.authority())
     }
-}
-
-/// Whether an address belongs to the open Internet (IANA's special-purpose registries, without what is routed globally).
-fn is_public(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => public_v4(ip),
-        IpAddr::V6(ip) => match ip.to_ipv4_mapped() {
-            Some(ip) => public_v4(ip),
-            None => public_v6(ip),
-        },
-    }
-}
-
-fn public_v4(ip: Ipv4Addr) -> bool {
-    let [a, b, c, _] = ip.octets();
-    !(ip.is_private()
-        || ip.is_loopback()
-        || ip.is_link_local()
-        || ip.is_multicast()
-        || ip.is_documentation()
-        || a == 0
-        || a >= 240
-        || (a == 100 && (64..128).contains(&b))
-        || (a == 192 && b == 0 && c == 0)
-        || (a == 198 && (b & 0xfe) == 18))
-}
-
-fn public_v6(ip: Ipv6Addr) -> bool {
-    let [first, second, ..] = ip.segments();
-    // 2000::/3 is what is given out; the tunnels in it (Teredo, 6to4) and NAT64 lead to IPv4 addresses of any kind.
-    (first & 0xe000) == 0x2000 && first != 0x2002 && !(first == 0x2001 && (second == 0 || second == 0xdb8))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ mod packetise;
 mod peer;
 mod ports;
 mod publish;
+mod reach;
 mod sdp;
 mod shared;
 mod speech;
@@ -33,6 +34,7 @@ pub use data::{Data, DataChannelSpec, DataOut};
 pub use error::NetError;
 pub use peer::{DATA_CHANNEL, Link, Offering, Peer};
 pub use publish::{Publication, PublishState, PublishStatus, Target};
+pub use reach::{Reach, is_public};
 pub use reqwest::Url;
 
 use std::{sync::Arc, time::SystemTime};

@@ -4,7 +4,7 @@
 //! the case RFC 9725 §4.6 allows this for), `POST` of the offer along temporary redirects, media until either side ends,
 //! `DELETE`. What may be cured by waiting is tried again, ever more slowly; what may not, ends it with the server's words.
 
-use super::{IceServer, Link, Net, NetError};
+use super::{IceServer, Link, Net, NetError, Reach};
 use crate::session::{Handle, LinkEvent, SessionEvent, SinkRole};
 use reqwest::{
     Method, Response, StatusCode, Url,
@@ -36,6 +36,8 @@ pub struct Target {
     pub url: Url,
     /// Bearer token; empty = none.
     pub token: String,
+    /// Where it, and what it redirects to, may be.
+    pub reach: Reach,
 }
 
 /// How it stands with a publication.
@@ -88,6 +90,8 @@ impl Net {
         let client = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .timeout(REQUEST_TIMEOUT)
+            .dns_resolver(Arc::new(target.reach.clone()))
+            .no_proxy()
             .user_agent(concat!("loquent/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(NetError::stack)?;
@@ -246,6 +250,7 @@ impl Task {
             let location = response.headers().get(LOCATION).and_then(|l| l.to_str().ok()).map(|l| url.join(l));
             match (status, location) {
                 (StatusCode::CREATED, Some(Ok(resource))) => {
+                    self.target.reach.allows(&resource).map_err(Ended::Refused)?;
                     let answer = bounded(response).await?;
                     return Ok((resource, answer));
                 }
@@ -254,6 +259,7 @@ impl Task {
                     if url.scheme() == "https" && next.scheme() != "https" {
                         return Err(Ended::Refused("it redirects from https to http".into()));
                     }
+                    self.target.reach.allows(&next).map_err(Ended::Refused)?;
                     url = next;
                 }
                 _ => return Err(refusal(response).await),

@@ -34,7 +34,7 @@ pub struct Config {
     pub connections_per_address: usize,
     /// Proxies whose `X-Forwarded-For` is believed.
     pub proxies: Vec<IpAddr>,
-    /// Hosts that sessions may be published to; "*" = every one, empty = none.
+    /// Hosts that sessions may be published to; "*" = every one with a public address, empty = none.
     pub publish_hosts: Vec<String>,
     /// Time a client has to send a request's head; also how long an idle connection is kept.
     pub header_timeout_s: u64,

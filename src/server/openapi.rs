@@ -475,8 +475,8 @@ fn schemas() -> Value {
         "Presenters": object(&["presenters"], json!({
             "presenters": { "type": "array", "items": presenter }, "default": maybe("string"),
         })),
-        "Portrait": object(&["id", "presenter", "width", "height", "expires_after_s", "consent", "consented_at"], json!({
-            "consent": string, "consented_at": whole, "id": string, "presenter": string, "width": whole, "height": whole, "expires_after_s": whole,
+        "Portrait": object(&["id", "presenter", "width", "height", "expires_after_s", "consent", "consented_at", "warnings"], json!({
+            "warnings": { "type": "array", "items": object(&["code", "message"], json!({ "code": string, "message": string })) }, "consent": string, "consented_at": whole, "id": string, "presenter": string, "width": whole, "height": whole, "expires_after_s": whole,
         })),
         "Info": object(&["version", "engine", "ice_servers", "portrait_max_bytes"], json!({
             "version": string, "engine": { "type": "object" }, "ice_servers": { "type": "array" },

@@ -2,7 +2,10 @@
 
 use super::{Service, error::ApiError, portraits::Consent};
 use crate::{
-    codec::picture::{PictureLimits, decode_portrait},
+    codec::{
+        picture::{PictureLimits, decode_portrait},
+        subject::subject,
+    },
     media::Portrait,
 };
 use axum::{
@@ -13,6 +16,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use std::{
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -84,6 +88,8 @@ struct Stored {
     /// The statement that was recorded, and when (seconds since 1970).
     consent: String,
     consented_at: u64,
+    /// What speaks against the picture; it is kept all the same, and the engine decides.
+    warnings: Vec<serde_json::Value>,
 }
 
 #[derive(Deserialize)]
@@ -135,6 +141,8 @@ pub(super) async fn upload(
     let consent = consent(stated)?;
     let portrait = read_picture(&service, bytes).await?;
     let (width, height) = (portrait.width, portrait.height);
+    let warning = subject(&portrait).warning();
+    let warnings = warning.into_iter().map(|(code, message)| json!({ "code": code, "message": message })).collect();
     let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let (statement, consented_at) = (consent.statement.clone(), since(consent.at));
     let id = service.portraits.put(portrait, consent, Instant::now());
@@ -147,6 +155,7 @@ pub(super) async fn upload(
         expires_after_s: service.config.portrait_ttl_s,
         consent: statement,
         consented_at,
+        warnings,
     };
     let mut response = (StatusCode::CREATED, Json(stored)).into_response();
     if let Ok(location) = HeaderValue::from_str(&location) {

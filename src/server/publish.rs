@@ -6,9 +6,9 @@
 //! | `GET` | all of this session, also those given up, until they are deleted or the session ends |
 //! | `GET`, `DELETE …/{publication}` | how one stands; ends it, tells the other server, and answers when it has |
 
-use super::{Service, error::ApiError, resource, sessions};
+use super::{Service, error::ApiError, presenters, resource, sessions};
 use crate::{
-    net::{Publication, PublishState, Target, Url},
+    net::{Publication, PublishState, Reach, Target, Url},
     session::SessionId,
 };
 use axum::{
@@ -94,7 +94,8 @@ pub(super) async fn begin(
     let handle = sessions::access(&service, &headers, None, &id)?;
     service.publications.sweep(&service);
     let wanted: Wanted = sessions::json(&headers, body).await?;
-    let url = target(&service, &wanted.url)?;
+    let reach = Reach::new(&service.config.publish_hosts);
+    let url = target(&reach, &wanted.url)?;
     let mut all = service.publications.lock();
     let of_session = all.entry(handle.id().clone()).or_default();
     if of_session.len() >= MOST {
@@ -105,7 +106,7 @@ pub(super) async fn begin(
     let mut shown = url.clone();
     let _ = shown.set_password(None);
     shown.set_query(None);
-    let target = Target { url, token: wanted.token };
+    let target = Target { url, token: wanted.token, reach };
     let publication = service.rooms.net.publish(target, handle).map_err(resource::net_error)?;
     let name = format!("{:032x}", rand::random::<u128>());
     let entry = Arc::new(Entry { url: shown.to_string(), publication });
@@ -116,21 +117,17 @@ pub(super) async fn begin(
 }
 
 /// The address to publish to.
-fn target(service: &Service, url: &str) -> Result<Url, ApiError> {
+fn target(reach: &Reach, url: &str) -> Result<Url, ApiError> {
     let bad = |why: String| ApiError::unusable("bad_url", why);
     let url: Url = url.parse().map_err(|e| bad(format!("The url cannot be read: {e}.")))?;
     let host = url.host_str().unwrap_or_default();
     if !["http", "https"].contains(&url.scheme()) || host.is_empty() {
         return Err(bad("The url must begin with https:// or http:// and name a host.".into()));
     }
-    if !service.config.publish_hosts.iter().any(|h| h == "*" || h.eq_ignore_ascii_case(host)) {
-        return Err(ApiError::new(
-            StatusCode::FORBIDDEN,
-            "host_not_allowed",
-            format!("This service may not publish to {host}; server.publish_hosts names where it may."),
-        ));
+    match reach.allows(&url) {
+        Ok(()) => Ok(url),
+        Err(why) => Err(ApiError::new(StatusCode::FORBIDDEN, "host_not_allowed", presenters::sentence(&why))),
     }
-    Ok(url)
 }
 
 /// `GET /v1/sessions/{id}/publish`

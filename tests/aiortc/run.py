@@ -18,7 +18,7 @@ import client
 @contextlib.contextmanager
 def service(binary, engine, pid=False):
     """A running Loquent; gives its address, and its process id when asked. Ends the program with a failure when it does not start or panics."""
-    env = dict(os.environ, LOQUENT__NET__BIND="127.0.0.1")
+    env = dict(os.environ, LOQUENT__NET__BIND="127.0.0.1", LOQUENT__SERVER__PUBLISH_HOSTS="127.0.0.1")
     command = [binary, "serve", "--engine", engine, "--listen", "127.0.0.1:0", "--stop-after", "300"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = []

@@ -73,6 +73,37 @@ async def talk(http, base, session, checks):
         task.cancel()
 
 
+async def vanish(http, base, session, checks):
+    """A publisher whose program dies is let go after the time that net.*_after_ms say, and another one may come before."""
+    doomed = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, "--speak", base + session["whip"], session["token"], stdout=asyncio.subprocess.PIPE)
+    location = (await doomed.stdout.readline()).decode().strip()
+    await asyncio.sleep(1)
+    doomed.kill()
+    await doomed.wait()
+    died = time.monotonic()
+
+    async def gone():
+        # Without If-Match: 428 from a connection that is there, 404 from one that is not.
+        async with http.patch(base + location, data="", headers={"Content-Type": "application/trickle-ice-sdpfrag"}) as answer:
+            return answer.status == 404
+
+    checks("a publisher that was killed is still listed at once", await gone(), "it is", not await gone())
+    done = await until(30, gone)
+    checks("and let go after", f"{time.monotonic() - died:.1f} s", "3 s + 8 s, a little more", done and time.monotonic() - died < 16)
+
+
+async def speak(url, token):
+    """Publishes until it is killed."""
+    peer = RTCPeerConnection()
+    peer.addTransceiver(Voice(), direction="sendonly")
+    async with aiohttp.ClientSession() as http:
+        _, headers, _ = await negotiate(http, url, token, peer)
+    await until(10, lambda: peer.connectionState == "connected")
+    print(headers["Location"], flush=True)
+    await asyncio.sleep(3600)
+
+
 async def publish(http, base, session, checks):
     """We publish to a server that redirects, wants a token, goes away and comes back."""
     server = Server()
@@ -128,11 +159,14 @@ async def main(base):
         session = {"id": told["id"], "token": told["token"],
                    "whip": f"/v1/sessions/{told['id']}/whip", "whep": f"/v1/sessions/{told['id']}/whep"}
         await talk(http, base, session, checks)
+        await vanish(http, base, session, checks)
         await publish(http, base, session, checks)
     return checks.end()
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--speak"]:
+        asyncio.run(speak(*sys.argv[2:4]))
     if len(sys.argv) < 2:
         sys.exit("usage: python tests/aiortc/whip.py PATH/TO/loquent [card|pocket]")
     with service(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "card") as base:

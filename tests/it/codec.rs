@@ -1,11 +1,14 @@
 //! Opus, H.264, resampling and colour against plain twins and against decoders.
 
 use loquent::{
+    avatar::presenters,
     codec::{
         DriftResampler, H264Config, OPUS_RATE, Resampler, SpeechDecoder, VOICE_FRAME, VideoEncoder, VoiceEncoder,
+        picture::{PictureLimits, decode_portrait},
         rgb_to_i420, scale_i420,
+        subject::subject,
     },
-    media::{Frame, I420, MediaTime},
+    media::{Frame, I420, MediaTime, Portrait},
 };
 
 /// Something like a voice: a pulse train with moving pitch through two resonances, in syllables.
@@ -351,4 +354,30 @@ fn h264_refuses_what_it_cannot_do() {
     for at in [1000, 1000, 200, -5] {
         encoder.encode(&fine, MediaTime::from_millis(at), false).unwrap();
     }
+}
+
+/// The presenter at a fraction of the size, in front of a grey-green slope.
+fn far(near: &Portrait, times: usize) -> Portrait {
+    let (w, h) = (near.width as usize, near.height as usize);
+    let mut rgb: Vec<u8> = (0..w * h).flat_map(|i| [90, 110 + (i / w * 60 / h) as u8, 100]).collect();
+    for y in 0..h / times {
+        for x in 0..w / times {
+            let (to, from) = (3 * ((y + h / 3) * w + x + w / 3), 3 * (y * times * w + x * times));
+            rgb[to..to + 3].copy_from_slice(&near.rgb[from..from + 3]);
+        }
+    }
+    Portrait { rgb: rgb.into(), ..near.clone() }
+}
+
+#[test]
+fn presenters_pass_and_the_same_ones_far_away_are_warned_about() {
+    let mut told = 0;
+    for presenter in presenters() {
+        let near = decode_portrait(presenter.png, &PictureLimits::default()).unwrap();
+        let (close, distant) = (subject(&near), subject(&far(&near, 8)));
+        println!("{}: {close:?}, far {distant:?}", presenter.id);
+        assert_eq!(close.warning(), None, "{}", presenter.id);
+        told += usize::from(distant.warning().is_some_and(|w| w.0 == "small_face"));
+    }
+    assert!(told >= 9, "{told} of 12");
 }
