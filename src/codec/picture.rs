@@ -4,7 +4,8 @@
 //! is refused for the price of its header. EXIF orientation is applied, transparency is laid on white, and a picture
 //! larger than any engine uses is made smaller here once instead of being carried around.
 
-use crate::media::Portrait;
+use super::{CodecError, rgb_to_i420, scale_i420};
+use crate::media::{Frame, I420, MediaTime, Portrait};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType};
 use std::io::Cursor;
 
@@ -128,6 +129,32 @@ fn plain(error: &ImageError) -> String {
     let text = error.to_string();
     let line = text.lines().next().unwrap_or("unknown fault");
     line.chars().take(160).collect()
+}
+
+/// The portrait cut to a frame's shape about its middle, as the encoder wants it.
+///
+/// # Errors
+/// [`CodecError::Picture`] for one without pixels.
+pub fn cover(portrait: &Portrait, width: u32, height: u32) -> Result<I420, CodecError> {
+    let (w, h) = (portrait.width as usize, portrait.height as usize);
+    if w < 2 || h < 2 || portrait.rgb.len() != 3 * w * h || width == 0 || height == 0 {
+        return Err(CodecError::Picture("the portrait has no pixels".into()));
+    }
+    let (want_w, want_h) = (width as usize, height as usize);
+    // The largest rectangle of the wanted shape, with even sides.
+    let (mut cut_w, mut cut_h) = (w, w * want_h / want_w);
+    if cut_h > h {
+        (cut_w, cut_h) = (h * want_w / want_h, h);
+    }
+    let (cut_w, cut_h) = ((cut_w / 2 * 2).max(2).min(w), (cut_h / 2 * 2).max(2).min(h));
+    let (left, top) = ((w - cut_w) / 2, (h - cut_h) / 2);
+    let mut rgb = Vec::with_capacity(3 * cut_w * cut_h);
+    for y in 0..cut_h {
+        let start = 3 * ((top + y) * w + left);
+        rgb.extend_from_slice(&portrait.rgb[start..start + 3 * cut_w]);
+    }
+    let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into(), matte: None };
+    scale_i420(&rgb_to_i420(&frame)?, width, height)
 }
 
 #[cfg(test)]

@@ -23,6 +23,8 @@ mod calls;
 mod config;
 mod media;
 mod signal;
+mod spoken;
+mod stay;
 mod streams;
 mod target;
 mod token;

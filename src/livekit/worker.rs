@@ -9,16 +9,17 @@ use super::{
     calls::{self, Calls, Notice},
     media::{Media, tracks},
     signal::{Signal, unix_ms},
-    streams::{Piece, Refused, Streams},
+    spoken::finished,
+    stay::{Line, Over, Pulse, SLOWEST_RETRY, Stay, Step},
+    streams::{Refused, Streams},
     target::Target,
     token::Claims,
 };
 use crate::{
-    media::{MediaTime, Pcm},
     net::Net,
     session::{Handle, LinkEvent, Reason, SessionEvent, SpeechClosed, SpeechPort},
 };
-use futures::{FutureExt, future::BoxFuture};
+use futures::future::BoxFuture;
 use livekit_protocol::{
     DataChannelInfo, DataChannelReceiveState, DataPacket, DisconnectReason, JoinResponse, ParticipantInfo,
     SignalTarget, SyncState, UpdateSubscription, data_packet::Value, leave_request::Action, request_response,
@@ -32,8 +33,6 @@ use std::{
 };
 use tokio::sync::broadcast;
 
-/// Time between attempts to get the signalling back: the first at once, then ever longer up to this.
-const SLOWEST_RETRY: Duration = Duration::from_secs(5);
 /// Time for the server's data channel to open before we publish without it.
 const HEARING: Duration = Duration::from_secs(4);
 /// Packets we sent that the server may ask for again after a resume.
@@ -153,31 +152,7 @@ impl Joined {
     }
 }
 
-/// How one stay in the room ended.
-enum Over {
-    End(String),
-    /// To be joined anew; `worked`: media flowed.
-    Again {
-        why: String,
-        worked: bool,
-    },
-}
-
-/// The signalling connection, or the way back to it.
-enum Line {
-    Up(Box<Signal>),
-    Resuming(BoxFuture<'static, Result<(Signal, told::Message), LivekitError>>),
-}
-
-struct Pulse {
-    every: Duration,
-    patience: Duration,
-    next: Instant,
-    heard: Instant,
-    rtt_ms: i64,
-}
-
-struct Worker {
+pub(super) struct Worker {
     config: Config,
     target: Target,
     token: String,
@@ -185,22 +160,22 @@ struct Worker {
     handle: Handle,
     size: (u32, u32),
     agent: Agent,
-    streams: Streams,
-    calls: Calls,
-    port: Arc<SpeechPort>,
+    pub(super) streams: Streams,
+    pub(super) calls: Calls,
+    pub(super) port: Arc<SpeechPort>,
     events: broadcast::Receiver<SessionEvent>,
     /// A piece of speech on its way into the session.
-    pushing: Option<BoxFuture<'static, Result<u64, SpeechClosed>>>,
+    pub(super) pushing: Option<BoxFuture<'static, Result<u64, SpeechClosed>>>,
     /// Segments that the session has and has not ended.
-    open: HashSet<u64>,
+    pub(super) open: HashSet<u64>,
     /// Those of them that the agent has cut off.
-    cut: HashSet<u64>,
+    pub(super) cut: HashSet<u64>,
     /// The segment that is being handed on has begun…
-    mid: bool,
+    pub(super) mid: bool,
     /// …and the session has not given it a number yet.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// Segments cut off before the session had anything of them, to be told after those it had.
-    unheard: usize,
+    pub(super) unheard: usize,
     sequence: u32,
     sent: VecDeque<(u32, Vec<u8>)>,
     /// Newest packet by sender's sid.
@@ -292,7 +267,7 @@ impl Worker {
     async fn rejoin(&mut self) -> Result<(Signal, JoinResponse), String> {
         let until = Instant::now() + Duration::from_secs(self.config.resume_timeout_s);
         let mut pause = Duration::from_millis(300);
-        let (target, token, config) = (self.target.clone(), self.token.clone(), self.config.clone());
+        let (target, token, config) = self.way();
         loop {
             let attempt = enter(&target, &token, &config);
             let error = tokio::select! {
@@ -335,7 +310,7 @@ impl Worker {
         }
         if matches!(stay.line, Line::Up(_)) {
             if now >= stay.pulse.heard + stay.pulse.patience {
-                self.lost("the server does not answer pings", stay);
+                stay.lost("the server does not answer pings", self.way());
             } else if now >= stay.pulse.next {
                 stay.pulse.next = now + stay.pulse.every;
                 stay.ping().await;
@@ -369,7 +344,7 @@ impl Worker {
         let message = match step {
             Step::Heard(Ok(message)) => message,
             Step::Heard(Err(why)) => {
-                self.lost(&why, stay);
+                stay.lost(&why, self.way());
                 return None;
             }
             Step::Resumed(Ok((signal, first))) => {
@@ -379,7 +354,7 @@ impl Worker {
             }
             Step::Resumed(Err(error)) if error.is_client() => return Some(Over::End(error.to_string())),
             Step::Resumed(Err(error)) => {
-                self.lost(&error.to_string(), stay);
+                stay.lost(&error.to_string(), self.way());
                 return None;
             }
         };
@@ -433,7 +408,7 @@ impl Worker {
                 let why = reason(leave.reason);
                 return match Action::try_from(leave.action) {
                     Ok(Action::Resume) => {
-                        self.lost(&format!("the server asked to resume ({why})"), stay);
+                        stay.lost(&format!("the server asked to resume ({why})"), self.way());
                         None
                     }
                     Ok(Action::Reconnect) => Some(Over::Again { why, worked }),
@@ -463,22 +438,9 @@ impl Worker {
         }
     }
 
-    /// The signalling is gone: media go on, and it is asked for again.
-    fn lost(&self, why: &str, stay: &mut Stay) {
-        tracing::info!(why, attempt = stay.attempts, "the signalling connection is lost; resuming");
-        stay.down_since.get_or_insert_with(Instant::now);
-        let pause = match stay.attempts {
-            0 => Duration::ZERO,
-            n => (Duration::from_millis(300) * 2u32.pow(n.min(5) - 1)).min(SLOWEST_RETRY),
-        };
-        stay.attempts += 1;
-        let (target, token, config, me) =
-            (self.target.clone(), self.token.clone(), self.config.clone(), stay.me.clone());
-        let again = async move {
-            tokio::time::sleep(pause).await;
-            Signal::open(&target, &token, Some(&me), &config).await
-        };
-        stay.line = Line::Resuming(again.boxed());
+    /// What the signalling needs to come back.
+    fn way(&self) -> (Target, String, Config) {
+        (self.target.clone(), self.token.clone(), self.config.clone())
     }
 
     /// What the server needs to know after a resume.
@@ -603,62 +565,6 @@ impl Worker {
         }
     }
 
-    /// Everything that waits is thrown away.
-    fn clear(&mut self) {
-        self.pushing = None;
-        self.unheard += self.streams.clear() + usize::from(self.fresh);
-        (self.fresh, self.mid) = (false, false);
-        self.cut.extend(self.open.iter());
-        // A segment that the session has nothing of is ended there without an event.
-        self.port.end();
-        self.tell_unheard();
-    }
-
-    /// Segments nobody heard anything of are told after those before them.
-    fn tell_unheard(&mut self) {
-        if self.open.is_empty() {
-            for _ in 0..std::mem::take(&mut self.unheard) {
-                self.calls.tell(Notice::Finished { position_s: 0.0, interrupted: true });
-            }
-        }
-    }
-
-    /// Hands the next speech to the session, unless some is on its way.
-    fn feed(&mut self) {
-        while self.pushing.is_none() {
-            match self.streams.next() {
-                Some(Piece::End) => {
-                    self.port.end();
-                    self.unheard += usize::from(self.fresh);
-                    (self.fresh, self.mid) = (false, false);
-                    self.tell_unheard();
-                }
-                Some(Piece::Sound { rate, samples }) => {
-                    self.fresh |= !std::mem::replace(&mut self.mid, true);
-                    let port = self.port.clone();
-                    let pcm = Pcm { at: MediaTime::ZERO, rate, samples };
-                    self.pushing = Some(async move { port.push(pcm).await }.boxed());
-                }
-                None => return,
-            }
-        }
-    }
-
-    fn pushed(&mut self, pushed: Result<u64, SpeechClosed>) {
-        self.pushing = None;
-        match pushed {
-            // Thrown away by an interruption that was not ours.
-            Ok(0) => {}
-            Ok(segment) => {
-                self.fresh = false;
-                self.open.insert(segment);
-            }
-            // The session's end is told by its event.
-            Err(SpeechClosed::Over) => {}
-            Err(error) => tracing::warn!(%error, "speech was dropped"),
-        }
-    }
-
     fn session(&mut self, event: Result<SessionEvent, broadcast::error::RecvError>) -> Option<Over> {
         match event {
             Ok(SessionEvent::SpeakStarted { segment }) if self.open.contains(&segment) => {
@@ -686,70 +592,9 @@ impl Worker {
     }
 }
 
-/// One stay: from a join to whatever ends it, with any number of resumes.
-struct Stay {
-    /// Our participant's sid.
-    me: String,
-    line: Line,
-    down_since: Option<Instant>,
-    attempts: u32,
-    pulse: Pulse,
-    begun: Instant,
-    /// When to publish even though the server's channel is not open.
-    publish_at: Instant,
-    /// The publisher's path is lost.
-    interrupted: bool,
-}
-
-impl Stay {
-    /// Sends if the line is up; what is sent into a line that breaks is told again by the resume.
-    async fn send(&mut self, message: ask::Message) {
-        if let Line::Up(signal) = &mut self.line
-            && let Err(error) = signal.send(message).await
-        {
-            tracing::debug!(error, "a signalling message was not sent");
-        }
-    }
-
-    async fn restart_ice(&mut self, media: &mut Media) -> Result<(), LivekitError> {
-        if let Some(offer) = media.reoffer().await? {
-            self.send(ask::Message::Offer(offer)).await;
-        }
-        Ok(())
-    }
-
-    async fn ping(&mut self) {
-        if let Line::Up(signal) = &mut self.line {
-            // A broken line is seen when it is read.
-            let _ = signal.ping(self.pulse.rtt_ms).await;
-        }
-    }
-}
-
-enum Step {
-    Heard(Result<told::Message, String>),
-    Resumed(Result<(Signal, told::Message), LivekitError>),
-}
-
-impl Line {
-    async fn step(&mut self) -> Step {
-        match self {
-            Line::Up(signal) => Step::Heard(signal.next().await),
-            Line::Resuming(again) => Step::Resumed(again.await),
-        }
-    }
-}
-
 async fn next(events: &mut Option<tokio::sync::mpsc::Receiver<LinkEvent>>) -> Option<LinkEvent> {
     match events {
         Some(events) => events.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn finished(pushing: &mut Option<BoxFuture<'static, Result<u64, SpeechClosed>>>) -> Result<u64, SpeechClosed> {
-    match pushing {
-        Some(pushing) => pushing.await,
         None => std::future::pending().await,
     }
 }

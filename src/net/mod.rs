@@ -16,6 +16,8 @@ mod congestion;
 mod data;
 mod error;
 mod events;
+mod fragment;
+mod life;
 mod out;
 mod packetise;
 mod peer;

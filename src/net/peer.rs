@@ -7,12 +7,13 @@ use super::{
     data::{self, Data, DataChannelSpec, DataOut},
     error::short,
     events::Events,
+    fragment,
+    life::{End, Handler, Life, live},
     out::{self, Out},
     packetise::Stream,
     ports::Lease,
     sdp::{self, Checked, Shape},
     shared::{KeyframeGate, Shared, lock},
-    speech::SpeechIn,
     stack::{self, h264, opus, payload_type, track},
 };
 use crate::session::{LinkEvent, LinkOut};
@@ -24,27 +25,20 @@ use rtc::{
             RTCOfferOptions,
             media_engine::{MIME_TYPE_H264, MIME_TYPE_OPUS},
         },
-        transport::{RTCDtlsTransportState, RTCIceCandidateInit},
+        transport::RTCIceCandidateInit,
     },
     rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit, rtp_sender::RtpCodecKind},
 };
 use std::{
     future::Future,
     panic::AssertUnwindSafe,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, atomic::AtomicBool},
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use webrtc::{
-    data_channel::{DataChannel, DataChannelEvent},
-    media_stream::{
-        track_local::{TrackLocal, static_rtp::TrackLocalStaticRTP},
-        track_remote::{TrackRemote, TrackRemoteEvent},
-    },
+    media_stream::track_local::{TrackLocal, static_rtp::TrackLocalStaticRTP},
     peer_connection::*,
     rtp_transceiver::RtpSender,
 };
@@ -52,8 +46,6 @@ use webrtc::{
 /// Label of the data channel that carries our messages. The page creates it, before its offer: then the offer has the
 /// application section that a later channel would need a second negotiation for.
 pub const DATA_CHANNEL: &str = "loquent";
-/// Messages from the page longer than this are dropped.
-const MAX_MESSAGE: usize = 16 * 1024;
 /// Longest wait for STUN and TURN servers before the answer goes out without their candidates.
 const GATHER_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -347,10 +339,10 @@ impl Peer {
     /// # Errors
     /// [`NetError::Malformed`], [`NetError::TooLarge`], [`NetError::Closed`].
     pub async fn trickle(&self, fragment: &str) -> Result<(), NetError> {
-        let fragment = sdp::parse_fragment(fragment)?;
+        let fragment = fragment::parse_fragment(fragment)?;
         self.open()?;
         let remote = self.remote.lock().await;
-        let current = sdp::credentials(&remote);
+        let current = fragment::credentials(&remote);
         if let (Some(ufrag), Some((now, _))) = (&fragment.ufrag, &current)
             && ufrag != now
         {
@@ -364,8 +356,8 @@ impl Peer {
 
     /// Whether a fragment brings other credentials than the current ones, which makes it a restart (RFC 9725 §4.3.3).
     pub async fn is_restart(&self, fragment: &str) -> bool {
-        let new = sdp::parse_fragment(fragment).ok().and_then(|f| f.ufrag.zip(f.pwd));
-        let current = sdp::credentials(&*self.remote.lock().await);
+        let new = fragment::parse_fragment(fragment).ok().and_then(|f| f.ufrag.zip(f.pwd));
+        let current = fragment::credentials(&*self.remote.lock().await);
         new.zip(current).is_some_and(|(new, current)| new.0 != current.0)
     }
 
@@ -376,20 +368,20 @@ impl Peer {
     /// [`NetError::Malformed`] without usable credentials, [`NetError::NotARestart`] with the old ones,
     /// [`NetError::Closed`].
     pub async fn restart(&self, fragment: &str) -> Result<String, NetError> {
-        let fragment = sdp::parse_fragment(fragment)?;
+        let fragment = fragment::parse_fragment(fragment)?;
         self.open()?;
         let (Some(ufrag), Some(pwd)) = (&fragment.ufrag, &fragment.pwd) else {
             return Err(NetError::Malformed("an ICE restart needs a=ice-ufrag and a=ice-pwd".into()));
         };
         let mut remote = self.remote.lock().await;
-        if sdp::credentials(&remote).is_some_and(|(old, _)| old == *ufrag) {
+        if fragment::credentials(&remote).is_some_and(|(old, _)| old == *ufrag) {
             return Err(NetError::NotARestart);
         }
-        let offer = sdp::with_credentials(&remote, ufrag, pwd, &fragment.candidates);
+        let offer = fragment::with_credentials(&remote, ufrag, pwd, &fragment.candidates);
         let answer = self.answer_again(&offer).await?;
         *remote = offer;
         *lock(&self.etag) = new_etag();
-        Ok(sdp::fragment_of(&answer))
+        Ok(fragment::fragment_of(&answer))
     }
 
     /// Answers a further offer of the other side for this connection: an ICE restart, more sections.
@@ -460,7 +452,7 @@ impl Peer {
     /// [`NetError::Closed`].
     pub async fn candidate(&self, candidate: &str, mid: Option<String>) -> Result<(), NetError> {
         self.open()?;
-        if sdp::usable(candidate) {
+        if fragment::usable(candidate) {
             self.add(candidate.into(), mid, None).await?;
         }
         Ok(())
@@ -514,170 +506,8 @@ fn malformed(error: impl std::fmt::Display) -> NetError {
 }
 
 /// Runs a call into the WebRTC library on text from strangers; a panic in there becomes an error here.
-async fn guarded<T>(call: impl Future<Output = T>) -> Result<T, NetError> {
+pub(super) async fn guarded<T>(call: impl Future<Output = T>) -> Result<T, NetError> {
     AssertUnwindSafe(call).catch_unwind().await.map_err(|_| {
         NetError::Malformed("the WebRTC library gave up on it; it is probably not a session description".into())
     })
-}
-
-/// What a peer's task owns.
-struct Life<W> {
-    pc: Arc<dyn PeerConnection>,
-    shared: Arc<Shared>,
-    stop: CancellationToken,
-    end: mpsc::Receiver<String>,
-    ended: watch::Sender<bool>,
-    other: End,
-    write: W,
-    _lease: Lease,
-}
-
-/// Lives as long as the peer: ends when it is closed here or there, when the session drops its events or its sending
-/// half, or when the WebRTC driver dies (also by a panic over a hostile packet).
-async fn live(mut life: Life<impl Future<Output = String>>) {
-    let shared = life.shared.clone();
-    let reason = tokio::select! {
-        () = life.stop.cancelled() => "closed by this server".to_string(),
-        () = shared.events.gone() => "the session ended".to_string(),
-        reason = life.end.recv() => reason.unwrap_or_else(|| "the WebRTC driver ended".into()),
-        () = life.other.left() => "the peer left".into(),
-        reason = life.write => reason,
-    };
-    life.stop.cancel();
-    shared.connected.store(false, Relaxed);
-    shared.closed.store(true, Relaxed);
-    if let Ok(Err(error)) | Err(error) = guarded(life.pc.close()).await.map(|r| r.map_err(NetError::stack)) {
-        tracing::debug!(%error, "closing a peer");
-    }
-    shared.events.send(LinkEvent::Closed(reason));
-    let _ = life.ended.send(true);
-}
-
-/// By what the other side's goodbye is seen.
-enum End {
-    Sends(Arc<dyn RtpSender>),
-    /// A receiver exists only once its first packet has come; until then silence alone tells.
-    Receives(Arc<dyn PeerConnection>),
-}
-
-impl End {
-    /// Waits until the peer has said goodbye (DTLS close_notify: a closed tab does, a lost network does not). The
-    /// library has no event for it, only a state.
-    async fn left(self) {
-        let mut ticks = tokio::time::interval(Duration::from_millis(250));
-        loop {
-            ticks.tick().await;
-            let transport = match &self {
-                End::Sends(sender) => sender.transport().await,
-                End::Receives(pc) => match pc.get_receivers().await.first() {
-                    Some(receiver) => receiver.transport().await,
-                    None => continue,
-                },
-            };
-            let state = match transport {
-                Ok(Some(transport)) => transport.state().await.ok(),
-                _ => None,
-            };
-            if let Some(RTCDtlsTransportState::Closed | RTCDtlsTransportState::Failed) = state {
-                return;
-            }
-        }
-    }
-}
-
-/// Called on the driver's own task: nothing in here waits.
-pub(super) struct Handler {
-    shared: Arc<Shared>,
-    gathered: watch::Sender<bool>,
-    end: mpsc::Sender<String>,
-    microphone: AtomicBool,
-    messages: Mutex<Option<mpsc::Receiver<String>>>,
-    /// Where messages of all data channels go, when they are not the page's.
-    data: Option<mpsc::Sender<Data>>,
-}
-
-#[async_trait::async_trait]
-impl PeerConnectionEventHandler for Handler {
-    async fn on_ice_gathering_state_change(&self, state: RTCIceGatheringState) {
-        if state == RTCIceGatheringState::Complete {
-            let _ = self.gathered.send(true);
-        }
-    }
-
-    async fn on_connection_state_change(&self, state: RTCPeerConnectionState) {
-        match state {
-            RTCPeerConnectionState::Connected => {
-                self.shared.connected.store(true, Relaxed);
-                self.shared.events.send(LinkEvent::Connected);
-            }
-            RTCPeerConnectionState::Disconnected => self.shared.events.send(LinkEvent::Interrupted),
-            RTCPeerConnectionState::Failed => {
-                let _ = self.end.try_send("the connection failed: no answer to connectivity checks".into());
-            }
-            RTCPeerConnectionState::Closed => {
-                let _ = self.end.try_send("the peer closed the connection".into());
-            }
-            _ => {}
-        }
-    }
-
-    async fn on_track(&self, track: Arc<dyn TrackRemote>) {
-        let shared = self.shared.clone();
-        if track.kind().await != RtpCodecKind::Audio || self.microphone.swap(true, Relaxed) {
-            return;
-        }
-        tokio::spawn(async move {
-            let mut speech = SpeechIn::default();
-            while let Some(event) = track.poll().await {
-                match event {
-                    TrackRemoteEvent::OnRtpPacket(packet) => {
-                        let packet = speech.take(packet, Instant::now());
-                        shared.lost_in.store(speech.lost(), Relaxed);
-                        shared.padding_in.store(speech.padding(), Relaxed);
-                        shared.events.send(LinkEvent::Speech(packet));
-                    }
-                    TrackRemoteEvent::OnEnded => break,
-                    _ => {}
-                }
-            }
-        });
-    }
-
-    async fn on_data_channel(&self, channel: Arc<dyn DataChannel>) {
-        if let Some(data) = &self.data {
-            return data::listen(channel, data.clone());
-        }
-        let ours = channel.label().await.is_ok_and(|label| label == DATA_CHANNEL);
-        let Some(messages) = lock(&self.messages).take_if(|_| ours) else { return };
-        tokio::spawn(converse(channel, messages, self.shared.clone()));
-    }
-}
-
-/// Carries messages both ways until the channel closes.
-async fn converse(channel: Arc<dyn DataChannel>, mut messages: mpsc::Receiver<String>, shared: Arc<Shared>) {
-    let mut open = false;
-    loop {
-        tokio::select! {
-            event = channel.poll() => match event {
-                Some(DataChannelEvent::OnOpen) => open = true,
-                Some(DataChannelEvent::OnMessage(message)) => {
-                    open = true;
-                    if message.is_string && message.data.len() <= MAX_MESSAGE
-                        && let Ok(text) = String::from_utf8(message.data.to_vec())
-                    {
-                        shared.events.send(LinkEvent::Message(text));
-                    }
-                }
-                Some(DataChannelEvent::OnClose) | None => return,
-                Some(_) => {}
-            },
-            text = messages.recv(), if open => match text {
-                // A page that does not read loses messages, not its connection.
-                Some(text) => if let Err(error) = channel.try_send_text(&text).await {
-                    tracing::debug!(error = %short(error), "a data channel message was dropped");
-                },
-                None => return,
-            },
-        }
-    }
 }

@@ -1,9 +1,9 @@
-//! Session descriptions and their fragments as text: what we check in an offer before the WebRTC library sees it, and
-//! the trickle and restart fragments of RFC 8840 / RFC 9725 §4.3. Pure: no sockets, no clock.
+//! Session descriptions as text: what we check in an offer before the WebRTC library sees it, and what we make of its
+//! answer. Pure: no sockets, no clock.
 //!
 //! Everything here reads text from strangers. Nothing indexes, nothing unwraps; sizes are bounded first.
 
-use super::NetError;
+use super::{NetError, fragment::usable};
 use std::net::IpAddr;
 
 /// Largest description or fragment accepted. Chromium's offers have 3–8 KiB.
@@ -11,7 +11,7 @@ pub(super) const MAX_BYTES: usize = 64 * 1024;
 /// Most media sections accepted. The live page offers three.
 const MAX_SECTIONS: usize = 16;
 /// Most candidates taken from one description or fragment.
-const MAX_CANDIDATES: usize = 64;
+pub(super) const MAX_CANDIDATES: usize = 64;
 
 /// What a connection is for: what its offer must have, and what we answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -275,7 +275,7 @@ impl<'a> Section<'a> {
     }
 }
 
-fn lines(text: &str) -> Result<Vec<&str>, NetError> {
+pub(super) fn lines(text: &str) -> Result<Vec<&str>, NetError> {
     if text.len() > MAX_BYTES {
         return Err(NetError::TooLarge(text.len()));
     }
@@ -300,168 +300,6 @@ fn sections<'a>(lines: &'a [&'a str]) -> Vec<Section<'a>> {
             }
         })
         .collect()
-}
-
-/// Whether `candidate` (`candidate:…`) names a literal address over UDP or TCP. Names such as `….local` (mDNS) are
-/// not resolved: the browser reaches us first, and its real address is learnt from its checks.
-pub(super) fn usable(candidate: &str) -> bool {
-    let words: Vec<&str> = candidate.trim_start_matches("candidate:").split_ascii_whitespace().collect();
-    let [foundation, component, transport, priority, address, port, typ, kind, ..] = words[..] else { return false };
-    foundation.len() <= 32
-        && component.parse::<u16>().is_ok_and(|c| c == 1 || c == 2)
-        && ["udp", "tcp"].contains(&transport.to_ascii_lowercase().as_str())
-        && priority.parse::<u32>().is_ok()
-        && address.parse::<IpAddr>().is_ok_and(|ip| !ip.is_unspecified() && !ip.is_multicast())
-        && port.parse::<u16>().is_ok()
-        && typ == "typ"
-        && ["host", "srflx", "prflx", "relay"].contains(&kind)
-        // An active TCP candidate is a client that will connect by itself; there is nothing to check towards it.
-        && !words.windows(2).any(|w| w == ["tcptype", "active"])
-}
-
-/// What a fragment says (RFC 8840): credentials, and candidates by media section.
-#[derive(Debug, Default, PartialEq)]
-pub(super) struct Fragment {
-    pub(super) ufrag: Option<String>,
-    pub(super) pwd: Option<String>,
-    /// Usable ones only: (mid, `candidate:…`).
-    pub(super) candidates: Vec<(Option<String>, String)>,
-    /// Candidates left out because they cannot be used here (names, unknown transports).
-    pub(super) skipped: usize,
-    pub(super) end_of_candidates: bool,
-}
-
-/// Reads an `application/trickle-ice-sdpfrag` body.
-///
-/// # Errors
-/// [`NetError::TooLarge`]; [`NetError::Malformed`] when a line is not `x=value` or nothing in it concerns ICE.
-pub(super) fn parse_fragment(text: &str) -> Result<Fragment, NetError> {
-    let lines = lines(text)?;
-    let mut fragment = Fragment::default();
-    let mut mid = None;
-    let mut known = false;
-    for (n, line) in lines.iter().enumerate() {
-        let Some((key, value)) = line.split_once('=').filter(|(k, _)| k.len() == 1) else {
-            return Err(NetError::Malformed(format!("line {} of the fragment is not of the form `x=value`", n + 1)));
-        };
-        if key == "m" {
-            mid = None;
-            continue;
-        }
-        if key != "a" {
-            continue;
-        }
-        if let Some(v) = value.strip_prefix("mid:") {
-            mid = Some(v.to_string());
-        } else if let Some(v) = value.strip_prefix("ice-ufrag:") {
-            known = true;
-            fragment.ufrag.get_or_insert_with(|| v.to_string());
-        } else if let Some(v) = value.strip_prefix("ice-pwd:") {
-            known = true;
-            fragment.pwd.get_or_insert_with(|| v.to_string());
-        } else if value.starts_with("candidate:") {
-            known = true;
-            if fragment.candidates.len() < MAX_CANDIDATES && usable(value) {
-                fragment.candidates.push((mid.clone(), value.to_string()));
-            } else {
-                fragment.skipped += 1;
-            }
-        } else if value == "end-of-candidates" {
-            known = true;
-            fragment.end_of_candidates = true;
-        }
-    }
-    let fits = |v: &Option<String>, least: usize| {
-        v.as_ref().is_none_or(|v| {
-            (least..=256).contains(&v.len()) && v.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/')
-        })
-    };
-    if !known {
-        return Err(NetError::Malformed("the fragment has no ICE credentials and no candidates".into()));
-    }
-    if !fits(&fragment.ufrag, 4) || !fits(&fragment.pwd, 22) {
-        return Err(NetError::Malformed("a=ice-ufrag or a=ice-pwd is not as RFC 8839 §5.4 wants it".into()));
-    }
-    Ok(fragment)
-}
-
-/// The first credentials in a description.
-pub(super) fn credentials(sdp: &str) -> Option<(String, String)> {
-    let find = |name: &str| sdp.lines().find_map(|l| l.trim_end().strip_prefix(name)).map(str::to_string);
-    Some((find("a=ice-ufrag:")?, find("a=ice-pwd:")?))
-}
-
-/// A stored offer with other ICE credentials and candidates: what a client's new offer would say after its restart.
-pub(super) fn with_credentials(offer: &str, ufrag: &str, pwd: &str, candidates: &[(Option<String>, String)]) -> String {
-    let mut out = String::with_capacity(offer.len() + 512);
-    let mut placed = false;
-    let mut in_media = false;
-    let place = |out: &mut String, placed: &mut bool| {
-        if !std::mem::replace(placed, true) {
-            for (_, candidate) in candidates {
-                out.push_str("a=");
-                out.push_str(candidate);
-                out.push_str("\r\n");
-            }
-        }
-    };
-    for line in offer.lines().map(str::trim_end).filter(|l| !l.is_empty()) {
-        if line.starts_with("m=") {
-            // BUNDLE: the first section's transport is everybody's.
-            if in_media {
-                place(&mut out, &mut placed);
-            }
-            in_media = true;
-        }
-        if line.starts_with("a=candidate:") || line == "a=end-of-candidates" {
-            continue;
-        } else if line.starts_with("a=ice-ufrag:") {
-            out.push_str("a=ice-ufrag:");
-            out.push_str(ufrag);
-        } else if line.starts_with("a=ice-pwd:") {
-            out.push_str("a=ice-pwd:");
-            out.push_str(pwd);
-        } else {
-            out.push_str(line);
-        }
-        out.push_str("\r\n");
-    }
-    if in_media {
-        place(&mut out, &mut placed);
-    }
-    out
-}
-
-/// The fragment to answer an ICE restart with, cut from our new answer (RFC 9725 §4.3.3).
-pub(super) fn fragment_of(answer: &str) -> String {
-    let mut head = String::new();
-    let mut body = String::new();
-    let mut first_media: Option<&str> = None;
-    for line in answer.lines().map(str::trim_end) {
-        if line.starts_with("m=") {
-            if first_media.is_some() {
-                break;
-            }
-            first_media = Some(line);
-        } else if line == "a=ice-lite" || line.starts_with("a=ice-options:") || line.starts_with("a=group:BUNDLE") {
-            head.push_str(line);
-            head.push_str("\r\n");
-        } else if line.starts_with("a=ice-ufrag:") || line.starts_with("a=ice-pwd:") {
-            // Credentials stand once, before the sections (max-bundle).
-            if !head.contains(line) {
-                head.push_str(line);
-                head.push_str("\r\n");
-            }
-        } else if line.starts_with("a=mid:") || line.starts_with("a=candidate:") || line == "a=end-of-candidates" {
-            body.push_str(line);
-            body.push_str("\r\n");
-        }
-    }
-    if let Some(media) = first_media {
-        head.push_str(media);
-        head.push_str("\r\n");
-    }
-    head + &body
 }
 
 /// Our answer with its private host addresses replaced by `public` ones of the same family, and without second
@@ -530,10 +368,10 @@ pub(super) fn ask_for_small_pictures(answer: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const OFFER: &str = "v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\ns=-\r\nt=0 0\r\na=group:BUNDLE 0 1\r\na=fingerprint:sha-256 AA\r\n\
+    pub(in crate::net) const OFFER: &str = "v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\ns=-\r\nt=0 0\r\na=group:BUNDLE 0 1\r\na=fingerprint:sha-256 AA\r\n\
         m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:0\r\na=ice-ufrag:abcd\r\na=ice-pwd:0123456789012345678901\r\n\
         a=candidate:1 1 udp 2113937151 5a6b.local 50000 typ host\r\na=candidate:2 1 udp 2113937151 10.0.0.2 50000 typ host\r\n\
         a=sendrecv\r\na=rtpmap:111 opus/48000/2\r\n\
@@ -541,7 +379,7 @@ mod tests {
         a=recvonly\r\na=rtpmap:108 H264/90000\r\n\
         a=fmtp:108 level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f\r\n";
 
-    fn live(offer: &str) -> Result<String, NetError> {
+    pub(in crate::net) fn live(offer: &str) -> Result<String, NetError> {
         check_offer(offer, Shape::Live).map(|c| c.text)
     }
 
@@ -555,39 +393,6 @@ mod tests {
         assert!(matches!(live(&session_level), Err(NetError::NoMicrophone)));
         assert!(matches!(live(&OFFER.replace("m=video 9", "m=video 0")), Err(NetError::NoVideo)));
         assert!(matches!(live(&OFFER.replace("42e01f", "640c1f")), Err(NetError::NoH264)));
-    }
-
-    #[test]
-    fn fragments_are_read_and_unusable_candidates_skipped() {
-        let fragment = parse_fragment(
-            "a=ice-ufrag:EsAw\r\na=ice-pwd:P2uYro0UCOQ4zxjKXaWCBui1\r\nm=audio 9 RTP/AVP 0\r\na=mid:0\r\n\
-             a=candidate:1387637174 1 udp 2122260223 192.0.2.1 61764 typ host generation 0 ufrag EsAw network-id 1\r\n\
-             a=candidate:1 1 udp 1 x.local 1 typ host\r\na=candidate:2 1 tcp 1 192.0.2.1 9 typ host tcptype active\r\n\
-             a=candidate:garbage\r\na=end-of-candidates\r\n",
-        )
-        .unwrap();
-        assert_eq!(fragment.candidates.len(), 1);
-        assert_eq!(fragment.candidates[0].0.as_deref(), Some("0"));
-        assert_eq!((fragment.skipped, fragment.end_of_candidates), (3, true));
-        for bad in ["", "hello", "a=mid:0", "a=ice-ufrag:x y z w", "a=ice-pwd:short"] {
-            assert!(matches!(parse_fragment(bad), Err(NetError::Malformed(_))), "{bad}");
-        }
-        assert!(matches!(parse_fragment(&"a=mid:0\r\n".repeat(10_000)), Err(NetError::TooLarge(_))));
-    }
-
-    #[test]
-    fn a_restart_changes_every_credential_and_moves_candidates_to_the_first_section() {
-        let candidates = vec![(Some("0".into()), "candidate:9 1 udp 1 192.0.2.9 9 typ host".into())];
-        let offer = with_credentials(OFFER, "efgh", "9876543210987654321098", &candidates);
-        assert_eq!(offer.matches("a=ice-ufrag:efgh\r\n").count(), 2);
-        assert_eq!(offer.matches("a=candidate:").count(), 1);
-        assert!(offer.find("192.0.2.9").unwrap() < offer.find("m=video").unwrap());
-        assert_eq!(credentials(&offer).unwrap().1, "9876543210987654321098");
-        assert!(live(&offer).is_ok());
-        let fragment = fragment_of(&offer);
-        assert!(fragment.contains("m=audio") && !fragment.contains("m=video") && fragment.contains("192.0.2.9"));
-        let read = parse_fragment(&fragment).unwrap();
-        assert_eq!((read.ufrag.as_deref(), read.candidates.len()), (Some("efgh"), 1));
     }
 
     #[test]

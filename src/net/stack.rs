@@ -1,7 +1,7 @@
 //! A connection of the WebRTC library as we want it: codecs, packet chain, sockets; and its tracks.
 
 use super::{
-    Config, IceServer, NetError, error::short, peer::Handler, ports::Lease, sdp::Shape, shared::Shared,
+    Config, IceServer, NetError, error::short, life::Handler, ports::Lease, sdp::Shape, shared::Shared,
     traffic::Traffic,
 };
 use rand::RngExt;

@@ -75,6 +75,11 @@ fn folder(service: &Service) -> Result<PathBuf, ApiError> {
     }
 }
 
+fn already() -> ApiError {
+    let text = "This session is being recorded already; end that recording first (DELETE).";
+    ApiError::new(StatusCode::CONFLICT, "already_recording", text)
+}
+
 /// `POST /v1/sessions/{id}/recording`
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
@@ -90,11 +95,7 @@ pub(super) async fn begin(
         let all = service.recordings.lock();
         let own = all.get(&id).map_or(&[][..], |o| o);
         if running(own) {
-            return Err(ApiError::new(
-                StatusCode::CONFLICT,
-                "already_recording",
-                "This session is being recorded already; end that recording first (DELETE).",
-            ));
+            return Err(already());
         }
         if own.len() >= MOST {
             return Err(ApiError::new(
@@ -129,11 +130,7 @@ pub(super) async fn begin(
             // Somebody was faster; this one never was.
             drop(all);
             drop(place);
-            return Err(ApiError::new(
-                StatusCode::CONFLICT,
-                "already_recording",
-                "This session is being recorded already.",
-            ));
+            return Err(already());
         }
         own.push(Entry { recorder, place });
         own.len() == 1

@@ -4,10 +4,10 @@
 use super::{
     Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Metrics, Output, Picture,
     Playout, Reason, SessionEvent, SpeechQueue, State, encoder::EncoderReport, fan::CONGESTED, ledger::Ledger,
-    playout::Due,
+    playout::Due, stage::Stage,
 };
 use crate::{
-    codec::{CodecError, VoiceEncoder, rgb_to_i420, scale_i420},
+    codec::{CodecError, VoiceEncoder, picture::cover},
     media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, I420, MediaTime, Portrait, SPEECH_RATE},
 };
 use bytes::Bytes;
@@ -53,87 +53,6 @@ const HOPELESS: f64 = 0.7;
 const LONGEST_MESSAGE: usize = 4096;
 /// Time constant of averages, in blocks.
 const SMOOTH: f64 = 0.1;
-
-/// The part that exists once the engine has opened its lane.
-struct Stage {
-    ingest: Ingest,
-    playout: Playout,
-    /// 16 kHz speech for the engine; `feed_at` is the stream time of its first sample.
-    feed: VecDeque<f32>,
-    feed_at: MediaTime,
-    /// Stream time up to which pictures have come back.
-    received: MediaTime,
-    /// The engine is so slow that every block must be of the newest speech.
-    hopeless: bool,
-    /// Stream time from which media time is this much ahead of it: speech that was skipped.
-    skips: Vec<(MediaTime, MediaTime)>,
-    /// Another face says what is heard from this media time on; speech before it is not handed over any more.
-    face_from: Option<MediaTime>,
-    /// The first picture from this media time on shows another face.
-    cut_at: Option<MediaTime>,
-    origin: MediaTime,
-    shown: bool,
-}
-
-impl Stage {
-    fn skipped(&self) -> MediaTime {
-        self.skips.last().map_or(MediaTime::ZERO, |s| s.1)
-    }
-    /// An interruption. The time between what is played now and what is heard now is made once more, from silence, and
-    /// pictures of it are shown from the first moment at which they can be there.
-    fn begin_anew(&mut self, making: Duration, span: MediaTime, fps: u32, now: Instant) {
-        let head = self.ingest.head();
-        let end = self.media(self.feed_at) + MediaTime::from_units(self.feed.len() as i64, SPEECH_RATE);
-        let soonest = self.playout.playhead(now) + MediaTime::from_duration(making);
-        // On the grid of the pictures, and not after the speech that is there.
-        let slots = (soonest - self.origin).units(fps) + 1;
-        let most = (end - self.origin).units(fps);
-        let from = self.origin + MediaTime::from_ticks(span.ticks() * slots.min(most).max(0));
-        self.playout.interrupt(head, from);
-        self.ingest.hush();
-        self.feed.clear();
-        self.feed.resize((end - from).units(SPEECH_RATE).max(0) as usize, 0.0);
-        (self.feed_at, self.received) = (from, from);
-        self.skips.clear();
-        if self.face_from.take().is_some() {
-            self.cut_at = Some(from);
-        }
-    }
-    /// Speech at the head of the feed that the engine does not get.
-    fn skip(&mut self, samples: usize) {
-        self.feed.drain(..samples);
-        let ahead = self.skipped() + MediaTime::from_units(samples as i64, SPEECH_RATE);
-        self.skips.push((self.feed_at, ahead));
-        if self.skips.len() > 64 {
-            self.skips.remove(0);
-        }
-    }
-    /// Another face takes over: with the first picture that can be there in time, not with what it would say too late.
-    fn change_face(&mut self, making: Duration, span: MediaTime, fps: u32, now: Instant) {
-        let soonest = self.playout.playhead(now) + MediaTime::from_duration(making);
-        let slots = (soonest.max(self.media(self.feed_at)) - self.origin).units(fps) + 1;
-        self.face_from = Some(self.origin + MediaTime::from_ticks(span.ticks() * slots.max(0)));
-    }
-    /// Leaves out speech before [`Stage::face_from`]; whether the feed may go on.
-    fn reached_face(&mut self) -> bool {
-        let Some(from) = self.face_from else { return true };
-        let early = (from - self.media(self.feed_at)).units(SPEECH_RATE).max(0) as usize;
-        let now = early.min(self.feed.len());
-        if now > 0 {
-            self.skip(now);
-        }
-        if now == early {
-            // What the old face had in hand does not come any more.
-            self.received = self.feed_at;
-            self.cut_at = self.face_from.take();
-        }
-        now == early
-    }
-    fn media(&self, stream: MediaTime) -> MediaTime {
-        let after = self.skips.partition_point(|s| s.0 <= stream);
-        stream + after.checked_sub(1).map_or(MediaTime::ZERO, |i| self.skips[i].1)
-    }
-}
 
 /// See the module.
 pub struct Conversation {
@@ -186,7 +105,7 @@ impl Conversation {
             line: Line::default(),
             begun: now,
             // Only a courtesy until the presenter moves: what cannot be shown here the engine will judge.
-            portrait: first_picture(portrait, geometry.width, geometry.height).ok(),
+            portrait: cover(portrait, geometry.width, geometry.height).ok(),
             last_picture: None,
             last_at: MediaTime::from_ticks(-1),
             want_keyframe: false,
@@ -670,27 +589,4 @@ impl Conversation {
 
 fn smooth(mean: &mut f64, new: f64, share: f64) {
     *mean = if *mean == 0.0 { new } else { *mean + share * (new - *mean) };
-}
-
-/// The portrait cut to the frame's shape about its middle, as the encoder wants it.
-fn first_picture(portrait: &Portrait, width: u32, height: u32) -> Result<I420, CodecError> {
-    let (w, h) = (portrait.width as usize, portrait.height as usize);
-    if w < 2 || h < 2 || portrait.rgb.len() != 3 * w * h || width == 0 || height == 0 {
-        return Err(CodecError::Picture("the portrait has no pixels".into()));
-    }
-    let (want_w, want_h) = (width as usize, height as usize);
-    // The largest rectangle of the wanted shape, with even sides.
-    let (mut cut_w, mut cut_h) = (w, w * want_h / want_w);
-    if cut_h > h {
-        (cut_w, cut_h) = (h * want_w / want_h, h);
-    }
-    let (cut_w, cut_h) = ((cut_w / 2 * 2).max(2).min(w), (cut_h / 2 * 2).max(2).min(h));
-    let (left, top) = ((w - cut_w) / 2, (h - cut_h) / 2);
-    let mut rgb = Vec::with_capacity(3 * cut_w * cut_h);
-    for y in 0..cut_h {
-        let start = 3 * ((top + y) * w + left);
-        rgb.extend_from_slice(&portrait.rgb[start..start + 3 * cut_w]);
-    }
-    let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into(), matte: None };
-    scale_i420(&rgb_to_i420(&frame)?, width, height)
 }

@@ -22,6 +22,7 @@ mod recorder;
 mod registry;
 mod run;
 mod speech;
+mod stage;
 
 pub use conversation::{Conversation, Effect};
 pub use encoder::{Encoder, EncoderReport, Job, Look, Picture};
