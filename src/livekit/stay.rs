@@ -2,11 +2,28 @@
 
 use super::{Config, LivekitError, media::Media, signal::Signal, target::Target};
 use futures::{FutureExt, future::BoxFuture};
-use livekit_protocol::{signal_request as ask, signal_response as told};
+use livekit_protocol::{DisconnectReason, JoinResponse, signal_request as ask, signal_response as told};
 use std::time::{Duration, Instant};
 
 /// Time between attempts to get the signalling back: the first at once, then ever longer up to this.
 pub(super) const SLOWEST_RETRY: Duration = Duration::from_secs(5);
+
+/// Opens the signalling and waits for the welcome.
+pub(super) async fn enter(
+    target: &Target,
+    token: &str,
+    config: &Config,
+) -> Result<(Signal, JoinResponse), LivekitError> {
+    match Signal::open(target, token, None, config).await? {
+        (signal, told::Message::Join(join)) => Ok((signal, join)),
+        (_, told::Message::Leave(leave)) => Err(LivekitError::Left(reason(leave.reason))),
+        _ => Err(LivekitError::Left("it did not begin with a join answer".into())),
+    }
+}
+
+pub(super) fn reason(number: i32) -> String {
+    DisconnectReason::try_from(number).map_or_else(|_| format!("reason {number}"), |r| r.as_str_name().to_string())
+}
 
 /// How one stay in the room ended.
 pub(super) enum Over {

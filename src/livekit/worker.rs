@@ -10,7 +10,7 @@ use super::{
     media::{Media, tracks},
     signal::{Signal, unix_ms},
     spoken::finished,
-    stay::{Line, Over, Pulse, SLOWEST_RETRY, Stay, Step},
+    stay::{Line, Over, Pulse, SLOWEST_RETRY, Stay, Step, enter, reason},
     streams::{Refused, Streams},
     target::Target,
     token::Claims,
@@ -21,9 +21,9 @@ use crate::{
 };
 use futures::future::BoxFuture;
 use livekit_protocol::{
-    DataChannelInfo, DataChannelReceiveState, DataPacket, DisconnectReason, JoinResponse, ParticipantInfo,
-    SignalTarget, SyncState, UpdateSubscription, data_packet::Value, leave_request::Action, request_response,
-    signal_request as ask, signal_response as told,
+    DataChannelInfo, DataChannelReceiveState, DataPacket, JoinResponse, ParticipantInfo, SignalTarget, SyncState,
+    UpdateSubscription, data_packet::Value, leave_request::Action, request_response, signal_request as ask,
+    signal_response as told,
 };
 use prost::Message as _;
 use std::{
@@ -77,18 +77,6 @@ pub async fn join(invitation: Invitation, config: &Config) -> Result<Joined, Liv
     tracing::debug!(server = %target, room = claims.room, "joined a LiveKit room");
     let wanted = invitation.agent.filter(|a| !a.is_empty()).or_else(|| claims.on_behalf.clone());
     Ok(Joined { config: config.clone(), target, token: invitation.token, claims, wanted, signal, join })
-}
-
-async fn enter(target: &Target, token: &str, config: &Config) -> Result<(Signal, JoinResponse), LivekitError> {
-    match Signal::open(target, token, None, config).await? {
-        (signal, told::Message::Join(join)) => Ok((signal, join)),
-        (_, told::Message::Leave(leave)) => Err(LivekitError::Left(reason(leave.reason))),
-        _ => Err(LivekitError::Left("it did not begin with a join answer".into())),
-    }
-}
-
-fn reason(number: i32) -> String {
-    DisconnectReason::try_from(number).map_or_else(|_| format!("reason {number}"), |r| r.as_str_name().to_string())
 }
 
 impl std::fmt::Debug for Joined {

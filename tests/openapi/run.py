@@ -29,7 +29,7 @@ def main():
             "--checks", CHECKS, "--phases", "coverage,fuzzing", "--max-examples", examples, "--seed", "1",
             "--request-timeout", "20", "--no-color",
         ]
-        ran = subprocess.run(command, env={**os.environ, "SCHEMATHESIS_HOOKS": "checks"}, cwd=HERE, text=True,
+        ran = subprocess.run(command, env={**os.environ, "SCHEMATHESIS_HOOKS": "checks", "LOQUENT_BASE": base[0]}, cwd=HERE, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         print(ran.stdout)
         alive = service.poll() is None
