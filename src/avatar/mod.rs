@@ -23,9 +23,12 @@ pub use liveliness::{Controls, Liveliness};
 pub use test_card::test_card;
 
 use crate::media::{AudioBlock, FrameBlock, Geometry, Portrait};
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
 };
 
 /// Why a face could not be made.
@@ -46,6 +49,9 @@ pub enum AvatarError {
     /// The weights do not fit the engine; the text lists what is missing or misshapen.
     #[error("{0}")]
     Weights(String),
+    /// One of several devices failed, and with it this face; the next one that is opened begins anew.
+    #[error("{0}")]
+    Lost(String),
     /// The device failed; the engine must be rebuilt.
     #[error("block {block}, {stage}: {source}")]
     Device {
@@ -143,6 +149,15 @@ pub trait Stream: Send {
     }
     /// The next block, or `None`: more audio, please.
     fn pull(&mut self) -> Result<Option<FrameBlock>>;
+    /// Blocks that are being made though `pull` gave none: other devices are at work on them. While speech goes on, `pull`
+    /// does not wait for them.
+    fn under_way(&self) -> usize {
+        0
+    }
+    /// Ready when one of them is, or when they will never be: `pull` will tell.
+    fn poll_ready(&mut self, _cx: &mut Context) -> Poll<()> {
+        Poll::Pending
+    }
     /// An interruption: forgets speech of which no block was made, so that what is pushed next, continuing in time from
     /// the start of the next block, is all that block shows. The face stays as it is. `false`: this stream cannot.
     fn cut(&mut self) -> bool {

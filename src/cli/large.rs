@@ -1,7 +1,7 @@
 //! The flags of the large engine (`--engine s2v`), shared by the commands that can run it.
 
 use super::engines::Choice;
-use crate::avatar::s2v::{Config, Mode, Offload, Precision, Size, SolverName};
+use crate::avatar::s2v::{Config, Mode, Offload, Precision, Share, Size, SolverName};
 use anyhow::bail;
 use serde::de::DeserializeOwned;
 
@@ -18,9 +18,12 @@ pub(super) struct Flags {
     /// block (LiveAvatar) or clip (S2V) [default: block with a LiveAvatar adapter, else clip].
     #[arg(long, value_parser = named::<Mode>)]
     mode: Option<Mode>,
-    /// auto, cpu, cuda or cuda:N [default: auto].
+    /// auto, cpu, cuda or cuda:N; several for block mode, as cuda:0,cuda:1 [default: auto].
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
+    /// How several devices share the work: balanced, steps or sequence [default: balanced].
+    #[arg(long, value_parser = named::<Share>)]
+    share: Option<Share>,
     /// f32, bf16 or f16 [default: bf16 on a GPU, f32 on the processor].
     #[arg(long, value_parser = named::<Precision>)]
     dtype: Option<Precision>,
@@ -81,6 +84,7 @@ impl Flags {
             ("--lora", !self.lora.is_empty()),
             ("--mode", self.mode.is_some()),
             ("--device", self.device.as_deref().is_some_and(|d| !["cpu", "auto"].contains(&d))),
+            ("--share", self.share.is_some()),
             ("--dtype", self.dtype.is_some()),
             ("--offload", self.offload.is_some()),
             ("--size", self.size.is_some()),
@@ -111,6 +115,9 @@ impl Flags {
             loras: if self.lora.is_empty() { base.loras } else { self.lora.clone() },
             mode: self.mode.unwrap_or(base.mode),
             device: text(&self.device, base.device),
+            share: self.share.unwrap_or(base.share),
+            wire: base.wire,
+            stage_ms: base.stage_ms,
             dtype: self.dtype.unwrap_or(base.dtype),
             offload: self.offload.unwrap_or(base.offload),
             size: text(&self.size, base.size),

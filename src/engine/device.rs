@@ -16,7 +16,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{Arc, atomic::AtomicU32, mpsc::SyncSender},
-    task::Poll,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -93,6 +93,14 @@ impl Guarded {
             Some(stream) => guarded(|| f(stream.as_mut())),
             None => Err(Fault::Device("the stream is gone".into())),
         }
+    }
+
+    pub(super) fn under_way(&self) -> usize {
+        self.0.as_ref().map_or(0, |s| s.under_way())
+    }
+
+    fn poll_ready(&mut self, cx: &mut Context) -> Poll<()> {
+        self.0.as_mut().map_or(Poll::Pending, |s| s.poll_ready(cx))
     }
 }
 
@@ -268,7 +276,8 @@ impl Device {
             let began = Instant::now();
             let Some(block) = stream.call(|s| s.pull())? else { return Ok(geometry) };
             let span = geometry.block_span(block.index).as_duration();
-            self.meter.block(began.elapsed(), span, block.stages, None);
+            let took = block.stages.busiest.unwrap_or_else(|| began.elapsed());
+            self.meter.block(took, span, block.stages, None);
         }
     }
 
@@ -437,17 +446,21 @@ impl Device {
     fn make(&self, geometry: &Geometry, track: &mut Track) -> Result<bool, Fault> {
         let began = Instant::now();
         let Some(mut block) = track.stream.call(|s| s.pull())? else {
-            track.nothing_yet();
+            match track.stream.under_way() {
+                0 => track.nothing_yet(),
+                _ => track.worth_a_pull = false,
+            }
             return Ok(!track.finishing);
         };
         let now = Instant::now();
         let span = geometry.block_span(block.index).as_duration();
-        self.meter.block(now - began, span, block.stages, Some(track.made(now)));
+        let took = block.stages.busiest.unwrap_or(now - began);
+        self.meter.block(took, span, block.stages, Some(track.made(now)));
         let metrics = telemetry::metrics();
         metrics.stage("features", block.stages.features);
         metrics.stage("generation", block.stages.generation);
         metrics.stage("decode", block.stages.decode);
-        metrics.stage("total", now - began);
+        metrics.stage("total", took);
         track.splice.block(&mut block);
         if let Some(permit) = track.room.take() {
             permit.send(LaneEvent::Block(block));
@@ -479,6 +492,12 @@ impl Device {
                     && let Poll::Ready(speech) = track.input.poll_recv(cx)
                 {
                     return Poll::Ready(Woken::Heard(i, speech));
+                }
+            }
+            for track in tracks.iter_mut().filter(|t| t.room.is_some()) {
+                if track.stream.poll_ready(cx).is_ready() {
+                    track.worth_a_pull = true;
+                    return Poll::Ready(Woken::Look);
                 }
             }
             if looks.iter_mut().any(|look| look.as_mut().poll(cx).is_ready()) {

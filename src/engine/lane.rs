@@ -160,9 +160,9 @@ impl Track {
         }
     }
 
-    /// Whether more speech is taken now: at most two complete blocks wait in the stream.
+    /// Whether more speech is taken now: at most two complete blocks wait in the stream, beside those that are made.
     pub(super) fn hungry(&self) -> bool {
-        !self.finishing && self.complete_since.len() < 2
+        !self.finishing && self.complete_since.len() < 2 + self.stream.under_way()
     }
 
     /// The epoch that was raised, if it is newer than the one at work.

@@ -85,6 +85,7 @@ impl Meter {
                 features: quantile(0.5, &|r| r.1.features),
                 generation: quantile(0.5, &|r| r.1.generation),
                 decode: quantile(0.5, &|r| r.1.decode),
+                busiest: None,
             },
             block_median: quantile(0.5, &|r| r.0),
             block_p95: quantile(0.95, &|r| r.0),

@@ -44,6 +44,8 @@ pub struct StageTimes {
     pub features: Duration,
     pub generation: Duration,
     pub decode: Duration,
+    /// Where several devices share the work and are at several blocks at once: how long the busiest was at this one.
+    pub busiest: Option<Duration>,
 }
 
 /// The shape of what a generator makes and needs.

@@ -71,7 +71,7 @@ impl Stream for FaultyStream {
     }
 }
 
-async fn slot_is_back(engine: &Engine) -> loquent::engine::Slot {
+pub(crate) async fn slot_is_back(engine: &Engine) -> loquent::engine::Slot {
     let began = std::time::Instant::now();
     loop {
         match engine.admit() {

@@ -22,6 +22,7 @@ mod peer;
 mod pocket;
 mod prompts;
 mod quantised;
+mod ranks;
 mod recording;
 mod s2v;
 mod say;

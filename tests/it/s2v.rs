@@ -26,7 +26,7 @@ use loquent::{
 };
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
-fn tiny(mode: Mode) -> Config {
+pub(crate) fn tiny(mode: Mode) -> Config {
     Config {
         checkpoint: vec!["random:tiny".into()],
         mode,
@@ -39,15 +39,15 @@ fn tiny(mode: Mode) -> Config {
     }
 }
 
-fn load(config: &Config) -> Box<dyn Generator> {
+pub(crate) fn load(config: &Config) -> Box<dyn Generator> {
     s2v::load(config, &[], Arc::new(|_| {})).unwrap()
 }
 
-fn face() -> Portrait {
+pub(crate) fn face() -> Portrait {
     decode_portrait(presenters()[0].png, &PictureLimits::default()).unwrap()
 }
 
-fn speech(seconds: f32) -> Vec<f32> {
+pub(crate) fn speech(seconds: f32) -> Vec<f32> {
     let voice = |i: usize| {
         let t = i as f32 / SPEECH_RATE as f32;
         0.3 * (t * 130.0 * std::f32::consts::TAU).sin() * (t * 3.0).sin().abs()
@@ -55,13 +55,18 @@ fn speech(seconds: f32) -> Vec<f32> {
     (0..(seconds * SPEECH_RATE as f32) as usize).map(voice).collect()
 }
 
-fn options(mode: Mode) -> OpenOptions {
+pub(crate) fn options(mode: Mode) -> OpenOptions {
     OpenOptions { seed: 5, steps: Some(if mode == Mode::Clip { 2 } else { 4 }), ..OpenOptions::default() }
 }
 
 const ORIGIN: MediaTime = MediaTime::from_millis(1240);
 
-fn speak(generator: &mut dyn Generator, speech: &[f32], cut: usize, options: &OpenOptions) -> Vec<FrameBlock> {
+pub(crate) fn speak(
+    generator: &mut dyn Generator,
+    speech: &[f32],
+    cut: usize,
+    options: &OpenOptions,
+) -> Vec<FrameBlock> {
     let mut stream = generator.open(&face(), options).unwrap();
     let (mut out, mut at) = (Vec::new(), ORIGIN);
     let drain = |stream: &mut dyn Stream, out: &mut Vec<FrameBlock>| {
@@ -80,7 +85,7 @@ fn speak(generator: &mut dyn Generator, speech: &[f32], cut: usize, options: &Op
     out
 }
 
-fn rgb(blocks: &[FrameBlock]) -> Vec<Arc<[u8]>> {
+pub(crate) fn rgb(blocks: &[FrameBlock]) -> Vec<Arc<[u8]>> {
     blocks.iter().flat_map(|b| b.frames.iter().map(|f| f.rgb.clone())).collect()
 }
 

@@ -53,6 +53,9 @@ pub type Watch = Arc<dyn Fn(&str, u64, &Tensor) + Send + Sync>;
 /// Orders that may wait before a rank.
 const ORDERS: usize = 16;
 
+/// Within this time a rank that ends has said why.
+const ENDING: Duration = Duration::from_secs(2);
+
 /// What all ranks and lines of a crew have in common.
 #[derive(Default)]
 struct Common {
@@ -75,6 +78,13 @@ impl Common {
     }
 
     fn error(&self) -> Error {
+        // A rank that panics drops what it holds before it says why.
+        for _ in 0..ENDING.as_millis() {
+            if self.fault.get().is_some() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         Error::Link(self.fault.get().cloned().unwrap_or_else(|| "the ranks have ended".into()))
     }
 }
@@ -155,7 +165,7 @@ impl Crew {
     /// # Errors
     /// A layout that this crew cannot run, or what a rank says.
     pub fn open(self: &Arc<Self>, face: FaceOpening) -> Result<Line> {
-        let FaceOpening { layout, picture, text, euler, settings, watch } = face;
+        let FaceOpening { layout, picture, text, euler, settings, reach, watch } = face;
         layout.check(euler.timesteps().len())?;
         if layout.ranks() > self.ranks() {
             return Err(Error::Config(format!("{} ranks are asked for, there are {}", layout.ranks(), self.ranks())));
@@ -178,16 +188,8 @@ impl Crew {
         let stages = layout.stages.len();
         let depth = stages + usize::from(layout.stage_of(decoder).is_none()) + 1;
         let (made, pictures) = sync_channel(depth);
-        let opening = Arc::new(Opening {
-            layout: Arc::new(layout),
-            reference,
-            motion,
-            text,
-            euler,
-            watch,
-            made: Mutex::new(None),
-        });
-        *opening.made.lock().unwrap_or_else(|e| e.into_inner()) = Some(made);
+        let (layout, made) = (Arc::new(layout), Mutex::new(Some(made)));
+        let opening = Arc::new(Opening { layout, reference, motion, text, euler, reach, watch, made });
         let id = unique();
         let line = Line {
             crew: self.clone(),
@@ -234,10 +236,13 @@ pub struct FaceOpening {
     pub layout: Layout,
     /// `[3, 1, height, width]` in −1..1 at the output size.
     pub picture: Tensor,
-    /// The prompt, and its states `[tokens, text_dim]`, f32.
+    /// The prompt, and its states `[tokens, text_dim]`.
     pub text: Option<(String, Tensor)>,
     pub euler: Euler,
     pub settings: BlockSettings,
+    /// Where each of several speakers is heard ([`super::speakers::reach`]); empty for one. Their features come one after
+    /// the other along the layers.
+    pub reach: Vec<Tensor>,
     pub watch: Option<Watch>,
 }
 
@@ -260,6 +265,11 @@ impl Times {
     /// What hearing, all steps and decoding took, waiting not counted.
     pub fn stages(&self) -> StageTimes {
         *self.stages.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// What the stages took, and how long the busiest of `ranks` was at the block.
+    pub fn told(&self, ranks: usize) -> StageTimes {
+        StageTimes { busiest: (0..ranks).map(|rank| self.busy(rank)).max(), ..self.stages() }
     }
 
     /// How long a rank was at work on the block.

@@ -39,6 +39,7 @@ pub(super) struct Opening {
     pub(super) motion: Tensor,
     pub(super) text: Option<(String, Tensor)>,
     pub(super) euler: Euler,
+    pub(super) reach: Vec<Tensor>,
     pub(super) watch: Option<Watch>,
     /// Taken by the decoder's rank.
     pub(super) made: Mutex<Option<SyncSender<Made>>>,
@@ -213,7 +214,7 @@ impl Rank {
                         watch(name, order.number, x);
                     }
                 };
-                let audio = speakers::hear(studio, &features, &[])?;
+                let audio = speakers::hear(studio, &features, &face.opening.reach)?;
                 let way = layout.stages[*stage].way.clone();
                 let on = studio.dit.travel(state, on, way, &audio, None, &order.distance, &mut probe)?;
                 state.advance(studio.dit.config().frames_per_block);

@@ -150,6 +150,7 @@ impl Stream for Face {
             features: std::mem::take(&mut self.listening),
             generation: generated - began,
             decode: generated.elapsed(),
+            busiest: None,
         };
         let g = &s.geometry;
         let first = g.first_frame(block);

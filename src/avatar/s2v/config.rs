@@ -3,7 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::ears::Reach;
-use crate::model::{picture, sampler::Solver};
+use crate::model::{
+    picture,
+    ranks::{Costs, Split},
+    sampler::Solver,
+};
 
 /// How frames are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +46,38 @@ pub enum Offload {
     Blocks,
 }
 
+/// How several devices share the work of block mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Share {
+    /// Each a stretch of a block's way through the steps, all the same to do; several blocks under way: most frames.
+    Balanced,
+    /// The same cut between steps only; the official five-GPU layout on five devices.
+    Steps,
+    /// All at every step at once, by tokens and heads: least delay.
+    Sequence,
+}
+
+impl From<Share> for Split {
+    fn from(share: Share) -> Split {
+        match share {
+            Share::Balanced => Split::Balanced,
+            Share::Steps => Split::Steps,
+            Share::Sequence => Split::Sequence,
+        }
+    }
+}
+
+/// What several devices send each other with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wire {
+    /// NCCL, for NVIDIA cards.
+    Nccl,
+    /// Through main memory: needs nothing, slower.
+    Memory,
+}
+
 /// From noise to a clip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -75,8 +111,15 @@ pub struct Config {
     /// Adapters as `PATH` or `PATH:WEIGHT`, merged while loading.
     pub loras: Vec<String>,
     pub mode: Mode,
-    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    /// `auto`, `cpu`, `cuda` or `cuda:N`; in block mode several, as `cuda:0,cuda:1`.
     pub device: String,
+    /// How several devices share the work.
+    pub share: Share,
+    /// What they send each other with.
+    pub wire: Wire,
+    /// Milliseconds a block takes on one device to be heard, for one step, and to be decoded: what the shares are cut by.
+    /// Only the proportions matter.
+    pub stage_ms: [f64; 3],
     pub dtype: Precision,
     pub offload: Offload,
     /// See [`Size::parse`].
@@ -114,6 +157,9 @@ impl Default for Config {
             loras: Vec::new(),
             mode: Mode::Auto,
             device: "auto".into(),
+            share: Share::Balanced,
+            wire: Wire::Nccl,
+            stage_ms: [Costs::MEASURED.hearing, Costs::MEASURED.step, Costs::MEASURED.decode],
             dtype: Precision::Auto,
             offload: Offload::None,
             size: "512x512".into(),
@@ -142,7 +188,14 @@ impl Config {
             Err(format!("s2v.{key} = {value}: allowed is {allowed}"))
         };
         Size::parse(&self.size).map_err(|why| format!("s2v.size: {why}"))?;
-        Place::parse(&self.device).map_err(|why| format!("s2v.device: {why}"))?;
+        let places = self.places().map_err(|why| format!("s2v.device: {why}"))?;
+        if places.len() > 1 && self.mode == Mode::Clip {
+            return wrong("device", &self.device, "one device in clip mode; several share the work of block mode");
+        }
+        if self.stage_ms.iter().any(|ms| !(0.0..=1e6).contains(ms)) || self.stage_ms[1] == 0.0 {
+            let text = format!("{:?}", self.stage_ms);
+            return wrong("stage_ms", &text, "three times from 0 to 1000000, the second above 0");
+        }
         for lora in &self.loras {
             adapter(lora).map_err(|why| format!("s2v.loras: {why}"))?;
         }
@@ -167,6 +220,20 @@ impl Config {
     /// The negative prompt in effect.
     pub(super) fn negative(&self) -> &str {
         if self.negative_prompt.is_empty() { OFFICIAL_NEGATIVE_PROMPT } else { &self.negative_prompt }
+    }
+
+    /// Where the networks run.
+    ///
+    /// # Errors
+    /// A sentence that says what is allowed.
+    pub fn places(&self) -> Result<Vec<Place>, String> {
+        self.device.split(',').map(Place::parse).collect()
+    }
+
+    /// How long a block's parts take on one device.
+    pub fn costs(&self) -> Costs {
+        let [hearing, step, decode] = self.stage_ms;
+        Costs { hearing, step, decode }
     }
 
     pub(super) fn reach(&self) -> Reach {

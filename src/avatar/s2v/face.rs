@@ -22,7 +22,7 @@ use crate::{
 
 /// How far ahead of a block the reference may stay; drawn anew for every step (causal_model_s2v.py of
 /// Alibaba-Quark/LiveAvatar at 9c2c38d draws from an unseeded generator, here it comes from the face's seed).
-const DISTANCE: (usize, usize) = (4, 30);
+pub(super) const DISTANCE: (usize, usize) = (4, 30);
 
 /// The two ways to frames.
 pub(super) enum Way {
@@ -80,8 +80,8 @@ impl Face {
             Way::Clip { face, .. } => face.show(&studio, &latents)?,
         };
         let shown = pictures(&video)?;
-        let stages =
-            StageTimes { features: heard, generation: imagined - heard, decode: settled(&device, began)? - imagined };
+        let (generation, decode) = (imagined - heard, settled(&device, began)? - imagined);
+        let stages = StageTimes { features: heard, generation, decode, busiest: None };
         Ok((shown, stages))
     }
 }
@@ -90,6 +90,19 @@ impl Face {
 fn settled(device: &Device, began: Instant) -> model::Result<Duration> {
     device.synchronize()?;
     Ok(began.elapsed())
+}
+
+/// The frames of block `index` of a face that began at `origin`.
+pub(super) fn frames(shown: Vec<Arc<[u8]>>, g: &Geometry, origin: MediaTime, index: u64) -> Vec<Frame> {
+    let first = g.first_frame(index);
+    let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
+        at: origin + MediaTime::from_units(first as i64 + i as i64, g.fps),
+        width: g.width,
+        height: g.height,
+        rgb,
+        matte: None,
+    };
+    shown.into_iter().enumerate().map(frame).collect()
 }
 
 impl Stream for Face {
@@ -115,17 +128,8 @@ impl Stream for Face {
         let index = self.index;
         let (shown, stages) =
             self.block().map_err(|e| AvatarError::Device { block: index, stage: "generation", source: e.into() })?;
-        let g = &self.geometry;
-        let first = g.first_frame(index);
         let origin = self.speakers.first().map_or(MediaTime::ZERO, |s| s.intake.origin());
-        let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
-            at: origin + MediaTime::from_units(first as i64 + i as i64, g.fps),
-            width: g.width,
-            height: g.height,
-            rgb,
-            matte: None,
-        };
-        let frames = shown.into_iter().enumerate().map(frame).collect();
+        let frames = frames(shown, &self.geometry, origin, index);
         self.index += 1;
         Ok(Some(FrameBlock { epoch: Epoch::default(), index, frames, stages, controls: Vec::new() }))
     }

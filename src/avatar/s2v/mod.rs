@@ -17,9 +17,10 @@ mod ears;
 mod face;
 pub(super) mod parts;
 mod pose;
+mod team;
 pub(super) mod words;
 
-pub use config::{Config, Mode, Offload, Place, Precision, Size, SolverName, adapter};
+pub use config::{Config, Mode, Offload, Place, Precision, Share, Size, SolverName, Wire, adapter};
 pub use ears::{Ears, Features, LEAST_AHEAD, Normalise, Reach, numbers, whole};
 pub use parts::{Loading, WANTED, Watcher};
 
@@ -67,6 +68,7 @@ struct S2v {
 }
 
 /// The settled mode.
+#[derive(Clone)]
 enum How {
     Block { settings: BlockSettings, shift: f64 },
     Clip(ClipSettings),
@@ -80,6 +82,9 @@ enum How {
 /// [`AvatarError::Options`] names a setting that this model or machine does not have.
 pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box<dyn Generator>> {
     config.validate().map_err(AvatarError::Options)?;
+    if config.places().map_err(AvatarError::Options)?.len() > 1 {
+        return team::load(config, prompts, watcher);
+    }
     let size = Size::parse(&config.size).map_err(AvatarError::Options)?;
     let device = parts::device(config)?;
     let dtype = parts::precision(config, &device)?;
@@ -197,62 +202,81 @@ impl How {
     fn area(&self) -> usize {
         if matches!(self, How::Block { .. }) { BLOCK_AREA } else { CLIP_AREA }
     }
-}
 
-impl S2v {
-    /// Frames per block and how many of the first block's are lost.
-    fn frames(&self) -> (usize, usize) {
-        match &self.how {
-            How::Block { .. } => (4 * self.studio.dit.config().frames_per_block, block::WARM_UP),
+    /// Frames per block and how many of the first block's are lost, with `per_block` latent frames a block.
+    fn frames(&self, per_block: usize) -> (usize, usize) {
+        match self {
+            How::Block { .. } => (4 * per_block, block::WARM_UP),
             How::Clip(s) => (s.clip_frames, if s.first_frame { 0 } else { clip::WARM_UP }),
         }
     }
 
     /// Height and width of the output for a picture.
-    fn output(&self, portrait: &Portrait) -> Result<(usize, usize)> {
+    fn output(&self, size: Size, portrait: &Portrait) -> Result<(usize, usize)> {
         let (w, h) = (portrait.width as usize, portrait.height as usize);
         if w == 0 || h == 0 || portrait.rgb.len() != 3 * w * h {
             return Err(AvatarError::Portrait("The picture has no pixels; choose another one.".into()));
         }
-        self.size.of((w, h), self.how.area()).map_err(|e| AvatarError::Portrait(e.to_string()))
+        size.of((w, h), self.area()).map_err(|e| AvatarError::Portrait(e.to_string()))
     }
 
-    fn geometry_of(&self, (height, width): (usize, usize)) -> Geometry {
-        let (frames, lost) = self.frames();
+    fn geometry(&self, per_block: usize, reach: Reach, (height, width): (usize, usize)) -> Geometry {
+        let (frames, lost) = self.frames(per_block);
         Geometry {
             width: width as u32,
             height: height as u32,
-            fps: self.how.fps(),
+            fps: self.fps(),
             first_block_frames: (frames - lost) as u32,
             block_frames: frames as u32,
-            look_ahead: MediaTime::from_units(self.config.reach().ahead as i64, SPEECH_RATE),
+            look_ahead: MediaTime::from_units(reach.ahead as i64, SPEECH_RATE),
             matte: false,
         }
     }
+}
 
-    /// What each of several speakers' voices reaches; nothing for one speaker.
-    fn reach(&self, portrait: &Portrait, masks: &[Portrait], size: (usize, usize)) -> Result<Vec<Tensor>> {
-        if masks.is_empty() {
-            return Ok(Vec::new());
-        }
-        if let Some((i, m)) =
-            masks.iter().enumerate().find(|(_, m)| (m.width, m.height) != (portrait.width, portrait.height))
-        {
-            return Err(AvatarError::Portrait(format!(
-                "the mask of speaker {} is {}x{}, the picture {}x{}; a mask is drawn over the picture and has its size",
-                i + 1,
-                m.width,
-                m.height,
-                portrait.width,
-                portrait.height
-            )));
-        }
-        let greys: Vec<Vec<u8>> = masks.iter().map(|m| m.rgb.iter().skip(1).step_by(3).copied().collect()).collect();
-        let masks: Vec<Mask> = (greys.iter().zip(masks))
-            .map(|(grey, m)| Mask { grey, width: m.width as usize, height: m.height as usize })
-            .collect();
-        let patch = self.studio.vae.scale() * self.studio.dit.config().patch[1];
-        speakers::reach(&masks, size, patch).map_err(|e| AvatarError::Portrait(e.to_string()))
+/// What each of several speakers' voices reaches; nothing for one speaker. `patch`: pixels of
+/// a token's side.
+fn reach(portrait: &Portrait, masks: &[Portrait], size: (usize, usize), patch: usize) -> Result<Vec<Tensor>> {
+    if masks.is_empty() {
+        return Ok(Vec::new());
+    }
+    if let Some((i, m)) =
+        masks.iter().enumerate().find(|(_, m)| (m.width, m.height) != (portrait.width, portrait.height))
+    {
+        return Err(AvatarError::Portrait(format!(
+            "the mask of speaker {} is {}x{}, the picture {}x{}; a mask is drawn over the picture and has its size",
+            i + 1,
+            m.width,
+            m.height,
+            portrait.width,
+            portrait.height
+        )));
+    }
+    let greys: Vec<Vec<u8>> = masks.iter().map(|m| m.rgb.iter().skip(1).step_by(3).copied().collect()).collect();
+    let masks: Vec<Mask> = (greys.iter().zip(masks))
+        .map(|(grey, m)| Mask { grey, width: m.width as usize, height: m.height as usize })
+        .collect();
+    speakers::reach(&masks, size, patch).map_err(|e| AvatarError::Portrait(e.to_string()))
+}
+
+/// A picture to try a model with.
+fn sample() -> Portrait {
+    super::embedded::portrait().unwrap_or(Portrait { width: 256, height: 256, rgb: vec![128; 3 << 16].into() })
+}
+
+impl S2v {
+    /// Frames per block and how many of the first block's are lost.
+    fn frames(&self) -> (usize, usize) {
+        self.how.frames(self.studio.dit.config().frames_per_block)
+    }
+
+    /// Height and width of the output for a picture.
+    fn output(&self, portrait: &Portrait) -> Result<(usize, usize)> {
+        self.how.output(self.size, portrait)
+    }
+
+    fn geometry_of(&self, size: (usize, usize)) -> Geometry {
+        self.how.geometry(self.studio.dit.config().frames_per_block, self.config.reach(), size)
     }
 
     /// The noise levels for so many steps, prepared once.
@@ -277,7 +301,7 @@ impl Generator for S2v {
     }
 
     fn sample_portrait(&self) -> Portrait {
-        super::embedded::portrait().unwrap_or(Portrait { width: 256, height: 256, rgb: vec![128; 3 << 16].into() })
+        sample()
     }
 
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>> {
@@ -289,7 +313,8 @@ impl Generator for S2v {
         let picture = picture.map_err(|e| AvatarError::Portrait(e.to_string()))?;
         let prompt = options.prompt.as_deref().unwrap_or(&self.config.prompt);
         let prompt = self.reader.read(&studio.dit, prompt).map_err(failed)?;
-        let reach = self.reach(portrait, &options.masks, size)?;
+        let patch = studio.vae.scale() * studio.dit.config().patch[1];
+        let reach = reach(portrait, &options.masks, size, patch)?;
         let (frames, lost) = self.frames();
         let way = match &self.how {
             How::Block { settings, shift } => {

@@ -285,10 +285,18 @@ pub(in crate::avatar) fn transformer_config(c: &weights::Checkpoint) -> model::R
     Ok(config)
 }
 
-/// Opens the device.
+/// Opens the first device.
 pub(in crate::avatar) fn device(config: &Config) -> Result<Device> {
+    match config.places().map_err(AvatarError::Options)?.first() {
+        Some(place) => opened(*place),
+        None => Ok(Device::Cpu),
+    }
+}
+
+/// Opens a device.
+pub(super) fn opened(place: Place) -> Result<Device> {
     let cuda = |n: usize| model::kernels::card(n).map_err(|e| AvatarError::Options(e.to_string()));
-    match Place::parse(&config.device).map_err(AvatarError::Options)? {
+    match place {
         Place::Cpu => Ok(Device::Cpu),
         Place::Cuda(n) => cuda(n),
         Place::Auto if candle_core::utils::cuda_is_available() => match cuda(0) {

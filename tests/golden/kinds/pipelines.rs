@@ -306,6 +306,7 @@ fn on_ranks(g: &Golden) -> Result<Vec<(Got, Layout)>, Box<dyn std::error::Error>
             text: Some(("recorded".into(), g.input("context")?)),
             euler: Euler::live_avatar(steps, 3.0)?,
             settings: settings.clone(),
+            reach: Vec::new(),
             watch: Some(Arc::new(move |name: &str, block, x: &Tensor| {
                 watch.lock().unwrap().entry((name.into(), block)).or_default().push(x.clone());
             })),

@@ -6,6 +6,7 @@
 //! | [`gemm`] | matrix products by cuBLASLt: bf16 with epilogues, e4m3 with a scale per row and per channel |
 //! | `cudnn.cpp`, [`attention`] | scaled dot-product attention by cuDNN: bf16 and e4m3 |
 //! | `vae.cu`, `vae.cpp`, [`vae`] | the video autoencoder: convolutions by cuDNN and the passes between them |
+//! | `nccl` | what several cards send each other |
 //! | [`graph`] | a sequence of launches recorded once and replayed |
 //! | [`time`] | time by the card's events, memory |
 //!
@@ -16,6 +17,7 @@
 pub mod attention;
 pub mod gemm;
 pub mod graph;
+pub(crate) mod nccl;
 pub mod rows;
 #[cfg(test)]
 mod tests;
@@ -294,6 +296,43 @@ fn address_in(storage: &CudaStorage, offset: usize, dtype: DType) -> Result<u64>
         DType::U32 => of::<u32>(storage, offset),
         other => Err(Error::Input(format!("kernels take f32, bf16 and bytes, not {other:?}"))),
     }
+}
+
+/// Which card a device is.
+pub(crate) fn ordinal(device: &Device) -> Result<i32> {
+    match device {
+        Device::Cuda(device) => Ok(device.cuda_stream().context().ordinal() as i32),
+        _ => Err(Error::Input("an NVIDIA card is expected".into())),
+    }
+}
+
+/// Some columns of `[rows, width]` on a card, contiguous: one copy by the driver, whatever the element type.
+pub(crate) fn columns(x: &Tensor, which: std::ops::Range<usize>) -> Result<Tensor> {
+    let ((rows, width), size) = (x.dims2()?, x.dtype().size_in_bytes());
+    let (from, apart) = rows_address(x)?;
+    if which.end > width || which.is_empty() {
+        return Err(Error::Input(format!("columns {which:?} of {width}")));
+    }
+    let out = empty(x.device(), (rows, which.len()), x.dtype())?;
+    let Device::Cuda(device) = x.device() else {
+        return Err(Error::Input("a tensor on an NVIDIA card is expected".into()));
+    };
+    let card = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+    let copy = sys::CUDA_MEMCPY2D {
+        srcMemoryType: card,
+        srcDevice: from + (which.start * size) as u64,
+        srcPitch: apart * size,
+        dstMemoryType: card,
+        dstDevice: address(&out)?,
+        dstPitch: which.len() * size,
+        WidthInBytes: which.len() * size,
+        Height: rows,
+        // SAFETY: the rest is numbers and pointers that these kinds of memory do not use; zero is right.
+        ..unsafe { std::mem::zeroed() }
+    };
+    // SAFETY: both sides are as large as said; the order is that of the device's stream.
+    unsafe { sys::cuMemcpy2DAsync_v2(&copy, device.cuda_stream().cu_stream()) }.result().w()?;
+    Ok(out)
 }
 
 /// Memory for a result, not written yet.
