@@ -8,7 +8,12 @@ use super::{
     machine::Machine,
     measure::{encoder_ms, measure},
 };
-use crate::{config::Config, engine, model::budget, net, server};
+use crate::{
+    config::Config,
+    engine,
+    model::{budget, ranks::Layout},
+    net, server,
+};
 use std::net::{IpAddr, TcpListener, UdpSocket};
 
 #[derive(clap::Args)]
@@ -213,11 +218,47 @@ fn engines(config: &Config, seconds: u32, machine: &Machine, findings: &mut Find
             }
         }
     }
-    if !large {
+    if large {
+        devices(config, findings);
+    } else {
         line("Engine", "s2v (Wan2.2-S2V, LiveAvatar, 14B): not set up; needs a checkpoint and a GPU of 48 GB or more");
     }
     for (name, plan) in budget::PROFILES {
         line("14B model", profile(name, &plan));
+    }
+}
+
+/// Who does what, where several devices share a face.
+fn devices(config: &Config, findings: &mut Findings) {
+    let places = match config.s2v.places() {
+        Ok(places) if places.len() > 1 => places,
+        _ => return,
+    };
+    let (steps, costs) = (config.engine.steps.unwrap_or(4), config.s2v.costs());
+    // As many blocks as the 14B model has; a smaller one is cut in the same proportions.
+    match Layout::plan(places.len(), steps, 40, &costs, config.s2v.share.into()) {
+        Ok(layout) => {
+            for (text, place) in layout.describe(&costs).into_iter().zip(config.s2v.device.split(',')) {
+                line("Devices", format!("{}: {text}", place.trim()));
+            }
+            let (period, delay) = (layout.period(&costs), layout.delay(&costs));
+            line(
+                "Devices",
+                format!(
+                    "by s2v.stage_ms a block every {period:.0} ms, {:.1} frames/s, {delay:.0} ms after its speech",
+                    12_000.0 / period
+                ),
+            );
+            if layout.ranks() < places.len() {
+                findings.hint(format!(
+                    "Only {} of the {} devices in s2v.device are used with s2v.share = {:?}; \"balanced\" uses all.",
+                    layout.ranks(),
+                    places.len(),
+                    config.s2v.share
+                ));
+            }
+        }
+        Err(e) => findings.problem(e.to_string()),
     }
 }
 
