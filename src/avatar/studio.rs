@@ -63,11 +63,19 @@ impl Studio {
 
 /// A video `[3, n, height, width]` in −1..1 as packed 8-bit RGB, one per frame.
 pub(super) fn pictures(video: &Tensor) -> Result<Vec<Arc<[u8]>>> {
-    let (_, frames, h, w) = video.dims4()?;
+    Ok(apart(&raster(video)?, video.dim(1)?))
+}
+
+/// As many pictures as lie in these bytes one after the other.
+pub(super) fn apart(bytes: &[u8], frames: usize) -> Vec<Arc<[u8]>> {
+    bytes.chunks_exact((bytes.len() / frames.max(1)).max(1)).take(frames).map(Arc::from).collect()
+}
+
+/// A video `[3, n, height, width]` in −1..1 as packed 8-bit RGB, frame after frame.
+pub(super) fn raster(video: &Tensor) -> Result<Vec<u8>> {
     // half added before the cut to whole numbers: rounding
     let bytes = video.affine(127.5, 128.0)?.clamp(0.0, 255.0)?.to_dtype(DType::U8)?;
-    let bytes: Vec<u8> = bytes.permute((1, 2, 3, 0))?.contiguous()?.flatten_all()?.to_vec1()?;
-    Ok(bytes.chunks_exact((3 * h * w).max(1)).take(frames).map(Arc::from).collect())
+    Ok(bytes.permute((1, 2, 3, 0))?.contiguous()?.flatten_all()?.to_vec1()?)
 }
 
 /// `frames` copies of a picture `[3, 1, height, width]`.

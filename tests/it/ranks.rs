@@ -253,7 +253,7 @@ impl Stream for MortalFace {
             rgb,
             matte: None,
         };
-        let frames = made.pictures.into_iter().enumerate().map(frame).collect();
+        let frames = made.pictures().into_iter().enumerate().map(frame).collect();
         let (stages, controls) = (made.times.told(3), Vec::new());
         Ok(Some(FrameBlock { epoch: Default::default(), index: made.number, frames, stages, controls }))
     }

@@ -31,7 +31,7 @@ use futures::task::AtomicWaker;
 
 use super::{
     block::{BlockSettings, look},
-    studio::Studio,
+    studio::{Studio, apart},
 };
 use crate::{
     media::StageTimes,
@@ -283,11 +283,19 @@ impl Times {
 pub struct Made {
     /// From 0.
     pub number: u64,
-    /// Packed RGB, one per frame.
-    pub pictures: Vec<Arc<[u8]>>,
+    /// Packed RGB, frame after frame: cut apart by whoever takes them, not by a rank that has more to do.
+    raster: Vec<u8>,
+    frames: usize,
     pub times: Arc<Times>,
     /// The first latent frame of the first block.
     own: Option<Tensor>,
+}
+
+impl Made {
+    /// Packed RGB, one per frame.
+    pub fn pictures(&self) -> Vec<Arc<[u8]>> {
+        apart(&self.raster, self.frames)
+    }
 }
 
 /// A face on a crew.

@@ -18,7 +18,7 @@ use crate::{
     avatar::{
         block::{prime, show},
         speakers,
-        studio::{Studio, pictures},
+        studio::{Studio, raster},
     },
     model::{
         At, Error, Result,
@@ -240,7 +240,7 @@ impl Rank {
         device.synchronize()?;
         let began = Instant::now();
         let frames = show(studio, decoding, &latents, order.number == 0)?;
-        let shown = pictures(&frames)?;
+        let raster = raster(&frames)?;
         let ended = Instant::now();
         order.times.span(me, began, ended);
         order.times.stage(|s| s.decode = ended - began);
@@ -249,7 +249,8 @@ impl Rank {
             watch("frames", order.number, &frames);
         }
         let own = (order.number == 0).then(|| latents.narrow(1, 0, 1)?.to_device(&candle_core::Device::Cpu));
-        let block = Made { number: order.number, pictures: shown, times: order.times, own: own.transpose()? };
+        let (number, frames, times) = (order.number, frames.dim(1)?, order.times);
+        let block = Made { number, raster, frames, times, own: own.transpose()? };
         // A face whose owner is gone is closed by the next order.
         let _ = made.send(block);
         common.waker.wake();

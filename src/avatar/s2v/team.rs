@@ -238,7 +238,7 @@ impl Face {
     fn told(&self, made: Made) -> FrameBlock {
         let stages = made.times.told(self.line.layout().ranks());
         let origin = self.speakers.first().map_or(MediaTime::ZERO, |s| s.intake.origin());
-        let frames = frames(made.pictures, &self.geometry, origin, made.number);
+        let frames = frames(made.pictures(), &self.geometry, origin, made.number);
         FrameBlock { epoch: Epoch::default(), index: made.number, frames, stages, controls: Vec::new() }
     }
 }

@@ -319,16 +319,22 @@ pub(crate) fn columns(x: &Tensor, which: std::ops::Range<usize>) -> Result<Tenso
     };
     let card = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
     let copy = sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
         srcMemoryType: card,
+        srcHost: std::ptr::null(),
         srcDevice: from + (which.start * size) as u64,
+        srcArray: std::ptr::null_mut(),
         srcPitch: apart * size,
+        dstXInBytes: 0,
+        dstY: 0,
         dstMemoryType: card,
+        dstHost: std::ptr::null_mut(),
         dstDevice: address(&out)?,
+        dstArray: std::ptr::null_mut(),
         dstPitch: which.len() * size,
         WidthInBytes: which.len() * size,
         Height: rows,
-        // SAFETY: the rest is numbers and pointers that these kinds of memory do not use; zero is right.
-        ..unsafe { std::mem::zeroed() }
     };
     // SAFETY: both sides are as large as said; the order is that of the device's stream.
     unsafe { sys::cuMemcpy2DAsync_v2(&copy, device.cuda_stream().cu_stream()) }.result().w()?;
