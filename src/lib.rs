@@ -63,6 +63,7 @@
 //! | fix lips that lead or lag the voice | `session::playout` |
 //! | change what an interruption does | `session::machine` |
 //! | admit more people per device | `engine` |
+//! | share a face's work among several devices | `model::ranks` (who does what, what is sent), `avatar::crew` (the threads) |
 //! | fix connection trouble | `net` |
 //! | change how agents in LiveKit rooms are served | `livekit`, `server::livekit` for the calls that start it |
 //! | add an HTTP route | `server` |

@@ -318,7 +318,8 @@ async fn a_rank_that_dies_ends_its_faces_with_a_reason_and_the_engine_goes_on() 
         let started = Arc::<AtomicU64>::default();
         let settings = engine::Config { warm_up_blocks: 1, steps: Some(STEPS), ..engine::Config::default() };
         let count = started.clone();
-        let build = move || Ok(Box::new(Mortal { crew: crew(3, 3), fault, started: count }) as Box<dyn Generator>);
+        let build =
+            move || Ok(Box::new(Mortal { crew: crew(3, 3), fault, started: count.clone() }) as Box<dyn Generator>);
         let engine = tokio::task::spawn_blocking(move || Engine::start("ranks", &settings, build)).await;
         let engine = engine.unwrap().unwrap();
         assert_eq!(talk(&engine, 3, false).await, (9 + 4 * 12, None), "{fault:?}: before");
