@@ -49,9 +49,6 @@ pub enum AvatarError {
     /// The weights do not fit the engine; the text lists what is missing or misshapen.
     #[error("{0}")]
     Weights(String),
-    /// One of several devices failed, and with it this face; the next one that is opened begins anew.
-    #[error("{0}")]
-    Lost(String),
     /// The device failed; the engine must be rebuilt.
     #[error("block {block}, {stage}: {source}")]
     Device {

@@ -179,12 +179,14 @@ enum Fault {
     Decoder,
 }
 
-/// A generator on three ranks that dies at the third block of faces that are opened with seed 2, and whose crew is
-/// started anew, as the large engine does it.
+/// A generator on three ranks, one of which dies at the third block of faces that are opened with seed 2.
 struct Mortal {
     crew: Arc<Crew>,
     fault: Fault,
-    started: Arc<AtomicU64>,
+}
+
+fn lost(e: model::Error) -> AvatarError {
+    AvatarError::Device { block: 0, stage: "ranks", source: e.into() }
 }
 
 struct MortalFace {
@@ -209,10 +211,6 @@ impl Generator for Mortal {
     }
 
     fn open(&mut self, _: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
-        if self.crew.fault().is_some() {
-            self.crew = crew(3, 3);
-            self.started.fetch_add(1, Ordering::SeqCst);
-        }
         let fault = (options.seed == 2).then_some(self.fault);
         let watch: Option<Watch> = matches!(fault, Some(Fault::Decoder)).then(|| {
             Arc::new(|name: &str, block: u64, _: &Tensor| assert!(name != "frames" || block < 2, "the screen broke"))
@@ -221,7 +219,7 @@ impl Generator for Mortal {
         let layers = Whole::named("tiny").unwrap().transformer_config().num_layers;
         let layout = Layout::plan(3, STEPS, layers, &Costs::MEASURED, Split::Steps).unwrap();
         assert_eq!(layout.ranks(), 3);
-        let line = open(&self.crew, layout, watch).map_err(|e| AvatarError::Lost(e.to_string()))?;
+        let line = open(&self.crew, layout, watch).map_err(lost)?;
         let geometry = self.geometry();
         Ok(Box::new(MortalFace { line, intake: Intake::default(), geometry, begun: 0, fault }))
     }
@@ -233,7 +231,6 @@ impl Stream for MortalFace {
     }
 
     fn pull(&mut self) -> avatar::Result<Option<FrameBlock>> {
-        let lost = |e: model::Error| AvatarError::Lost(e.to_string());
         while self.intake.allows(&self.geometry, self.begun) && !self.line.full() {
             let hear: avatar::crew::Hear = match self.fault.filter(|_| self.begun == 2) {
                 Some(Fault::Panic) => Box::new(|_| panic!("an ear fell off")),
@@ -318,8 +315,10 @@ async fn a_rank_that_dies_ends_its_faces_with_a_reason_and_the_engine_goes_on() 
         let started = Arc::<AtomicU64>::default();
         let settings = engine::Config { warm_up_blocks: 1, steps: Some(STEPS), ..engine::Config::default() };
         let count = started.clone();
-        let build =
-            move || Ok(Box::new(Mortal { crew: crew(3, 3), fault, started: count.clone() }) as Box<dyn Generator>);
+        let build = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            Ok(Box::new(Mortal { crew: crew(3, 3), fault }) as Box<dyn Generator>)
+        };
         let engine = tokio::task::spawn_blocking(move || Engine::start("ranks", &settings, build)).await;
         let engine = engine.unwrap().unwrap();
         assert_eq!(talk(&engine, 3, false).await, (9 + 4 * 12, None), "{fault:?}: before");
@@ -327,9 +326,11 @@ async fn a_rank_that_dies_ends_its_faces_with_a_reason_and_the_engine_goes_on() 
         let why = why.unwrap_or_default();
         assert!(why.contains(said), "{fault:?}: {why}");
         assert!(frames <= 9 + 12, "{fault:?}: {frames} frames of two blocks");
-        assert_eq!(*engine.health().borrow(), Health::Ready);
-        // The next face has new ranks, and blocks that come late are noticed.
+        // The engine is built anew with new ranks, and blocks that come late are noticed.
+        let mut health = engine.health();
+        let well = health.wait_for(|h| *h == Health::Ready && started.load(Ordering::SeqCst) == 2);
+        timeout(SOON, well).await.expect("it is not built anew").unwrap();
         assert_eq!(talk(&engine, 3, true).await, (9 + 3 * 12, None), "{fault:?}: after");
-        assert_eq!(started.load(Ordering::SeqCst), 1);
+        assert_eq!(started.load(Ordering::SeqCst), 2);
     }
 }

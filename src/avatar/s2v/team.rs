@@ -32,41 +32,39 @@ use crate::{
     },
 };
 
-/// What is lost with a rank, as the caller of this face is told.
+/// A rank failed, and with it all faces: the engine is built anew.
 fn lost(error: model::Error) -> AvatarError {
-    AvatarError::Lost(error.to_string())
+    AvatarError::Device { block: 0, stage: "ranks", source: error.into() }
 }
 
-/// Everything a crew is started from, once and again after a rank was lost.
-struct Yard {
-    config: Config,
-    parts: Arc<Parts>,
-    how: How,
-    devices: Vec<Device>,
+/// Starts the ranks.
+fn start(
+    config: &Config,
+    parts: &Arc<Parts>,
+    how: &How,
+    devices: &[Device],
     dtype: DType,
-    watcher: Watcher,
-}
-
-impl Yard {
-    fn start(&self) -> model::Result<Arc<Crew>> {
-        let links = connect(&self.devices, self.config.wire == Wire::Nccl)?;
-        let build = |device: &Device| -> Build {
-            let (parts, config, how) = (self.parts.clone(), self.config.clone(), self.how.clone());
-            let (device, dtype, watcher) = (device.clone(), self.dtype, self.watcher.clone());
-            Box::new(move || -> model::Result<Studio> {
-                let mut transformer = parts.transformer_config.clone();
-                if let How::Block { settings, .. } = &how {
-                    transformer.kv_frames = settings.clip_frames / 4;
-                }
-                assemble(&parts, &config, &how, transformer, &device, dtype, &watcher)
-            })
-        };
-        Ok(Arc::new(Crew::start(links, self.devices.iter().map(build).collect())?))
-    }
+    watcher: &Watcher,
+) -> model::Result<Arc<Crew>> {
+    let links = connect(devices, config.wire == Wire::Nccl)?;
+    let build = |device: &Device| -> Build {
+        let (parts, config, how) = (parts.clone(), config.clone(), how.clone());
+        let (device, watcher) = (device.clone(), watcher.clone());
+        Box::new(move || -> model::Result<Studio> {
+            let mut transformer = parts.transformer_config.clone();
+            if let How::Block { settings, .. } = &how {
+                transformer.kv_frames = settings.clip_frames / 4;
+            }
+            assemble(&parts, &config, &how, transformer, &device, dtype, &watcher)
+        })
+    };
+    Ok(Arc::new(Crew::start(links, devices.iter().map(build).collect())?))
 }
 
 struct Team {
-    yard: Yard,
+    config: Config,
+    parts: Arc<Parts>,
+    how: How,
     size: Size,
     settings: BlockSettings,
     shift: f64,
@@ -107,11 +105,11 @@ fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Te
         Reader::new(&parts.text, parts.transformer_config.text_len, &devices[0], dtype, &watcher).map_err(fits)?;
     let known: Vec<&str> = std::iter::once(config.prompt.as_str()).chain(prompts.iter().map(String::as_str)).collect();
     reader.learn(&known).map_err(fits)?;
-    let yard = Yard { config: config.clone(), parts, how, devices, dtype, watcher };
-    let crew = yard.start().map_err(fits)?;
-    let team = Team { yard, size, settings, shift, per_block, crew, reader: Arc::new(Mutex::new(reader)) };
+    let crew = start(config, &parts, &how, &devices, dtype, &watcher).map_err(fits)?;
+    let (config, reader) = (config.clone(), Arc::new(Mutex::new(reader)));
+    let team = Team { config, parts, how, size, settings, shift, per_block, crew, reader };
     let layout = team.layout(BLOCK_STEPS)?;
-    for line in layout.describe(&team.yard.config.costs()) {
+    for line in layout.describe(&team.config.costs()) {
         tracing::info!("{line}");
     }
     Ok(team)
@@ -119,14 +117,14 @@ fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Te
 
 impl Team {
     fn layout(&self, steps: usize) -> Result<Layout> {
-        let config = &self.yard.config;
-        let blocks = self.yard.parts.transformer_config.num_layers;
+        let config = &self.config;
+        let blocks = self.parts.transformer_config.num_layers;
         Layout::plan(self.crew.ranks(), steps, blocks, &config.costs(), config.share.into())
             .map_err(|e| AvatarError::Options(e.to_string()))
     }
 
     fn geometry_of(&self, size: (usize, usize)) -> Geometry {
-        self.yard.how.geometry(self.per_block, self.yard.config.reach(), size)
+        self.how.geometry(self.per_block, self.config.reach(), size)
     }
 }
 
@@ -137,7 +135,7 @@ impl Generator for Team {
 
     fn geometry_for(&self, portrait: &Portrait) -> Geometry {
         // A picture without a size is refused when it is opened.
-        self.geometry_of(self.yard.how.output(self.size, portrait).unwrap_or((64, 64)))
+        self.geometry_of(self.how.output(self.size, portrait).unwrap_or((64, 64)))
     }
 
     fn sample_portrait(&self) -> Portrait {
@@ -149,33 +147,29 @@ impl Generator for Team {
         if options.pose.is_some() {
             return Err(AvatarError::Options("block mode takes no pose; leave --pose out, or --mode clip".into()));
         }
-        let size = self.yard.how.output(self.size, portrait)?;
+        let size = self.how.output(self.size, portrait)?;
         let looked = picture::prepare(&portrait.rgb, (portrait.width as usize, portrait.height as usize), size);
         let looked = looked.map_err(|e| AvatarError::Portrait(e.to_string()))?;
         let steps = options.steps.unwrap_or(BLOCK_STEPS);
         let euler = Euler::live_avatar(steps, self.shift).map_err(|e| AvatarError::Options(e.to_string()))?;
         let layout = self.layout(steps)?;
-        if let Some(why) = self.crew.fault() {
-            tracing::warn!("{why}; the ranks are started anew");
-            self.crew = self.yard.start().map_err(failed)?;
-        }
-        let prompt = options.prompt.clone().unwrap_or_else(|| self.yard.config.prompt.clone());
+        let prompt = options.prompt.clone().unwrap_or_else(|| self.config.prompt.clone());
         let (reader, asked) = (self.reader.clone(), prompt.clone());
         let read = self.crew.on(0, move |_| {
             Ok(reader.lock().unwrap_or_else(|e| e.into_inner()).states(&asked)?.to_device(&Device::Cpu)?)
         });
         let text = Some((prompt, read.map_err(failed)?));
-        let reach = reach(portrait, &options.masks, size, SCALE * self.yard.parts.transformer_config.patch[1])?;
+        let reach = reach(portrait, &options.masks, size, SCALE * self.parts.transformer_config.patch[1])?;
         let settings = self.settings.clone();
         let opening = FaceOpening { layout, picture: looked, text, euler, settings, reach, watch: None };
         let line = self.crew.open(opening).map_err(failed)?;
         let geometry = self.geometry_of(size);
-        let lead = self.yard.how.frames(self.per_block).1 * SPEECH_RATE as usize / geometry.fps as usize;
+        let lead = self.how.frames(self.per_block).1 * SPEECH_RATE as usize / geometry.fps as usize;
         let speaker = || {
-            let ears = Ears::new(self.yard.config.reach(), geometry.fps, lead);
+            let ears = Ears::new(self.config.reach(), geometry.fps, lead);
             Speaker { ears: Arc::new(Mutex::new(ears)), intake: Intake::default() }
         };
-        let channels = self.yard.parts.transformer_config.in_dim;
+        let channels = self.parts.transformer_config.in_dim;
         Ok(Box::new(Face {
             speakers: (0..options.masks.len().max(1)).map(|_| speaker()).collect(),
             noise: [channels, self.per_block, size.0 / SCALE, size.1 / SCALE],
@@ -296,7 +290,7 @@ mod tests {
     use crate::avatar::s2v::Mode;
 
     #[test]
-    fn a_face_that_is_opened_after_a_rank_died_has_new_ranks() {
+    fn a_rank_that_dies_takes_the_engine_with_it_and_says_why() {
         let config = Config {
             checkpoint: vec!["random:tiny".into()],
             mode: Mode::Block,
@@ -307,13 +301,10 @@ mod tests {
         };
         let mut team = load_team(&config, &[], Arc::new(|_| {})).unwrap();
         let options = OpenOptions { steps: Some(1), ..OpenOptions::default() };
-        let speech = |at: i64| AudioBlock {
-            at: MediaTime::from_units(at, SPEECH_RATE),
-            samples: vec![0.1; SPEECH_RATE as usize],
-        };
         let portrait = team.sample_portrait();
         let mut stream = team.open(&portrait, &options).unwrap();
-        stream.push(&speech(0)).unwrap();
+        let speech = AudioBlock { at: MediaTime::ZERO, samples: vec![0.1; SPEECH_RATE as usize] };
+        stream.push(&speech).unwrap();
         let died = team.crew.on(1, |_| -> model::Result<()> { panic!("a card fell off the bus") });
         assert!(died.unwrap_err().to_string().contains("rank 1 panicked: a card fell off the bus"));
         let lost = loop {
@@ -322,11 +313,9 @@ mod tests {
                 Err(e) => break e,
             }
         };
-        assert!(matches!(&lost, AvatarError::Lost(why) if why.contains("a card fell off the bus")), "{lost:?}");
-        drop(stream);
-        let mut stream = team.open(&portrait, &options).unwrap();
-        stream.push(&speech(0)).unwrap();
-        stream.finish().unwrap();
-        assert_eq!(stream.pull().unwrap().unwrap().frames.len(), 9);
+        assert!(lost.to_string().contains("a card fell off the bus"), "{lost}");
+        for lost in [Some(lost), team.open(&portrait, &options).err()] {
+            assert!(matches!(lost, Some(AvatarError::Device { .. })), "{lost:?}");
+        }
     }
 }
