@@ -148,7 +148,7 @@ pub(super) enum Said {
 pub(super) async fn say(service: &Service, handle: &Handle, text: &str) -> Result<Said, ApiError> {
     let voice = &service.rooms.voice;
     let speech = voice.speak(text).map_err(|e| match e {
-        VoiceError::Off => ApiError::new(StatusCode::NOT_IMPLEMENTED, "no_voice", sentence(&e)),
+        VoiceError::Off => ApiError::new(StatusCode::FORBIDDEN, "no_voice", sentence(&e)),
         VoiceError::TooLong { .. } => ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "text_too_long", sentence(&e)),
         _ => ApiError::unusable("no_text", sentence(&e)),
     })?;

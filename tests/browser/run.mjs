@@ -469,12 +469,12 @@ async function dark(checks) {
 // ---- which and how -------------------------------------------------------------------------------------------------
 
 /** Interruptions of a bot; 100 unless `ci` asks. */
-const interrupt = (checks) => cuts(checks, { engine: engineOr('card'), count: Number(options.count || (words.includes('ci') ? 20 : 100)), timed });
+const interrupt = (checks) => cuts(checks, { engine: engineOr('card'), count: Number(options.count || (words.includes('ci') ? 8 : 100)), timed });
 const of = (scenario) => (checks) => scenario(checks, options);
 const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark, interrupt,
   overlay: of(pages.overlay), bot: of(pages.bot), recording: of(pages.recording), looks: of(pages.looks),
   relay: of(guarded.relay), status: of(guarded.status) };
-const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'recording', 'dark', 'relay', 'status'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
+const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'recording', 'interrupt', 'overlay', 'dark', 'relay', 'status'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
 const asked = words.filter((w) => !w.includes('=')).flatMap((w) => SETS[w] || [w]);
 if (!asked.length || asked.some((w) => !SCENARIOS[w])) {
   console.error(`usage: node ${path.relative(ROOT, process.argv[1])} ${[...Object.keys(SETS), ...Object.keys(SCENARIOS)].join(' | ')} [seconds=N] [engine=card|pocket]`);

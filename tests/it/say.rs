@@ -97,7 +97,7 @@ async fn what_cannot_be_said_is_told_over_http_and_over_the_websocket() {
     let mute = house(|_| {}).await;
     let session = mute.begin().await;
     let refused = say(&mute, &session, json!({"text": "Hello."})).await;
-    assert_eq!((refused.status, refused.code()), (501, "no_voice".into()));
+    assert_eq!((refused.status, refused.code()), (403, "no_voice".into()));
     let mut socket = mute.socket(&session).await;
     socket.say(json!({"type": "say", "text": "Hello."})).await;
     assert_eq!(socket.hear("error").await["code"], "no_voice");
