@@ -122,6 +122,11 @@ pub trait Generator: Send {
     }
     /// Prepares a face (encodes the portrait, fills the conditioning caches).
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>>;
+    /// 10¹² floating-point operations of the transformer for one full block of this shape, ring or clip full; none where
+    /// nobody counted.
+    fn tflop_per_block(&self, _geometry: &Geometry, _steps: Option<usize>) -> Option<f64> {
+        None
+    }
     /// A picture this generator surely accepts: for warm-up and for measuring. Mid-grey unless a model knows better.
     fn sample_portrait(&self) -> Portrait {
         let Geometry { width, height, .. } = self.geometry();

@@ -7,6 +7,7 @@ use super::{
     measure::{Measured, measure},
 };
 use crate::avatar::s2v;
+use anyhow::Context;
 use serde::Serialize;
 
 #[derive(clap::Args)]
@@ -25,6 +26,10 @@ pub(super) struct Args {
     /// Seconds of speech for each measurement.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
+    /// A command that measures something else on the same machine right afterwards; what it prints as lines of JSON is
+    /// added to the report. For example "python3 tests/bench/peer.py 704x384 fp8".
+    #[arg(long, value_name = "COMMAND")]
+    peer: Option<String>,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -34,6 +39,19 @@ pub(super) struct Args {
 struct Report {
     machine: Machine,
     runs: Vec<Measured>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<Vec<serde_json::Value>>,
+}
+
+/// Runs another program's measurement and collects its lines of JSON.
+fn listen_to(command: &str) -> anyhow::Result<Vec<serde_json::Value>> {
+    let run = std::process::Command::new("sh").args(["-c", command]).stderr(std::process::Stdio::inherit()).output();
+    let run = run.with_context(|| format!("--peer {command}"))?;
+    anyhow::ensure!(run.status.success(), "--peer {command}: it ended with {}", run.status);
+    let text = String::from_utf8_lossy(&run.stdout);
+    let lines: Vec<_> = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+    anyhow::ensure!(!lines.is_empty(), "--peer {command}: it printed no line of JSON");
+    Ok(lines)
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
@@ -50,7 +68,8 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             runs.push(measure(&wanted, steps, args.seconds)?);
         }
     }
-    let report = Report { machine: Machine::look(), runs };
+    let peer = args.peer.as_deref().map(listen_to).transpose()?;
+    let report = Report { machine: Machine::look(), runs, peer };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
@@ -82,6 +101,27 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             r.frames_per_second,
             r.processor.map_or("–".into(), |p| format!("{:.0}", 100.0 * p))
         );
+    }
+    for r in &report.runs {
+        let speed = r.tflop.zip(r.tflop_per_s).map(|(t, s)| format!("; {t:.1} TFLOP a block at {s:.0} TFLOP/s"));
+        let card = r.card.as_ref().map(|c| {
+            let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
+            format!("; {}, CUDA {}, {:.1} of {:.0} GiB in use", c.name, c.cuda, gib(c.used), gib(c.memory))
+        });
+        println!(
+            "\n{} {}×{}: loaded in {:.1} s, first block after {:.0} ms, slowest block {:.1} ms{}{}",
+            r.engine,
+            r.width,
+            r.height,
+            r.load_ms / 1000.0,
+            r.first_block_ms,
+            r.block_most_ms,
+            speed.unwrap_or_default(),
+            card.unwrap_or_default()
+        );
+    }
+    for line in report.peer.iter().flatten() {
+        println!("peer: {line}");
     }
     println!(
         "\nMedians per block in milliseconds. A real-time factor of 0.5 leaves half of the time to others;\n\

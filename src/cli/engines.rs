@@ -32,6 +32,17 @@ pub(super) struct Wanted {
     pub(super) silent: bool,
 }
 
+impl Wanted {
+    /// The card that it runs on, as far as that is said; `auto` counts as the first.
+    pub(super) fn card(&self) -> Option<usize> {
+        match (self.choice, s2v::Place::parse(&self.large.device)) {
+            (Choice::S2v, Ok(s2v::Place::Cuda(n))) => Some(n),
+            (Choice::S2v, Ok(s2v::Place::Auto)) => Some(0),
+            _ => None,
+        }
+    }
+}
+
 impl Choice {
     pub(super) fn name(self) -> &'static str {
         match self {

@@ -5,6 +5,7 @@ use crate::{
     avatar::OpenOptions,
     codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, rgb_to_i420},
     media::{AudioBlock, Geometry, MediaTime, SPEECH_RATE},
+    model::kernels::{Card, card_facts},
 };
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -30,9 +31,20 @@ pub(super) struct Measured {
     pub(super) decode_ms: f64,
     /// Colour conversion, H.264 and Opus.
     pub(super) encode_ms: f64,
-    /// A whole block; its 95th percentile.
+    /// A whole block; its 95th percentile, and the slowest.
     pub(super) block_p50_ms: f64,
     pub(super) block_p95_ms: f64,
+    pub(super) block_most_ms: f64,
+    /// From the order to open a face, everything loaded, to its first block of pictures.
+    pub(super) first_block_ms: f64,
+    /// The card it ran on and how full it was at the end; absent on the processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) card: Option<Card>,
+    /// What the transformer computes a block, and how fast: absent where nobody counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tflop: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tflop_per_s: Option<f64>,
     /// Time needed over time shown: below 1 is faster than life.
     pub(super) real_time_factor: f64,
     pub(super) frames_per_second: f64,
@@ -65,6 +77,7 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
     let mut shown = MediaTime::ZERO;
     let mut made = MediaTime::ZERO;
     let mut used = None;
+    let mut first = None;
     while fed < end {
         let audio = AudioBlock { at: fed, samples: babble(fed, SPEECH_RATE as usize / 25) };
         fed = audio.end();
@@ -76,6 +89,7 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
             let before = Instant::now();
             let Some(block) = stream.pull()? else { break };
             let pulled = before.elapsed();
+            first.get_or_insert(open + pushed + pulled);
             let before = Instant::now();
             for frame in &block.frames {
                 video.encode(&rgb_to_i420(frame)?, frame.at, false)?;
@@ -106,6 +120,7 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
     }
     anyhow::ensure!(!whole.is_empty(), "the engine gave no block for {seconds} s of speech");
     let factor = spent.as_secs_f64() / shown.as_secs_f64();
+    let tflop = generator.tflop_per_block(&geometry, steps);
     let processor = processor_seconds().zip(used).map(|(end, begin)| (end - begin) / shown.as_secs_f64());
     Ok(Measured {
         engine: wanted.choice.name(),
@@ -124,6 +139,11 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
         encode_ms: percentile(&mut encode, 0.5),
         block_p50_ms: percentile(&mut whole, 0.5),
         block_p95_ms: percentile(&mut whole, 0.95),
+        block_most_ms: percentile(&mut whole, 1.0),
+        first_block_ms: first.map_or(0.0, ms),
+        card: wanted.card().and_then(card_facts),
+        tflop,
+        tflop_per_s: tflop.map(|t| t * 1000.0 / percentile(&mut generation, 0.5)),
         real_time_factor: factor,
         frames_per_second: f64::from(fps) / factor,
         processor,

@@ -107,7 +107,7 @@ fn steps(device: &Device, precision: &str, sizes: &[(usize, usize)]) -> Result<(
     let schedule = Arc::new(dit.schedule_of(4)?);
     for &size in sizes {
         let x = inputs(device, size)?;
-        let n = frame(size) as f64;
+        let n = frame(size);
         let text = Arc::new(dit.text(&x.text)?);
         let mut state = dit.open(&Opening { reference: &x.reference, motion: None, text: Some(text) }, &schedule)?;
         let audio = dit.audio(&x.audio)?;
@@ -120,12 +120,7 @@ fn steps(device: &Device, precision: &str, sizes: &[(usize, usize)]) -> Result<(
         state.use_graphs(false);
         let eager = step(&mut state)?;
         let all = time::milliseconds(device, 1, RUNS, || step(&mut state).map(drop))?;
-        // products and audio, attention, text: tokens times channels times channels
-        let q = 3.0 * n;
-        let tflop = (2.0 * q * (6.0 * 5120.0 * 5120.0 + 2.0 * 5120.0 * 13824.0) * 40.0
-            + 2.0 * q * 2.0 * 5120.0 * 5120.0 * 12.0
-            + 4.0 * q * (14.5 * n + 512.0) * 5120.0 * 40.0)
-            / 1e12;
+        let tflop = dit.config().tflop(3 * n, 29 * n / 2);
         report("step by launches", size, precision, &all, tflop);
         state.use_graphs(true);
         let replayed = step(&mut state)?;

@@ -300,6 +300,22 @@ impl Generator for S2v {
         self.geometry_of(self.output(portrait).unwrap_or((64, 64)))
     }
 
+    fn tflop_per_block(&self, geometry: &Geometry, steps: Option<usize>) -> Option<f64> {
+        let scale = 2 * self.studio.vae.scale();
+        let tokens = (geometry.width as usize / scale) * (geometry.height as usize / scale);
+        let (c, frames) = (self.studio.dit.config(), geometry.block_frames as usize / 4);
+        Some(match &self.how {
+            How::Block { .. } => {
+                c.tflop(frames * tokens, (c.kv_frames * 2 + 5) * tokens / 2) * steps.unwrap_or(BLOCK_STEPS) as f64
+            }
+            How::Clip(s) => {
+                // Reference and motion are tokens of the same sequence: 2.5 frames' worth.
+                let all = (2 * frames + 5) * tokens / 2;
+                c.tflop(all, all) * (steps.unwrap_or(s.steps) * if self.how.guided() { 2 } else { 1 }) as f64
+            }
+        })
+    }
+
     fn sample_portrait(&self) -> Portrait {
         sample()
     }

@@ -161,6 +161,16 @@ impl Config {
         self.dim / self.num_heads.max(1)
     }
 
+    /// 10¹² floating-point operations of the blocks for one forward of `queries` tokens that look at `keys`, with audio
+    /// where there is some: products and attention, as MODEL.md §13 of the specification counts them.
+    pub fn tflop(&self, queries: usize, keys: usize) -> f64 {
+        let [q, k, d, f, text] = [queries, keys, self.dim, self.ffn_dim, self.text_len].map(|n| n as f64);
+        let products = 2.0 * q * (6.0 * d * d + 2.0 * d * f) + if text > 0.0 { 0.0 } else { -4.0 * q * d * d };
+        let attention = 4.0 * q * (k + text) * d;
+        let audio = 2.0 * q * 2.0 * d * d * self.audio_inject_layers.len() as f64;
+        (self.num_layers as f64 * (products + attention) + audio) / 1e12
+    }
+
     /// Refuses what the code cannot compute.
     pub fn check(&self) -> Result<()> {
         let wrong = |what: String| Err(Error::Config(what));

@@ -30,6 +30,33 @@ pub fn card(ordinal: usize) -> crate::model::Result<candle_core::Device> {
     )))
 }
 
+/// An NVIDIA card as benchmarks name it.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Card {
+    pub name: String,
+    /// Of the driver's CUDA, such as `13.0`.
+    pub cuda: String,
+    /// Bytes of its memory: in all, and in use by everybody, memory that this program keeps for later included.
+    pub memory: u64,
+    pub used: u64,
+}
+
+/// What card `ordinal` is, and how full. None where this build or this machine has none.
+pub fn card_facts(ordinal: usize) -> Option<Card> {
+    #[cfg(feature = "cuda")]
+    {
+        let device = cuda::open(ordinal).ok()?;
+        let ((name, version), (free, all)) = (cuda::time::name(&device).ok()?, cuda::time::memory(&device).ok()?);
+        let cuda = format!("{}.{}", version / 1000, version % 1000 / 10);
+        Some(Card { name, cuda, memory: all as u64, used: (all - free) as u64 })
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = ordinal;
+        None
+    }
+}
+
 /// Whether card `device` computes in e4m3 (Hopper and later).
 pub fn fp8(device: &candle_core::Device) -> bool {
     #[cfg(feature = "cuda")]
