@@ -84,14 +84,18 @@ struct Ring {
     conditioning: Option<Vec<Group>>,
     /// Rows of the ring itself.
     rows: usize,
+    /// Rows that the last step wrote.
+    written: Range<usize>,
 }
 
 impl Ring {
-    fn go(&mut self, device: &Device) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|m| {
-            *m = m.moved(device)?;
-            Ok(())
-        })
+    fn park(&mut self, conditioning: usize) -> Result<()> {
+        let written = [0..conditioning, self.written.clone()];
+        self.layers.iter_mut().try_for_each(|m| m.park(&written))
+    }
+
+    fn come(&mut self, device: &Device) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|m| m.come(device))
     }
 }
 
@@ -426,9 +430,9 @@ impl Dit {
         if self.parks {
             // First away, then near: there is room for one.
             for (i, ring) in state.rings.iter_mut().enumerate().filter(|(i, _)| *i != step) {
-                ring.iter_mut().try_for_each(|r| r.go(&Device::Cpu)).at(|| format!("ring {i}"))?;
+                ring.iter_mut().try_for_each(|r| r.park(rows)).at(|| format!("ring {i}"))?;
             }
-            state.rings[step].iter_mut().try_for_each(|r| r.go(&self.device)).at(|| format!("ring {step}"))?;
+            state.rings[step].iter_mut().try_for_each(|r| r.come(&self.device)).at(|| format!("ring {step}"))?;
         }
         if state.rings[step].is_none() {
             state.rings[step] = Some(self.ring(state, blocks.clone(), rows, c.kv_frames * n)?);
@@ -462,6 +466,7 @@ impl Dit {
         let Some(ring) = state.rings[step].as_mut().filter(|r| r.blocks == blocks) else {
             return Err(Error::Input("the stream has no ring for these blocks".into()));
         };
+        ring.written = slot.at..slot.at + frames * n;
         self.condition(&state.conditioning, ring, groups, others, share)?;
 
         let text = state.text.as_deref();
@@ -629,7 +634,7 @@ impl Dit {
         for (block, kept) in self.blocks[blocks.clone()].iter().zip(&state.conditioning[blocks.clone()]) {
             layers.push(block.kept().own.memory(kept, (conditioning + rows, columns), HEADROOM)?);
         }
-        Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows })
+        Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows, written: 0..0 })
     }
 }
 

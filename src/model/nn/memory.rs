@@ -1,5 +1,7 @@
 //! Keys and values that queries look back at: one fixed buffer each, written in place, never concatenated.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{Rope, Rows, attention, norm};
@@ -13,6 +15,8 @@ use crate::model::{Error, kernels::cuda};
 pub struct Memory {
     k: Tensor,
     v: Tensor,
+    /// The same in host memory, if it was there before: right but for the rows written since.
+    home: Option<(Tensor, Tensor)>,
     #[cfg(feature = "cuda")]
     units: Option<cuda::attention::Units>,
 }
@@ -68,6 +72,7 @@ impl Memory {
         Ok(Self {
             k: zeros()?,
             v: zeros()?,
+            home: None,
             #[cfg(feature = "cuda")]
             units,
         })
@@ -78,14 +83,38 @@ impl Memory {
         Self {
             k,
             v,
+            home: None,
             #[cfg(feature = "cuda")]
             units: None,
         }
     }
 
-    /// The same on another device: where it waits while it is not looked at.
-    pub fn moved(&self, device: &Device) -> Result<Self> {
-        Ok(Self { k: self.k.to_device(device)?, v: self.v.to_device(device)?, ..self.clone() })
+    /// Goes to host memory. Of what was there before, only the rows `written` since are brought.
+    pub fn park(&mut self, written: &[Range<usize>]) -> Result<()> {
+        if self.k.device().is_cpu() {
+            return Ok(());
+        }
+        let brought = |t: &Tensor, home: Option<Tensor>| -> Result<Tensor> {
+            let Some(home) = home else { return Ok(t.to_device(&Device::Cpu)?) };
+            for rows in written.iter().filter(|r| !r.is_empty()) {
+                let part = t.narrow(0, rows.start, rows.len())?.force_contiguous()?.to_device(&Device::Cpu)?;
+                home.slice_set(&part, 0, rows.start)?;
+            }
+            Ok(home)
+        };
+        let (k, v) = self.home.take().unzip();
+        (self.k, self.v) = (brought(&self.k, k)?, brought(&self.v, v)?);
+        Ok(())
+    }
+
+    /// Comes to `device`.
+    pub fn come(&mut self, device: &Device) -> Result<()> {
+        if self.k.device().same_device(device) {
+            return Ok(());
+        }
+        self.home = Some((self.k.clone(), self.v.clone()));
+        (self.k, self.v) = (self.k.to_device(device)?, self.v.to_device(device)?);
+        Ok(())
     }
 
     /// Bytes held.
