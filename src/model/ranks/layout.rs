@@ -183,7 +183,7 @@ impl Layout {
                 let (from, to) = (steps(s.way.start), steps(s.way.end));
                 let _ = match s.ranks.len() {
                     1 => write!(text, "steps {from} to {to}"),
-                    n => write!(text, "a {n}th of steps {from} to {to}"),
+                    n => write!(text, "1/{n} of steps {from} to {to}"),
                 };
             }
             if rank == self.decoder {
