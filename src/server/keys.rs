@@ -142,7 +142,7 @@ impl FromStr for Key {
             return Err(format!("the key's id is `{id}`: allowed are 8 hexadecimal digits"));
         }
         named(name)?;
-        let scopes: Result<_, _> = scopes.split(',').map(str::parse).collect();
+        let scopes = scopes.split(',').map(str::parse).collect::<Result<_, _>>()?;
         let bad_hash = || format!("the hash of the key {id} is no SHA-256: it must have 64 hexadecimal digits");
         let mut bytes = [0; 32];
         if hash.len() != 64 || !hash.is_ascii() {
@@ -153,7 +153,7 @@ impl FromStr for Key {
         }
         let mut allowance = Allowance::default();
         limits.iter().try_for_each(|limit| allowance.set(limit))?;
-        Ok(Key { id: (*id).into(), name: (*name).into(), scopes: scopes?, hash: bytes, allowance })
+        Ok(Key { id: (*id).into(), name: (*name).into(), scopes, hash: bytes, allowance })
     }
 }
 

@@ -1,6 +1,6 @@
 //! How much one caller may take: requests, connections and sessions at once, by address and by key.
 //!
-//! Addresses are those of the network, or what a proxy named in `server.proxies` says; an IPv6 address stands for its
+//! Addresses are those of the network, or what a proxy says that is on this machine or named in `server.proxies`; an IPv6 address stands for its
 //! /64, which is what one customer gets. This machine's own programs (loopback, not forwarded) are not limited by
 //! address.
 //!
@@ -149,7 +149,8 @@ fn prefix(address: IpAddr) -> IpAddr {
 /// Whom a request comes from, for counting: `None` for this machine's own programs.
 pub(super) fn address(config: &Config, peer: Option<IpAddr>, headers: &HeaderMap) -> Option<IpAddr> {
     let peer = peer?.to_canonical();
-    let proxy = |ip: &IpAddr| config.proxies.contains(ip);
+    // What this machine's own programs say is believed: a proxy among them must not make everybody one of them.
+    let proxy = |ip: &IpAddr| ip.is_loopback() || config.proxies.contains(ip);
     let named = || {
         let all = headers.get_all("x-forwarded-for").iter().filter_map(|v| v.to_str().ok());
         let all: Vec<IpAddr> = all.flat_map(|v| v.split(',')).filter_map(|a| a.trim().parse().ok()).collect();
@@ -257,7 +258,7 @@ mod tests {
 
     #[test]
     fn only_named_proxies_are_believed() {
-        let config = Config { proxies: vec![ip("127.0.0.1"), ip("10.0.0.1")], ..Config::default() };
+        let config = Config { proxies: vec![ip("10.0.0.1")], ..Config::default() };
         let from = |peer: &str, said: &[&str]| {
             let mut headers = HeaderMap::new();
             for value in said {

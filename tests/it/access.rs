@@ -256,7 +256,6 @@ async fn addresses_and_keys_have_their_limits() {
     let control = key(Scope::Control, &["sessions=2", "max_session_s=60"]);
     let house = guarded(&[control.0.clone()], 8, |c| {
         c.server.visitors = Visitors::Anyone;
-        c.server.proxies = vec!["127.0.0.1".parse().unwrap()];
         c.server.sessions_per_address = 1;
         c.server.requests_per_second = 2;
     })
