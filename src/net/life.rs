@@ -101,7 +101,8 @@ pub(super) struct Handler {
     pub(super) shared: Arc<Shared>,
     pub(super) gathered: watch::Sender<bool>,
     pub(super) end: mpsc::Sender<String>,
-    pub(super) microphone: AtomicBool,
+    /// A track is heard already, or none is wanted.
+    pub(super) microphone: Arc<AtomicBool>,
     pub(super) messages: Mutex<Option<mpsc::Receiver<String>>>,
     /// Where messages of all data channels go, when they are not the page's.
     pub(super) data: Option<mpsc::Sender<Data>>,
@@ -133,15 +134,19 @@ impl PeerConnectionEventHandler for Handler {
     }
 
     async fn on_track(&self, track: Arc<dyn TrackRemote>) {
-        let shared = self.shared.clone();
-        if track.kind().await != RtpCodecKind::Audio || self.microphone.swap(true, Relaxed) {
-            return;
-        }
+        let audio = track.kind().await == RtpCodecKind::Audio;
+        let (shared, microphone) = (self.shared.clone(), self.microphone.clone());
         tokio::spawn(async move {
-            let mut speech = SpeechIn::default();
+            // The first voice of which a packet comes is the microphone (some peers announce a track that stays empty);
+            // everything else is taken and not looked at.
+            let mut heard: Option<SpeechIn> = None;
             while let Some(event) = track.poll().await {
                 match event {
                     TrackRemoteEvent::OnRtpPacket(packet) => {
+                        if heard.is_none() && audio && !microphone.swap(true, Relaxed) {
+                            heard = Some(SpeechIn::default());
+                        }
+                        let Some(speech) = &mut heard else { continue };
                         let packet = speech.take(packet, Instant::now());
                         shared.lost_in.store(speech.lost(), Relaxed);
                         shared.padding_in.store(speech.padding(), Relaxed);

@@ -210,7 +210,7 @@ impl Draft {
             shared: shared.clone(),
             gathered: gathered_tx,
             end: end_tx,
-            microphone: AtomicBool::new(matches!(shape, Shape::Whep | Shape::Data)),
+            microphone: Arc::new(AtomicBool::new(matches!(shape, Shape::Whep | Shape::Data))),
             data,
             messages: Mutex::new(None),
         });
