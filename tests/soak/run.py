@@ -103,7 +103,7 @@ class Soak:
 
     async def visitor(self):
         """One visit, from its beginning to one of the ends that visits have."""
-        session = await self.begin({"idle_timeout_s": 8})
+        session = await self.begin({"idle_timeout_s": 20})
         if session is None:
             await asyncio.sleep(self.chance.uniform(1, 4))
             return
