@@ -10,7 +10,10 @@ use super::{
     speech::SpeechIn,
 };
 use crate::session::LinkEvent;
-use rtc::{peer_connection::transport::RTCDtlsTransportState, rtp_transceiver::rtp_sender::RtpCodecKind};
+use rtc::{
+    peer_connection::{configuration::media_engine::MIME_TYPE_OPUS, transport::RTCDtlsTransportState},
+    rtp_transceiver::rtp_sender::RtpCodecKind,
+};
 use std::{
     future::Future,
     sync::{
@@ -134,17 +137,27 @@ impl PeerConnectionEventHandler for Handler {
     }
 
     async fn on_track(&self, track: Arc<dyn TrackRemote>) {
-        let audio = track.kind().await == RtpCodecKind::Audio;
+        let kind = track.kind().await;
         let (shared, microphone) = (self.shared.clone(), self.microphone.clone());
         tokio::spawn(async move {
             // The first voice of which a packet comes is the microphone (some peers announce a track that stays empty);
             // everything else is taken and not looked at.
-            let mut heard: Option<SpeechIn> = None;
+            let (mut heard, mut deaf): (Option<SpeechIn>, bool) = (None, false);
             while let Some(event) = track.poll().await {
                 match event {
                     TrackRemoteEvent::OnRtpPacket(packet) => {
-                        if heard.is_none() && audio && !microphone.swap(true, Relaxed) {
-                            heard = Some(SpeechIn::default());
+                        if heard.is_none() && !deaf {
+                            // The library does not name the kind of a track that its offer gave no SSRC (GStreamer's).
+                            deaf = match kind {
+                                RtpCodecKind::Audio => false,
+                                RtpCodecKind::Video => true,
+                                _ => match track.codec(packet.header.ssrc).await {
+                                    Some(codec) => !codec.mime_type.eq_ignore_ascii_case(MIME_TYPE_OPUS),
+                                    None => true,
+                                },
+                            };
+                            deaf |= !deaf && microphone.swap(true, Relaxed);
+                            heard = (!deaf).then(SpeechIn::default);
                         }
                         let Some(speech) = &mut heard else { continue };
                         let packet = speech.take(packet, Instant::now());
