@@ -36,109 +36,64 @@ __device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, i
     }
 }
 
-// Eight neighbours as they lie in memory: asked for early, looked at late.
-template <class T> struct Raw {
-    uint4 part[sizeof(T) / 2];
-    __device__ __forceinline__ void fetch(const T *p) {
-#pragma unroll
-        for (int i = 0; i < (int)(sizeof(T) / 2); i++) part[i] = reinterpret_cast<const uint4 *>(p)[i];
-    }
-    __device__ __forceinline__ void open(float v[8]) const { load8(reinterpret_cast<const T *>(part), v); }
-};
-
 // x += y · gate (x in place, rounded to its type), then LayerNorm of the rounded x, · scale + shift. Mean and variance in
 // one pass, of the row less its first element: without that shift squares of a far mean would swallow the variance.
-//
-// A block takes neighbouring rows one after the other: gate, scale and shift (twice as many bytes as the row itself) are
-// read once and stay in registers, and the next row is on its way while this one is summed.
 template <int HELD, class X, class Out, bool ADD, bool NORM>
 __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, Runs gate_runs, const float *scale,
-                              const float *shift, Runs norm_runs, float eps, Out *out, float *row_scale, int rows,
-                              int width) {
-    constexpr bool KEPT = HELD <= 2;
+                              const float *shift, Runs norm_runs, float eps, Out *out, float *row_scale, int width) {
     __shared__ float room[3 * 32];
     __shared__ float first;
-    const int each = (rows + gridDim.x - 1) / gridDim.x;
-    const int begin = blockIdx.x * each, end = min(begin + each, rows);
-    float g[KEPT ? HELD : 1][8], a[KEPT ? HELD : 1][8], b[KEPT ? HELD : 1][8];
-    int gate_run = -1, norm_run = -1;
-    Raw<X> next[HELD];
-    Raw<__nv_bfloat16> next_y[HELD];
-    auto place = [&](int k) { return (int)(threadIdx.x + k * blockDim.x) * 8; };
-    auto fetch = [&](int row) {
+    const int row = blockIdx.x;
+    float v[HELD][8];
+    const float *g = gate ? gate + (size_t)gate_runs.of(row) * width : nullptr;
 #pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            if (place(k) >= width) continue;
-            next[k].fetch(x + (size_t)row * width + place(k));
-            if constexpr (ADD) next_y[k].fetch(y + (size_t)row * width + place(k));
-        }
-    };
-    if (begin < end) fetch(begin);
-    for (int row = begin; row < end; row++) {
-        float v[HELD][8];
-        const int now = gate ? gate_runs.of(row) : 0;
+    for (int k = 0; k < HELD; k++) {
+        const int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= width) continue;
+        X *at = x + (size_t)row * width + i;
+        load8(at, v[k]);
+        if constexpr (ADD) {
+            float a[8], b[8];
+            load8(y + (size_t)row * width + i, a);
+            if (g) load8(g + i, b);
 #pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            const int i = place(k), kept = KEPT ? k : 0;
-            if (i >= width) continue;
-            next[k].open(v[k]);
-            if constexpr (ADD) {
-                if (gate && (!KEPT || now != gate_run)) load8(gate + (size_t)now * width + i, g[kept]);
-                float more[8];
-                next_y[k].open(more);
+            for (int j = 0; j < 8; j++) v[k][j] += g ? a[j] * b[j] : a[j];
+            store8(at, v[k]);
+            if constexpr (sizeof(X) == 2)
 #pragma unroll
-                for (int j = 0; j < 8; j++) v[k][j] += gate ? more[j] * g[kept][j] : more[j];
-                store8(x + (size_t)row * width + i, v[k]);
-                if constexpr (sizeof(X) == 2)
-#pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] = __bfloat162float(__float2bfloat16_rn(v[k][j]));
-            }
-        }
-        gate_run = now;
-        if (row + 1 < end) fetch(row + 1);
-        if constexpr (NORM) {
-            if (threadIdx.x == 0) first = v[0][0];
-            __syncthreads();
-            const float pivot = first;
-            float sums[2] = {0.f, 0.f};
-#pragma unroll
-            for (int k = 0; k < HELD; k++)
-                if (place(k) < width)
-#pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        v[k][j] -= pivot;
-                        sums[0] += v[k][j];
-                        sums[1] += v[k][j] * v[k][j];
-                    }
-            over_block<Sum>(sums, room);
-            const float mean = sums[0] / width;
-            const float inverse = rsqrtf(fmaxf(sums[1] / width - mean * mean, 0.f) + eps);
-            const int run = norm_runs.of(row);
-#pragma unroll
-            for (int k = 0; k < HELD; k++) {
-                const int i = place(k), kept = KEPT ? k : 0;
-                if (i >= width) continue;
-                if (!KEPT || run != norm_run) {
-                    load8(scale + (size_t)run * width + i, a[kept]);
-                    load8(shift + (size_t)run * width + i, b[kept]);
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * inverse * a[kept][j] + b[kept][j];
-            }
-            norm_run = run;
-            put_row<HELD>(v, out, row_scale, row, width, room + 64);
+                for (int j = 0; j < 8; j++) v[k][j] = __bfloat162float(__float2bfloat16_rn(v[k][j]));
         }
     }
-}
-
-// Blocks for kernels that take neighbouring rows one after the other: as many as run at once, so that none waits.
-template <class Kernel> int blocks_at_once(Kernel kernel, int threads, int rows) {
-    int device = 0, processors = 0, each = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0);
-    const int all = processors * each;
-    return all > 0 && all < rows ? all : rows;
+    if constexpr (NORM) {
+        if (threadIdx.x == 0) first = v[0][0];
+        __syncthreads();
+        const float pivot = first;
+        float sums[2] = {0.f, 0.f};
+#pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if ((threadIdx.x + k * blockDim.x) * 8 < width)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    v[k][j] -= pivot;
+                    sums[0] += v[k][j];
+                    sums[1] += v[k][j] * v[k][j];
+                }
+        over_block<Sum>(sums, room);
+        const float mean = sums[0] / width;
+        const float inverse = rsqrtf(fmaxf(sums[1] / width - mean * mean, 0.f) + eps);
+        const size_t run = (size_t)norm_runs.of(row) * width;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            const int i = (threadIdx.x + k * blockDim.x) * 8;
+            if (i >= width) continue;
+            float a[8], b[8];
+            load8(scale + run + i, a);
+            load8(shift + run + i, b);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * inverse * a[j] + b[j];
+        }
+        put_row<HELD>(v, out, row_scale, row, width, room + 64);
+    }
 }
 
 // Calls `go` with the number of vectors a thread holds as a constant.
@@ -159,9 +114,8 @@ int residual_norm_with(bool add, bool norm, void *x, const void *y, const float 
                        float *row_scale, int rows, int width, cudaStream_t stream) {
     const int threads = threads_for(width);
     auto go = [&](auto kernel) {
-        kernel<<<blocks_at_once(kernel, threads, rows), threads, 0, stream>>>(
-            (X *)x, (const __nv_bfloat16 *)y, gate, *gate_runs, scale, shift, *norm_runs, eps, (Out *)out, row_scale, rows,
-            width);
+        kernel<<<rows, threads, 0, stream>>>((X *)x, (const __nv_bfloat16 *)y, gate, *gate_runs, scale, shift,
+                                             *norm_runs, eps, (Out *)out, row_scale, width);
     };
     return with_held(width, [&](auto held) {
         if (add && norm) go(residual_norm<held(), X, Out, true, true>);
@@ -238,13 +192,10 @@ __global__ void norm_rotate(Lanes lanes, int stride, const float *table, int hea
     }
 }
 
-// The card's own tanh is right to 2⁻¹¹, which e4m3 (2⁻⁴) does not see; an exponential and a division took twice as long.
 __device__ __forceinline__ float gelu_tanh(float x) {
-    const float u = x * fmaf(0.7978845608f * 0.044715f, x * x, 0.7978845608f);
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
-    const float half = 0.5f * x;
-    return fmaf(half, t, half);
+    // x · σ(2u), the same function as 0.5 x (1 + tanh u)
+    const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return __fdividef(x, 1.f + __expf(-2.f * u));
 }
 
 // Rows of bf16 to e4m3 with a scale each, through GELU if wanted. Rows of weights are quantised by the same.
