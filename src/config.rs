@@ -106,25 +106,12 @@ impl Config {
     /// The first sentence.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.server.validate().map_err(ConfigError::Invalid)?;
+        self.engine.validate().map_err(ConfigError::Invalid)?;
         self.voice.validate().map_err(ConfigError::Invalid)?;
         self.net.check().map_err(|e| ConfigError::Invalid(format!("[net] {e}")))?;
         self.s2v.validate().map_err(ConfigError::Invalid)?;
         self.livekit.check().map_err(ConfigError::Invalid)?;
         self.log.validate().map_err(|e| ConfigError::Invalid(e.to_string()))?;
-        if !(1..=64).contains(&self.engine.sessions) {
-            let value = self.engine.sessions;
-            return Err(ConfigError::Invalid(format!("engine.sessions = {value}: allowed is 1 to 64")));
-        }
-        if self.engine.threads > 1024 {
-            let value = self.engine.threads;
-            let why = format!("engine.threads = {value}: allowed is 0 (all cores) to 1024");
-            return Err(ConfigError::Invalid(why));
-        }
-        if let Some(steps) = self.engine.steps
-            && !(1..=50).contains(&steps)
-        {
-            return Err(ConfigError::Invalid(format!("engine.steps = {steps}: allowed is 1 to 50, or no line at all")));
-        }
         Ok(())
     }
 

@@ -13,12 +13,12 @@
 //! | --- | --- | --- |
 //! | [`cli`] | the commands; the only place with `anyhow`, the environment, exit codes | everything |
 //! | [`config`] | composes each room's `Config`; load, validate, print | their `Config` types |
-//! | [`server`] | axum: API, pages, health, metrics, shutdown | livekit, net, session, voice, engine, avatar, codec, media, edge, telemetry |
+//! | [`server`] | axum: who may do what, limits, API, pages, TLS, health, metrics, shutdown | livekit, net, session, voice, engine, avatar, codec, media, edge, telemetry |
 //! | [`livekit`] | a worker in LiveKit rooms: signalling, speech by byte streams, calls | net, session, media, edge, telemetry |
 //! | [`net`] | WebRTC: peers, SDP, ICE, tracks, data channel, congestion | session, media, edge, telemetry |
 //! | [`session`] | one conversation: state machine, ingest, playout | engine, avatar, codec, media, edge, telemetry |
 //! | [`voice`] | text to sound: a local command or a speech endpoint, sentence by sentence | media, edge, telemetry |
-//! | [`engine`] | one thread per device: slots, admission, health, warm-up | avatar, media, edge, telemetry |
+//! | [`engine`] | one thread per engine: slots, admission, health, warm-up, building anew after a failure | avatar, media, edge, telemetry |
 //! | [`avatar`] | the `Generator` trait and its implementations | model, codec, media |
 //! | [`model`] | the networks as maths; candle lives here | (candle only) |
 //! | [`codec`] | Opus, H.264, resampling, colour, audio and video files, pictures | media |
@@ -66,7 +66,7 @@
 //! | share a face's work among several devices | `model::ranks` (who does what, what is sent), `avatar::crew` (the threads) |
 //! | fix connection trouble | `net` |
 //! | change how agents in LiveKit rooms are served | `livekit`, `server::livekit` for the calls that start it |
-//! | add an HTTP route | `server` |
+//! | add an HTTP route | `server`; its right stands beside it (`server::access`) |
 //! | add a setting | the room's own `Config`, then `config/loquent.toml` (a test reminds you) |
 //! | retrain or judge the pocket model | `pocket/` outside `src` |
 

@@ -24,7 +24,7 @@ pub(super) struct Flags {
     /// How several devices share the work: balanced, steps or sequence [default: balanced].
     #[arg(long, value_parser = named::<Share>)]
     share: Option<Share>,
-    /// f32, bf16 or f16 [default: bf16 on a GPU, f32 on the processor].
+    /// f32, bf16, f16 or fp8 (Hopper cards) [default: bf16 on a GPU, f32 on the processor].
     #[arg(long, value_parser = named::<Precision>)]
     dtype: Option<Precision>,
     /// Keep in main memory: rings (block mode's keys and values of the other steps), or blocks (the transformer's, too):

@@ -86,13 +86,14 @@ impl Config {
             if (low..=high).contains(&value) {
                 return Ok(());
             }
-            Err(format!("engine.{key} = {value}: allowed is {low}–{high}"))
+            Err(format!("engine.{key} = {value}: allowed is {low} to {high}"))
         };
-        within("sessions", self.sessions as u64, 1, 1000)?;
+        within("sessions", self.sessions as u64, 1, 64)?;
         within("threads", self.threads as u64, 0, 1024)?;
         within("steps", self.steps.unwrap_or(1) as u64, 1, 100)?;
         within("retry_after_s", self.retry_after_s, 1, 3600)?;
-        within("warm_up_blocks", self.warm_up_blocks, 0, 1000)
+        within("warm_up_blocks", self.warm_up_blocks, 0, 1000)?;
+        within("rebuilds", self.rebuilds.into(), 0, 1000)
     }
 }
 

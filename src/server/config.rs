@@ -145,7 +145,7 @@ impl Config {
         Err(format!(
             "server.listen = \"{}\" can be reached from other machines, and there is no key: whoever reaches it could \
              use this service. Make one with `loquent key new NAME --file keys` and say --set server.keys_file=keys. \
-             Browsers give microphones only to HTTPS pages, so also put a TLS proxy in front of it. For this machine \
+             Browsers give microphones only to HTTPS pages, so also give it a certificate (server.tls_cert) or put a TLS proxy in front of it. For this machine \
              alone, use 127.0.0.1:{}",
             self.listen,
             address.port()
