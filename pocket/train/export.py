@@ -12,7 +12,7 @@ import presenters as ps
 import weights
 from common import load
 from model import CONFIG, AudioNet, Decoder, Encoder, Transformer
-from speech import MEL_FILTERS
+from audio import MEL_FILTERS
 
 
 def tensors_of(models, dit_path):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import weights
 from model import AudioNet, Decoder, Encoder, Matte, Transformer
-from speech import MEL_FILTERS
+from audio import MEL_FILTERS
 from streaming import Pocket
 
 BLOCKS = 5

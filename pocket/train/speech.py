@@ -1,6 +1,6 @@
-"""Synthetic speech with known mouths: text -> espeak-ng or flite -> 16 kHz audio + viseme tracks.
+"""Synthetic speech with known mouths: text -> a synthesiser that tells its timings -> 16 kHz audio + viseme tracks.
 
-    python speech.py train SECONDS SEED OUT.npz     mel (u8), visemes (u8), utterance lengths
+    python speech.py train SECONDS SEED OUT.npz [FAMILY ...]    mel (u8), visemes (u8), utterance lengths; all families, or these
     python speech.py eval  SEED OUT_DIR             held-out wavs (one per language), their tracks, and held_out.npz
 
 A viseme track has six columns at 25 Hz: jaw, width (-1 rounded .. 1 spread), press (lips shut),
@@ -17,18 +17,18 @@ import re
 import subprocess
 import sys
 import tempfile
-import wave
+import unicodedata
 
-import librosa
 import numpy as np
 import scipy.signal as sig
 
+import audio as sound
+from audio import MEL_LEVELS, RATE, log_mel, music, read_wave, to_rate, write_wave
 from sentences import SENTENCES
+from voices import FESTIVAL, KOKORO_LANGUAGES, Ipa, Joe, Kokoro, festival
 
-RATE = 16000
 TRACK_RATE = 100
 REST = (0.0, 0.0, 0.12, 0.0, 0.0, 0.0, 1.6)
-MEL_LEVELS = 255 / 11          # u8 code of a clamped log-mel value 0..11
 
 # phonemes -> jaw, width, press, fv, tongue, upper lip, dominance (how hard the shape is held against its neighbours)
 SHAPES = {}
@@ -192,9 +192,8 @@ def flite(text, voice, stretch):
         done = subprocess.run(["flite", "-voice", voice, "-t", text, "-o", file.name, "-psdur", "--setf", f"duration_stretch={stretch:.2f}"],
                               capture_output=True, text=True, errors="ignore")
         try:
-            with wave.open(file.name) as w:
-                audio, rate = np.frombuffer(w.readframes(w.getnframes()), np.int16).astype(np.float32) / 32768, w.getframerate()
-        except (wave.Error, EOFError):
+            audio, rate = read_wave(file.name)
+        except (OSError, EOFError):
             return None
     segments, start = [], 0.0
     for token in done.stdout.split():
@@ -206,11 +205,6 @@ def flite(text, voice, stretch):
         segments.append((start, end, phoneme))
         start = end
     return (to_rate(audio, rate), segments) if segments else None
-
-
-def to_rate(audio, rate):
-    g = np.gcd(int(rate), RATE)
-    return sig.resample_poly(audio, RATE // g, int(rate) // g).astype(np.float32)
 
 
 class Texts:
@@ -255,82 +249,104 @@ class Texts:
         return " ".join(words) + r.choice(".!?.")
 
 
-MEL_FILTERS = librosa.filters.mel(sr=RATE, n_fft=512, n_mels=64, fmin=60, fmax=7600, htk=True).astype(np.float32)
-WINDOW = sig.get_window("hann", 512, fftbins=True).astype(np.float32)
-
-
-def log_mel(audio):
-    """[n, 64], 50 Hz, frame i centred on sample 320 i + 160."""
-    x = np.pad(audio, (256 - 160, 512))
-    n = len(audio) // 320
-    frames = np.lib.stride_tricks.sliding_window_view(x, 512)[::320][:n] * WINDOW
-    power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
-    return np.clip(np.log10(power @ MEL_FILTERS.T + 1e-8) + 8, 0, 11).astype(np.float32)
-
-
-def room(rng):
-    n = int(rng.uniform(.08, .5) * RATE)
-    h = rng.normal(size=n) * np.exp(-6.9 * np.arange(n) / n)
-    h[:int(.002 * RATE)] = 0
-    h *= rng.uniform(.1, .6) / np.sqrt((h ** 2).sum())
-    h[0] = 1
-    return h.astype(np.float32)
-
-
 class Speaker:
-    def __init__(self, seed, held_out):
+    """Who speaks, in which room, beside which noise.  Families of voices and how often each is heard: espeak-ng (many throats,
+    fifteen languages), flite, festival (recorded people), Kokoro and Joe (neural, nearest to people)."""
+    FAMILIES = {"espeak": .40, "flite": .10, "festival": .17, "kokoro": .25, "joe": .08}
+
+    def __init__(self, seed, held_out, families=None):
         self.rng, self.noise, self.held_out = random.Random(seed), np.random.default_rng(seed), held_out
         self.texts, self.espeak = Texts(held_out, self.rng), Espeak()
+        ipa = Ipa()
+        self.kokoro, self.joe, self.waiting = Kokoro(ipa), Joe(ipa), []
+        self.families = {k: v for k, v in self.FAMILIES.items() if not families or k in families}
 
-    def say(self, voice=None, language=None, use_flite=None):
-        """(audio, 25 Hz track) cut to whole video frames, or None."""
-        r, np_rng = self.rng, self.noise
-        if use_flite if use_flite is not None else r.random() < .33:
-            said = flite(self.texts.pick("en"), "awb" if self.held_out else r.choice(["rms", "slt", "kal16", "rms", "slt"]), r.uniform(.8, 1.25))
-        else:
+    def festival(self, voice, language, slowness):
+        if not self.waiting:                               # a dozen texts at a time
             if voice is None:
-                voice, language, _ = r.choices(VOICES, [v[2] for v in VOICES])[0]
-            variant = r.choice(HELD_OUT_VARIANTS if self.held_out else TRAIN_VARIANTS)
-            said = self.espeak.speak(self.texts.pick(language), voice + variant, r.randint(115, 230), r.randint(20, 85), r.randint(20, 90))
+                voice, language, _ = self.rng.choice([v for v in FESTIVAL if v[2] == self.held_out])
+            if language == "latin":                        # Czech and Finnish: words of a language of like letters
+                language = self.rng.choice(["it", "pl"]) if voice.startswith("czech") else self.rng.choice(["it", "nl"])
+            texts = [self.texts.pick(language) for _ in range(12)]
+            if language not in ("hi", "ru"):               # these voices read plain letters
+                texts = [unicodedata.normalize("NFKD", t).encode("ascii", "ignore").decode() for t in texts]
+            self.waiting = [x for x in festival(texts, voice, slowness) if x]
+        return self.waiting.pop() if self.waiting else None
+
+    def utterance(self, family, voice, language, slowness):
+        r = self.rng
+        if family == "flite":
+            return flite(self.texts.pick("en"), "awb" if self.held_out else r.choice(["rms", "slt", "kal16", "rms", "slt"]), slowness)
+        if family == "festival":
+            return self.festival(voice, language, slowness)
+        if family == "joe":
+            return self.joe.say(self.texts.pick("en"), r, slowness)
+        if family == "kokoro":
+            if voice is None:
+                voice, language, _ = r.choices(KOKORO_LANGUAGES, [v[2] for v in KOKORO_LANGUAGES])[0]
+            return self.kokoro.say(self.texts.pick(language), voice, r, self.held_out, 1 / slowness)
+        if voice is None:
+            voice, language, _ = r.choices(VOICES, [v[2] for v in VOICES])[0]
+        variant = r.choice(HELD_OUT_VARIANTS if self.held_out else TRAIN_VARIANTS)
+        return self.espeak.speak(self.texts.pick(language), voice + variant, int(r.randint(115, 230) / slowness), r.randint(20, 85), r.randint(20, 90))
+
+    def say(self, voice=None, language=None, family=None):
+        """(audio, 25 Hz track, family) cut to whole video frames, or None."""
+        r, np_rng = self.rng, self.noise
+        train = not self.held_out
+        if train and r.random() < .03:                     # nobody speaks
+            n = int(r.uniform(1, 4) * 25) * 640
+            x = music(n, np_rng) if r.random() < .6 else np_rng.normal(size=n)
+            return (x * 10 ** r.uniform(-2.5, -.8)).astype(np.float32), np.tile(np.array(REST[:6], np.float32), (n // 640, 1)), "nobody"
+        family = family or r.choices(list(self.families), list(self.families.values()))[0]
+        child, song = train and r.random() < .15, train and r.random() < .04
+        ratio = r.uniform(.64, .82) if child else r.uniform(.86, 1.16) if train and r.random() < .7 else 1.
+        slowness = (1 / ratio if child else 1.) * r.uniform(.85, 1.2) * (1.7 if song else 1.)
+        said = self.utterance(family, voice, language, slowness)
         if said is None:
             return None
         x, segments = said
-        if not self.held_out and r.random() < .7:      # speed, pitch and formants together
-            ratio = r.uniform(.86, 1.16)
-            n = int(len(x) * ratio)
-            x = np.interp(np.arange(n) / ratio, np.arange(len(x)), x).astype(np.float32)
-            segments = [(a * ratio, b * ratio, p) for a, b, p in segments]
+        if ratio != 1:
+            x, segments = sound.resized(x, segments, ratio)
+        if song:
+            x, segments = sound.sung(x, segments, np_rng)
         x = x / (np.abs(x).max() + 1e-6) * .5
         track = viseme_track(segments, len(x) / RATE, x)
+        if train and r.random() < .05:
+            x = sound.whispered(x, np_rng)
         gap = int(r.choice([.05, .15, .3, .6, 1.2, 2.2]) * TRACK_RATE)
         hop = RATE // TRACK_RATE
-        track = np.concatenate([track[:len(x) // hop], np.tile(np.array(REST[:6], np.float32), (gap, 1))])
-        x = np.concatenate([x[:len(x) // hop * hop], np.zeros(gap * hop, np.float32)])
-        if not self.held_out:
+        n = min(len(x) // hop, len(track))
+        track = np.concatenate([track[:n], np.tile(np.array(REST[:6], np.float32), (gap, 1))])
+        x = np.concatenate([x[:n * hop], np.zeros(gap * hop, np.float32)])
+        if train:
             if r.random() < .4:
-                x = sig.fftconvolve(x, room(np_rng))[:len(x)].astype(np.float32)
+                x = sig.fftconvolve(x, sound.room(np_rng))[:len(x)].astype(np.float32)
             if r.random() < .5:
                 x = sig.lfilter(sig.firwin2(65, [0, .05, .15, .3, .6, 1], 10 ** (np_rng.uniform(-10, 8, 6) / 20)), 1, x).astype(np.float32)
+            if r.random() < .10:
+                x = x + music(len(x), np_rng) * np.sqrt((x ** 2).mean()) * 10 ** (-r.uniform(3, 20) / 20)
         n = min(len(x) // 640, len(track) // 4)
         if n < 10:
             return None
-        return x[:n * 640], track[:n * 4].reshape(n, 4, 6)[:, 1:3].mean(1)
+        return x[:n * 640].astype(np.float32), track[:n * 4].reshape(n, 4, 6)[:, 1:3].mean(1), family
 
 
-def build_training(seconds, seed, out):
-    speaker, mels, tracks, total = Speaker(seed, False), [], [], 0
+def build_training(seconds, seed, out, families=None):
+    speaker, mels, tracks, total, heard = Speaker(seed, False, families), [], [], 0, {}
     while total < seconds:
         said = speaker.say()
         if said is None:
             continue
-        x, track = said
+        x, track, family = said
+        heard[family] = heard.get(family, 0) + len(track) / 1500
         mels.append(np.round(log_mel(x) * MEL_LEVELS).astype(np.uint8))
         tracks.append(np.clip(np.round(track * 100 + 100), 0, 255).astype(np.uint8))
         total += len(track) / 25
         if len(mels) % 200 == 0:
             print(f"{total:.0f} s of speech", flush=True)
     np.savez_compressed(out, mel=np.concatenate(mels), vis=np.concatenate(tracks), utterances=np.array([len(t) for t in tracks]))
-    print(f"{out}: {total / 60:.1f} min, {len(mels)} utterances, unknown phonemes {sorted(UNKNOWN.items(), key=lambda z: -z[1])[:20]}")
+    print(f"{out}: {total / 60:.1f} min, {len(mels)} utterances, minutes of {({k: round(v, 1) for k, v in heard.items()})}, unknown phonemes {sorted(UNKNOWN.items(), key=lambda z: -z[1])[:20]}")
 
 
 def build_evaluation(seed, folder, seconds=12):
@@ -338,26 +354,25 @@ def build_evaluation(seed, folder, seconds=12):
     os.makedirs(folder, exist_ok=True)
     speaker, index = Speaker(seed, True), []
     mels, all_tracks = [], []
-    jobs = [(v, l, False, f"{l}-{v}") for v, l, _ in VOICES if v != "en-gb-scotland"] + [(None, "en", True, "en-flite-awb")]
-    for voice, language, use_flite, name in jobs:
+    jobs = [(v, l, "espeak", f"{l}-{v}") for v, l, _ in VOICES if v != "en-gb-scotland"] + [(None, "en", "flite", "en-flite-awb")]
+    jobs += [(v, l, "kokoro", f"{l}-kokoro") for v, l, _ in KOKORO_LANGUAGES if v != "en-gb-x-rp"]
+    jobs += [(v, l, "festival", f"{'cs' if 'czech' in v else 'fi' if '_fi_' in v else l}-festival-{v}") for v, l, held_out in FESTIVAL if held_out]
+    for voice, language, family, name in jobs:
+        speaker.waiting = []
         xs, tracks, total = [], [], 0
         while total < (seconds * 2 if language == "en" else seconds):
-            said = speaker.say(voice, language, use_flite)
+            said = speaker.say(voice, language, family)
             if said is None:
                 continue
             xs.append(said[0])
             tracks.append(said[1])
             total += len(said[1]) / 25
         x, track = np.concatenate(xs), np.concatenate(tracks).astype(np.float32)
-        with wave.open(os.path.join(folder, name + ".wav"), "wb") as w:
-            w.setnchannels(1)
-            w.setsampwidth(2)
-            w.setframerate(RATE)
-            w.writeframes((np.clip(x, -1, 1) * 32767).astype(np.int16).tobytes())
+        write_wave(os.path.join(folder, name + ".wav"), x)
         np.savez_compressed(os.path.join(folder, name + ".npz"), visemes=track)
         mels.append(np.round(log_mel(x) * MEL_LEVELS).astype(np.uint8))
         all_tracks.append(np.clip(np.round(track * 100 + 100), 0, 255).astype(np.uint8))
-        index.append({"name": name, "language": language, "voice": voice or "flite awb", "frames": len(track)})
+        index.append({"name": name, "language": name[:2], "family": family, "voice": voice or "flite awb", "frames": len(track)})
         print(name, len(track) / 25, "s", flush=True)
     np.savez_compressed(os.path.join(folder, "held_out.npz"), mel=np.concatenate(mels), vis=np.concatenate(all_tracks))
     with open(os.path.join(folder, "index.json"), "w") as f:
@@ -367,6 +382,6 @@ def build_evaluation(seed, folder, seconds=12):
 
 if __name__ == "__main__":
     if sys.argv[1] == "train":
-        build_training(float(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        build_training(float(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
     else:
         build_evaluation(int(sys.argv[2]), sys.argv[3])

