@@ -4,6 +4,7 @@ import os
 import time
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 START = time.time()
@@ -32,8 +33,60 @@ def schedule(p, warm=.03, floor=.02):
     return min(1., p / warm) * (floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min(1., p))))
 
 
+def begin():
+    """Join the other GPUs, if there are any."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if GPU else "gloo", device_id=DEVICE if GPU else None)
+
+
+def end():
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def alike(modules):
+    """Every GPU starts from the first one's parameters."""
+    if WORLD > 1:
+        for m in modules:
+            for p in m.parameters():
+                dist.broadcast(p.data, 0)
+
+
+def flat_gradients(parameters):
+    """One vector of which every parameter's gradient is a view"""
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes), device=DEVICE)
+    for p, v in zip(parameters, flat.split(sizes)):
+        rows = p.ndim == 4 and not p.is_contiguous()        # channels last: the gradient too
+        p.grad = v.view(p.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) if rows else v.view_as(p)
+    return flat
+
+
+def averaged(flat, most=1.):
+    """Gradients of all GPUs averaged and clipped; returns their norm"""
+    if WORLD > 1:
+        dist.all_reduce(flat)
+        flat.div_(WORLD)
+    norm = flat.norm()
+    flat.mul_((most / (norm + 1e-6)).clamp(max=1.))
+    return norm
+
+
+def agreed(value, step, state={}):                        # noqa: B006  (remembers between calls)
+    """The first GPU's value, asked every 16 steps"""
+    if WORLD > 1:
+        if step % 16 == 0 or "value" not in state:
+            shared = torch.tensor([value], device=DEVICE)
+            dist.broadcast(shared, 0)
+            state["value"] = shared.item()
+        return state["value"]
+    return value
+
+
 def save(path, state, parts=1):
     """f16 safetensors, in `parts` files PATH.0, PATH.1, ... if more than one; running statistics stay f32"""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     state = {k: (v.detach().half() if v.is_floating_point() and "running" not in k else v.detach()).cpu().contiguous() for k, v in state.items()}
     keys = sorted(state)
     total, size, groups = sum(t.numel() for t in state.values()), 0, [[] for _ in range(parts)]

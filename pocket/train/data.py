@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import presenters as ps
 
-LEFT, RIGHT = 20, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead)
+LEFT, RIGHT = 48, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead, 72 back)
 
 
 class Speech:
@@ -43,7 +43,7 @@ def augment(m, g):
     uniform = lambda *s: torch.rand(*s, generator=g, device=device)
     normal = lambda *s: torch.randn(*s, generator=g, device=device)
     chance = lambda p: (uniform(b, 1, 1) < p).float()
-    stretch = torch.where(uniform(b, 1) < .7, .86 + .28 * uniform(b, 1), torch.ones(b, 1, device=device))
+    stretch = childlike(m, g, device)
     position = (torch.arange(n, device=device) * stretch + (uniform(b, 1) - .5) * 3 * (uniform(b, 1) < .4)).clamp(0, n - 1.001)
     low, fraction = position.long(), (position - position.floor())[:, None]
     index = low[:, None].expand(b, t, n)
@@ -68,6 +68,14 @@ def augment(m, g):
     m = torch.maximum(torch.log10(p + 1e-8), floor)
     telephone = (uniform(b, 1, 1) < .12) & (torch.arange(n, device=device) > 40 + 24 * uniform(b, 1, 1))
     return torch.where(telephone, floor, m).clamp(0, 11)
+
+
+def childlike(m, g, device):
+    """how far the bands are stretched: most voices a little; one in eight by what a child's throat does"""
+    b = len(m)
+    u = lambda: torch.rand(b, 1, generator=g, device=device)
+    small = u() < .12
+    return torch.where(small, .76 + .12 * u(), torch.where(u() < .7, .86 + .28 * u(), torch.ones(b, 1, device=device)))
 
 
 class Clips:

@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHANNELS, LATENT = 16, 32            # latent [16, 32, 32] = 4 frames of 256x256
+CHANNELS, LATENT = 16, 32            # latent [16, 32, 32] = 4 frames, whatever their size: a cell is 8, 12 or 16 pixels wide
+SIZES, REFERENCE = (256, 384, 512), 384              # pictures the decoder draws; what the encoder sees
 FEATURES, CONTROLS, VISEMES = 192, 10, 6
 CONFIG = {
     "dim": 256, "num_heads": 4, "num_layers": 8, "ffn_dim": 1024, "freq_dim": 256, "in_dim": 16, "out_dim": 16, "patch": [1, 4, 4],
@@ -14,8 +15,8 @@ CONFIG = {
     "audio_inject_layers": [0, 2, 4, 6], "motion_frames": [5, 2], "kv_frames": 4, "frames_per_block": 1, "conditioning": "following",
     "rope_half": False, "cond": "reference", "prediction": "sample", "reference_gate": True, "framepack": "still",
     "sigmas": {"1": [1.0], "2": [1.0, 0.5], "3": [1.0, 0.67, 0.33], "4": [1.0, 0.75, 0.5, 0.25]}, "default_steps": 2,
-    "size": [256, 256], "fps": 25, "latent": [16, 32, 32], "vae": "patch", "audio": "mel", "gelu": "erf", "sample_rate": 16000,
-    "audio_dilation": [1, 1, 2, 2, 4, 8], "audio_ahead": [1, 1, 1, 1, 1, 0],
+    "size": [256, 256], "sizes": list(SIZES), "reference_size": REFERENCE, "fine_blocks": 3, "matte": "joint", "fps": 25, "latent": [16, 32, 32], "vae": "patch", "audio": "mel", "gelu": "erf", "sample_rate": 16000,
+    "audio_dilation": [1, 1, 2, 2, 4, 8, 16, 2], "audio_ahead": [1, 1, 1, 1, 1, 0, 0, 0],
 }
 
 
@@ -46,41 +47,54 @@ class Encoder(nn.Module):
     def __init__(self, a=96, b=192):
         super().__init__()
         self.b = b
-        self.conv_in, self.res1, self.down = ConvNorm(192, a), Residual(a), ConvNorm(a, b, 3, 2)
+        self.conv_in, self.res1, self.down = ConvNorm(432, a), Residual(a), ConvNorm(a, b, 3, 2)
         self.res2, self.res3, self.conv_out = Residual(b), Residual(b), nn.Conv2d(b, CHANNELS, 1)
         self.normalise = nn.BatchNorm2d(CHANNELS, affine=False, momentum=.03)
 
     def forward(self, frames):
-        """[N, 4, 3, 256, 256] in -1..1 -> [N, 16, 32, 32]"""
+        """[N, 4, 3, 384, 384] in -1..1 -> [N, 16, 32, 32]"""
         n = frames.shape[0]
-        x = F.pixel_unshuffle(frames.flatten(0, 1), 4)
-        x = x.view(n, 192, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(frames.flatten(0, 1), 6)
+        x = x.view(n, 432, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
         x = self.res1(self.conv_in(x))
         x = self.down(F.relu(x)) + group_mean(F.pixel_unshuffle(x, 2), self.b)
         return self.normalise(self.conv_out(F.relu(self.res3(self.res2(x)))).float())
 
 
-class Decoder(nn.Module):
-    def __init__(self, a=112, c=32):
-        super().__init__()
-        self.c = c
-        self.conv_in, self.mem = ConvNorm(CHANNELS, a), Residual(a, 2 * a)
-        self.res1, self.res2, self.up = Residual(a), Residual(a), ConvNorm(a, 16 * c, 1)
-        self.res3, self.res4, self.conv_out = Residual(c), Residual(c), nn.Conv2d(c, 48, 3, 1, 1)
+class Fine(nn.Module):
+    """The part of the decoder that belongs to a size: k x k features a latent cell, 4 x 4 pixels a feature, red, green, blue, matte"""
 
-    def forward(self, z):
-        """[B, T, 16, 32, 32] -> [B, 4T, 3, 256, 256], not clamped; the memory before the first latent is zero"""
+    def __init__(self, size, a=112, c=32):
+        super().__init__()
+        self.k, self.c = size // 128, c
+        self.up, self.res3, self.res4, self.res5 = ConvNorm(a, 4 * self.k ** 2 * c, 1), Residual(c), Residual(c), Residual(c)
+        self.conv_out = nn.Conv2d(c, 64, 3, 1, 1)
+
+    def forward(self, x):
+        """[N, 112, 32, 32] after ReLU -> [4N, 4, size, size]"""
+        x = self.up(x)
+        x = F.pixel_shuffle(x.reshape(-1, self.k ** 2 * self.c, *x.shape[2:]), self.k)
+        return F.pixel_shuffle(self.conv_out(F.relu(self.res5(self.res4(self.res3(x))))), 4)
+
+
+class Decoder(nn.Module):
+    def __init__(self, a=112):
+        super().__init__()
+        self.conv_in, self.mem = ConvNorm(CHANNELS, a), Residual(a, 2 * a)
+        self.res1, self.res2 = Residual(a), Residual(a)
+        self.fine = nn.ModuleDict({str(size): Fine(size, a) for size in SIZES})
+
+    def forward(self, z, size=REFERENCE):
+        """[B, T, 16, 32, 32] -> [B, 4T, 4, size, size], not clamped: colours -1..1, matte 0..1; before the first latent the memory is zero"""
         b, t = z.shape[:2]
         x = self.conv_in(z.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         past = torch.cat([torch.zeros_like(x.view(b, t, *x.shape[1:])[:, :1]), x.view(b, t, *x.shape[1:])[:, :-1]], 1).flatten(0, 1)
-        x = self.up(F.relu(self.res2(self.res1(self.mem(x, past)))))
-        x = F.pixel_shuffle(x.reshape(b * t * 4, 4 * self.c, *x.shape[2:]), 2)
-        x = F.pixel_shuffle(self.conv_out(F.relu(self.res4(self.res3(x)))), 4)
+        x = self.fine[str(size)](F.relu(self.res2(self.res1(self.mem(x, past)))))
         return x.view(b, t * 4, *x.shape[1:])
 
 
 class Matte(nn.Module):
-    """How much the presenter covers the background, read from the frozen decoder's features: colours stay what they are."""
+    """Of the 256-pixel form: how much the presenter covers the background, read from the frozen decoder's features."""
 
     @classmethod
     def load(cls, tensors):

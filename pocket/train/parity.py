@@ -2,19 +2,17 @@
 
 Writes the streaming form's inputs and outputs and checks that the training form gives the same x0.
 """
-import os
 import sys
 
 import torch
 from safetensors.torch import save_file
 
 import weights
-from model import AudioNet, Decoder, Encoder, Matte, Transformer
+from model import REFERENCE, SIZES, AudioNet, Decoder, Encoder, Transformer
 from audio import MEL_FILTERS
-from streaming import Pocket
+from streaming import Pocket, bytes_of
 
 BLOCKS = 5
-MATTE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "matte.safetensors")
 SCALE = [4., 4., 20., 50., 80., 2., 2., 3., 2., 2.]
 RANGE = [[-.7, .7], [-.7, .7], [-.1, .1], [-.06, .06], [-.035, .035], [0, 1], [-1, 1], [-.7, .7], [-.7, 1], [0, 1]]
 
@@ -54,7 +52,6 @@ def training_form(tensors):
 
 def record(path, picture):
     tensors, config = weights.read(path)
-    head = Matte.load(weights.read(MATTE)[0])
     net, g = Pocket(tensors, config), torch.Generator().manual_seed(3)
     n = BLOCKS * 4 * 640
     t = torch.arange(n) / 16000
@@ -68,25 +65,27 @@ def record(path, picture):
     audio = torch.cat([features, controls * tensors["control_scale"]], 1)
     dit, worst = training_form(tensors), 0.0
     for steps in (1, 2):
-        stream, latents, frames, mattes, first = net.open(ref, steps), [], [], [], []
+        stream, latents, frames, memories, first = net.open(ref, steps, 256), [], [], [], []
         for b in range(BLOCKS):
-            trace, before = [], stream.memory
+            trace = []
+            memories.append(stream.memory)
             shown = stream.next(features[4 * b:4 * b + 4], controls[4 * b:4 * b + 4], noise[b], trace)
             latents.append(stream.latent)
             first.append(trace[0])
             if b < 2:
                 frames.append(shown)
-                wide, fine, _ = net.features_of(stream.latent, before)
-                mattes.append((head(wide[None], fine[None])[0, 3] * 255).round().clamp(0, 255).byte())
         out[f"x0.steps{steps}"] = torch.stack(latents)
         x0 = dit(noise[None], torch.ones(1), audio[None], ref[None])[0]
         worst = max(worst, float((x0 - torch.stack(first)).abs().max()))
         if steps == 2:
             x = noise + (.5 - 1) * (noise - x0)
             worst = max(worst, float((dit(x[None], torch.full((1,), .5), audio[None], ref[None])[0] - torch.stack(latents)).abs().max()))
-            out["frames"] = torch.cat(frames)[[3, 7]]                            # last frame of blocks 0 and 1
-            out["matte"] = torch.stack(mattes)
-            out["frames_crop"] = torch.cat(frames)[:, :, 128:192, 96:160]        # all eight frames around the mouth
+            shown = torch.cat(frames)
+            out["frames"], out["matte"] = shown[[3, 7], :3], shown[[3, 7], 3]    # last frame of blocks 0 and 1
+            out["frames_crop"] = shown[:, :3, 128:192, 96:160]                   # all eight frames around the mouth
+            for size in SIZES[1:]:                                               # the last frame of block 1: 128 pixels from the middle
+                whole = bytes_of(net.decode(latents[1], memories[1], size)[0])[3, :, size // 2:size // 2 + 128, size // 2 - 64:size // 2 + 64]
+                out[f"frame.{size}"], out[f"matte.{size}"] = whole[:3], whole[3]
     print(f"training form against streaming form: largest difference {worst:.2e}; x0 std {out['x0.steps2'].std():.3f}")
     assert worst < 2e-3
     g_, l_ = net.audio_tokens(audio[:4])
@@ -101,7 +100,7 @@ if __name__ == "__main__":
         size = weights.write(sys.argv[2], all_tensors(*random_networks()))
         print("weights", size)
         picture = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)) * 255)[None]
-        picture = torch.nn.functional.interpolate(picture, size=256, mode="bilinear")[0].byte()
+        picture = torch.nn.functional.interpolate(picture, size=REFERENCE, mode="bilinear")[0].byte()
         path, target = sys.argv[2], sys.argv[3]
     else:
         import cv2

@@ -126,14 +126,19 @@ def neutral(ident):
     return assemble(ident, at(NEUTRAL), at(REST_VISEMES))
 
 
-def readings(p):
-    """What the probe reads: opening, width, press, fv, ten scaled controls.  The formulas are presenter.h's mouth()."""
-    jaw, width, press, fv, tongue, upper = p[..., 66:72].unbind(-1)
+def mouth(visemes):
+    """[..., 6] -> [..., 4]: opening, width, press, fv as the probe reads them.  The formulas are presenter.h's mouth()."""
+    jaw, width, press, fv, tongue, upper = visemes.unbind(-1)
     rounded, spread, free = (-width).clamp(min=0), width.clamp(min=0), 1 - press
     h = .20 * jaw * free * (1 - .25 * rounded) + .012 * free * (jaw * 6).clamp(max=1) + .022 * upper * free
     h = h * (1 - .55 * fv) + .018 * fv + .012 * tongue * free
     w = 1 + .20 * spread - .42 * rounded - .06 * jaw
-    return torch.cat([h[..., None] * 10, w[..., None] * 3, press[..., None], fv[..., None], p[..., 56:66] * torch.tensor(CONTROL_SCALE, device=p.device)], -1)
+    return torch.stack([h * 10, w * 3, press, fv], -1)
+
+
+def readings(p):
+    """What the probe reads of [..., 72]: `mouth`, then ten scaled controls"""
+    return torch.cat([mouth(p[..., 66:72]), p[..., 56:66] * torch.tensor(CONTROL_SCALE, device=p.device)], -1)
 
 
 _library = {}

@@ -359,10 +359,13 @@ def build_evaluation(seed, folder, seconds=12):
     jobs += [(v, l, "festival", f"{'cs' if 'czech' in v else 'fi' if '_fi_' in v else l}-festival-{v}") for v, l, held_out in FESTIVAL if held_out]
     for voice, language, family, name in jobs:
         speaker.waiting = []
-        xs, tracks, total = [], [], 0
+        xs, tracks, total, failed = [], [], 0, 0
         while total < (seconds * 2 if language == "en" else seconds):
             said = speaker.say(voice, language, family)
             if said is None:
+                failed += 1
+                if failed > 50:
+                    raise RuntimeError(f"{name}: this voice says nothing")
                 continue
             xs.append(said[0])
             tracks.append(said[1])

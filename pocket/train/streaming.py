@@ -52,31 +52,39 @@ class Pocket:
         return x + self.conv(name + ".b", F.relu(self.conv(name + ".a", F.relu(y))))
 
     def encode(self, frames):
-        """[4, 3, 256, 256] in -1..1 -> [16, 32, 32]"""
-        x = self.conv("encoder.conv_in", F.pixel_unshuffle(frames, 4).reshape(1, 192, 64, 64))
+        """[4, 3, 384, 384] (256 pixels in a file without "sizes") in -1..1 -> [16, 32, 32]"""
+        x = F.pixel_unshuffle(frames, frames.shape[-1] // 64)
+        x = self.conv("encoder.conv_in", x.reshape(1, -1, 64, 64))
         x = self.residual("encoder.res1", x)
         x = self.conv("encoder.down", F.relu(x), stride=2) + group_mean(F.pixel_unshuffle(x, 2), 192)
         x = self.residual("encoder.res3", self.residual("encoder.res2", x))
         return self.conv("encoder.conv_out", F.relu(x))[0]
 
     def encode_picture(self, picture):
-        """[3, 256, 256] u8"""
-        return self.encode((picture.float() / 127.5 - 1).expand(4, -1, -1, -1))
+        """[3, size, size] u8"""
+        side = self.c.get("reference_size", 256)
+        x = F.interpolate(picture[None].float(), (side, side), mode="area" if picture.shape[-1] > side else "bilinear")[0] if picture.shape[-1] != side else picture.float()
+        return self.encode((x / 127.5 - 1).expand(4, -1, -1, -1))
 
-    def features_of(self, z, memory):
-        """one latent and the memory of the last -> the decoder's last coarse [112, 32, 32] and fine [4, 32, 64, 64] features
+    def features_of(self, z, memory, size=256):
+        """one latent and the memory of the last -> the decoder's last coarse [112, 32, 32] and fine [4, 32, 32k, 32k] features
         (after ReLU), new memory"""
         x = self.conv("decoder.conv_in", z[None])
         y = self.residual("decoder.mem", x, torch.zeros_like(x) if memory is None else memory)
         wide = F.relu(self.residual("decoder.res2", self.residual("decoder.res1", y)))
-        y = self.conv("decoder.up", wide)
-        y = F.pixel_shuffle(y.reshape(4, -1, *y.shape[2:]), 2)
-        return wide[0], F.relu(self.residual("decoder.res4", self.residual("decoder.res3", y))), x
+        p = f"decoder.{size}." if "sizes" in self.c else "decoder."
+        y = self.conv(p + "up", wide)
+        y = F.pixel_shuffle(y.reshape(4, -1, *y.shape[2:]), size // 128)
+        for k in range(3, 3 + self.c.get("fine_blocks", 2)):
+            y = self.residual(f"{p}res{k}", y)
+        return wide[0], F.relu(y), x
 
-    def decode(self, z, memory):
-        """one latent and the memory of the last -> 4 frames [4, 3, 256, 256] in -1..1, new memory"""
-        _, fine, memory = self.features_of(z, memory)
-        return F.pixel_shuffle(self.conv("decoder.conv_out", fine), 4).clamp(-1, 1), memory
+    def decode(self, z, memory, size):
+        """one latent and the memory of the last -> 4 frames [4, 4, size, size], colours in -1..1 and matte in 0..1, new memory;
+        a file without "sizes" gives three planes"""
+        _, fine, memory = self.features_of(z, memory, size)
+        y = F.pixel_shuffle(self.conv(f"decoder.{size}.conv_out" if "sizes" in self.c else "decoder.conv_out", fine), 4)
+        return torch.cat([y[:, :3].clamp(-1, 1), y[:, 3:].clamp(0, 1)], 1), memory
 
     # -------------------------------------------------------------- transformer
     def lin(self, name, x):
@@ -141,15 +149,20 @@ class Pocket:
         y = F.layer_norm(x, x.shape[-1:], eps=1e-5) * (1 + scale) + shift
         return x + self.lin(n + ".o", self.attend(*self.qkv(n, y, l)))
 
-    def open(self, ref, steps):
-        return Stream(self, ref, self.c["sigmas"][str(steps)])
+    def open(self, ref, steps, size=256):
+        return Stream(self, ref, self.c["sigmas"][str(steps)], size)
+
+
+def bytes_of(frames):
+    """[N, 4, H, W], colours -1..1 and matte 0..1 -> u8"""
+    return torch.cat([(frames[:, :3] + 1) * 127.5, frames[:, 3:] * 255], 1).round().clamp(0, 255).byte()
 
 
 class Stream:
     """One face: conditioning keys, one ring of keys and values per denoising step, the decoder's memory."""
 
-    def __init__(self, net, ref, sigmas):
-        self.net, self.ref, self.sigmas, self.position, self.memory = net, ref, sigmas, 0, None
+    def __init__(self, net, ref, sigmas, size):
+        self.net, self.ref, self.sigmas, self.position, self.memory, self.size = net, ref, sigmas, 0, None, size
         self.keep = net.c["kv_frames"]
         self.rings = [[[] for _ in range(net.c["num_layers"])] for _ in sigmas]
         mask = net.w["dit.trainable_cond_mask.weight"]
@@ -191,7 +204,7 @@ class Stream:
         return unpatch(net.lin("head.head", y)) + gate_map(net.lin("head.gate", y)) * self.ref
 
     def next(self, features, controls, noise, trace=None, show=True):
-        """features [4, 192], controls [4, 10] in natural units, noise [16, 32, 32] -> four frames u8 [4, 3, 256, 256],
+        """features [4, 192], controls [4, 10] in natural units, noise [16, 32, 32] -> four frames u8 [4, 4, size, size] with the matte as fourth plane,
         or None without `show` (then only the decoder's memory is kept up)"""
         audio = torch.cat([features, controls * self.net.w["control_scale"]], 1)
         x, sigmas = noise, list(self.sigmas) + [0.0]
@@ -204,6 +217,6 @@ class Stream:
         if not show:
             self.latent, self.memory = x, self.net.conv("decoder.conv_in", x[None])
             return None
-        frames, self.memory = self.net.decode(x, self.memory)
+        frames, self.memory = self.net.decode(x, self.memory, self.size)
         self.latent = x
-        return ((frames + 1) * 127.5).round().clamp(0, 255).byte()
+        return bytes_of(frames)

@@ -1,6 +1,11 @@
-"""Audio net (log-mel -> visemes), then the evaluation probe.   python train_audio.py DATA_DIR OUT_DIR AUDIO_SECONDS PROBE_SECONDS"""
+"""Audio net (log-mel -> visemes), then the evaluation probe.
+
+    python train_audio.py DATA_DIR OUT_DIR AUDIO_SECONDS PROBE_SECONDS [--resume PATH] [options]
+
+On a CPU it trains with one thread (a batch of 12); PROBE_SECONDS 0 leaves the probe out.
+"""
+import argparse
 import os
-import sys
 import time
 
 import numpy as np
@@ -8,12 +13,23 @@ import torch
 import torch.nn.functional as F
 
 import presenters as ps
-from common import DEVICE, GPU, half_precision, log, save, schedule
+from common import DEVICE, GPU, half_precision, load, log, save, schedule
 from data import LEFT, RIGHT, Clips, Speech, augment
 from model import AudioNet, Probe
 
-data, out, audio_budget, probe_budget = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-WEIGHT = [1.2, 1.0, 1.5, .8, .6, .6]
+parser = argparse.ArgumentParser()
+parser.add_argument("data")
+parser.add_argument("out")
+parser.add_argument("audio_seconds", type=float)
+parser.add_argument("probe_seconds", type=float)
+parser.add_argument("--resume")
+parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--batch", type=int, default=192 if GPU else 12)
+parser.add_argument("--max-steps", type=int, default=10 ** 9)
+args = parser.parse_args()
+out = args.out
+WEIGHT = [1.2, 1.2, 1.5, .8, .6, .6]   # of the visemes' errors
+SEEN = [.25, .35, .4, .4]              # of the errors of what is seen: opening, width, press, lip under teeth
 
 
 def correlation(a, b):
@@ -24,25 +40,27 @@ def correlation(a, b):
 def main():
     torch.manual_seed(3)
     g = torch.Generator(device=DEVICE).manual_seed(3)
-    speech = Speech(data, DEVICE)
-    held = Speech(data, DEVICE, "held_out.npz")
+    speech = Speech(args.data, DEVICE)
+    held = Speech(args.data, DEVICE, "held_out.npz")
     net = AudioNet().to(DEVICE)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(.9, .98), weight_decay=.02, fused=GPU)
-    batch, length = (192, 96) if GPU else (4, 32)
-    weight = torch.tensor(WEIGHT, device=DEVICE)
+    if args.resume:
+        net.load_state_dict(load(args.resume), strict=False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(.9, .98), weight_decay=.02, fused=GPU)
+    batch, length = args.batch, 96
+    weight, seen = torch.tensor(WEIGHT, device=DEVICE), torch.tensor(SEEN, device=DEVICE)
     start, step = time.time(), 0
 
     def evaluate():
         with torch.no_grad():
             s = torch.arange(LEFT, held.frames - length - RIGHT, length, device=DEVICE)
             y, v = net.visemes(net(held.mels(s, length)))[:, LEFT:LEFT + length], held.visemes(s, length)
-            return [round(correlation(y[..., k], v[..., k]), 3) for k in range(6)]
+            return [round(correlation(a[..., k], b[..., k]), 3) for a, b in ((y, v), (ps.mouth(y), ps.mouth(v))) for k in range(a.shape[-1])][:8]
     while True:
-        p = (time.time() - start) / audio_budget
-        if p >= 1 or (not GPU and step >= 3):
+        p = (time.time() - start) / args.audio_seconds
+        if p >= 1 or step >= args.max_steps:
             break
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * schedule(p)
+            group["lr"] = args.lr * schedule(p)
         with torch.no_grad():
             s = speech.starts(batch, length, g)
             m, v = augment(speech.mels(s, length), g), speech.visemes(s, length)
@@ -50,25 +68,28 @@ def main():
             y = net.visemes(net(m))[:, LEFT:LEFT + length]
         y = y.float()
         loss = ((y - v).pow(2) * weight).mean() + .5 * ((y.diff(dim=1) - v.diff(dim=1)).pow(2) * weight).mean()
+        loss = loss + ((ps.mouth(y) - ps.mouth(v)).pow(2) * seen).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
         optimizer.step()
         step += 1
-        if step % 500 == 0:
+        if step % (500 if GPU else 50) == 0:
             log("audio", step, f"p {p:.2f} loss {loss.item():.5f}", evaluate())
-            if step % 1000 == 0:
+            if step % (1000 if GPU else 100) == 0:
                 save(os.path.join(out, "audio.safetensors"), net.state_dict())
     save(os.path.join(out, "audio.safetensors"), net.state_dict())
-    log("audio net: held-out correlation jaw, width, press, fv, tongue, upper", evaluate(), "steps", step)
+    log("audio net: held-out correlation of jaw, width, press, fv, tongue, upper; of opening and width as seen", evaluate(), "steps", step)
 
+    if not args.probe_seconds:
+        return
     clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(21), 8000 if GPU else 8)).to(DEVICE), g)
     probe = Probe().to(DEVICE)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=.01, fused=GPU)
     start, step, n = time.time(), 0, 32 if GPU else 1
     while True:
-        p = (time.time() - start) / probe_budget
-        if p >= 1 or (not GPU and step >= 3):
+        p = (time.time() - start) / max(args.probe_seconds, 1e-3)
+        if p >= 1 or step >= args.max_steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * schedule(p)

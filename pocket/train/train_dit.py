@@ -9,17 +9,17 @@ stays), which is what makes blinks crisp.
 import argparse
 import copy
 import os
+import random
 import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import presenters as ps
-from common import DEVICE, GPU, RANK, WORLD, half_precision, load, log, save, schedule
+from common import DEVICE, GPU, RANK, WORLD, agreed, alike, averaged, begin, end, flat_gradients, half_precision, load, log, save, schedule
 from data import LEFT, Clips, Speech, augment
-from model import CHANNELS, AudioNet, Decoder, Encoder, Transformer, count
-from train_ae import picture_loss, pixel_weights
+from model import CHANNELS, REFERENCE, AudioNet, Decoder, Encoder, Transformer, count
+from train_ae import matte_loss, parts_of, picture_loss, pictures, pixel_weights
 
 parser = argparse.ArgumentParser()
 parser.add_argument("data")
@@ -97,10 +97,10 @@ class Bank:
         n = len(index)
         s, i, _, params = self.clips.draw(n, 4 * self.length)
         refs = self.clips.references(i)
-        encode = lambda x: torch.cat([self.encoder((q.float() / 127.5 - 1)) for q in x.split(512)])
+        encode = lambda p, repeats: torch.cat([self.encoder(pictures(q, REFERENCE).unflatten(0, (-1, 4 // repeats)).repeat_interleave(repeats, 1))
+                                               for q in p.flatten(0, 1).split(1024)])
         with half_precision():
-            z = encode(ps.render(params).view(-1, 4, 3, 256, 256))
-            r = encode(ps.render(refs).view(-1, 1, 3, 256, 256).expand(-1, 4, -1, -1, -1))
+            z, r = encode(params, 1), encode(refs, 4)
         self.z[index], self.ref[index] = z.view(n, self.length, *z.shape[1:]).half(), r.view(n, 2, *r.shape[1:]).half()
         self.start[index], self.params[index] = s, params
 
@@ -126,24 +126,20 @@ def compiled(net, b):
 
 
 def main():
-    if WORLD > 1:
-        dist.init_process_group("nccl", device_id=DEVICE)
+    begin()
     torch.manual_seed(args.seed * 100 + RANK)
     g = torch.Generator(device=DEVICE).manual_seed(args.seed * 1000 + RANK)
     t0 = time.time()
     speech = Speech(args.data, DEVICE)
     clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(31 + RANK + 10 * args.seed), args.identities)).to(DEVICE), g, 1 / 20 if args.together else 1 / 45)
     encoder, decoder, audio = Encoder().to(DEVICE), Decoder().to(DEVICE), AudioNet().to(DEVICE)
-    if os.path.exists(os.path.join(args.models, "ae.safetensors")):
-        state = load(os.path.join(args.models, "ae.safetensors"))
-        for name, m in (("encoder.", encoder), ("decoder.", decoder)):
-            m.load_state_dict({k[len(name):]: v for k, v in state.items() if k.startswith(name)})
-        audio.load_state_dict(load(os.path.join(args.models, "audio.safetensors")))
-    else:                                                     # speed trials only
-        log("NO AUTOENCODER: random one")
-        with torch.no_grad():
-            for _ in range(60):
-                encoder(ps.render(clips.draw(8 if GPU else 1, 4)[3]).view(-1, 4, 3, 256, 256).float() / 127.5 - 1)
+    for m, state in zip((encoder, decoder), parts_of(load(os.path.join(args.models, "ae.safetensors")))):
+        m.load_state_dict(state)
+    trained_on = os.path.join(os.path.dirname(args.resume or ""), "decoder.safetensors")
+    if args.together and args.resume and os.path.exists(trained_on):
+        decoder.load_state_dict(load(trained_on))
+        log("resumed", trained_on)
+    audio.load_state_dict(load(os.path.join(args.models, "audio.safetensors")))
     for m in (encoder, decoder, audio):
         m.eval().requires_grad_(False)
     encoder.to(memory_format=torch.channels_last)
@@ -155,19 +151,14 @@ def main():
     if args.resume:
         net.load_state_dict(load(args.resume), strict=False)
         log("resumed", args.resume)
-    if WORLD > 1:
-        for p in net.parameters():
-            dist.broadcast(p.data, 0)
+    alike((net, decoder))
     ema = copy.deepcopy(net).requires_grad_(False)
     if GPU and not os.environ.get("NO_COMPILE"):
         compiled(net, args.batch)
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     trained += [("decoder." + n, p) for n, p in decoder.named_parameters() if p.requires_grad]
     ema_decoder = copy.deepcopy(decoder).requires_grad_(False)
-    sizes = [p.numel() for _, p in trained]
-    flat = torch.zeros(sum(sizes), device=DEVICE)
-    for (_, p), v in zip(trained, flat.split(sizes)):
-        p.grad = v.view_as(p)
+    flat = flat_gradients([p for _, p in trained])
     matrix = lambda n, p: args.optimizer == "muon" and p.ndim >= 2 and n.endswith("weight") and (".self_attn." in n or ".ffn." in n or "injector.injector." in n)
     muon = Muon([p for n, p in trained if matrix(n, p)]) if args.optimizer == "muon" else None
     rest = [p for n, p in trained if not matrix(n, p) and not n.startswith("decoder.")]
@@ -181,7 +172,8 @@ def main():
     if GPU:
         torch.cuda.synchronize()
     log(f"bank of {args.clips} clips, latent std {bank.z[:64].float().std().item():.3f}, speech {speech.frames / 1500:.0f} min")
-    weight, pixel_weight = latent_weights(), pixel_weights(4.0 if args.together else 2.2)
+    weight, same = latent_weights(), random.Random(args.seed)
+    pixel_weight = {size: pixel_weights(size, 4.0 if args.together else 2.2) for size in (256, 384)}
     scale = torch.tensor(ps.CONTROL_SCALE, device=DEVICE)
     b, length, step, start, saved = args.batch, args.length, 0, None, 0
     sums = {}
@@ -197,13 +189,7 @@ def main():
             start, budget = time.time(), args.seconds - (time.time() - t0)
             log("compiled")
         elapsed = 0. if start is None else time.time() - start
-        p = 0. if start is None else elapsed / budget
-        if WORLD > 1 and step % 16 == 0:                      # all ranks agree on the time
-            shared = torch.tensor([p], device=DEVICE)
-            dist.broadcast(shared, 0)
-            clock = shared.item(), time.time()
-        if WORLD > 1:
-            p = clock[0]
+        p = agreed(0. if start is None else elapsed / budget, step)
         if p >= 1 or step >= args.max_steps:
             break
         lr = args.lr * schedule(p, .02 if not args.resume else .04)
@@ -238,17 +224,17 @@ def main():
             first = int(torch.randint(0, length - t + 1, (1,)))
             high = n * 3 // 4 if args.together else n // 2    # most at sigma 1, some at the lowest of this batch
             rows = torch.cat([torch.argsort(sigma, descending=True)[:high], torch.argsort(sigma)[:n - high]])
-            truth = ps.render(params[rows, 4 * first:4 * (first + t)]).view(n, 4 * t, 3, 256, 256).float() / 127.5 - 1
+            size, shown = same.choice((256, 384)), params[rows, 4 * first:4 * (first + t)].flatten(0, 1)
             with half_precision():
-                y = decoder(x0[rows, first:first + t])
-            picture = picture_loss(y.float(), truth, pixel_weight)
+                y = decoder(x0[rows, first:first + t], size)
+            y = y.float().flatten(0, 1)
+            picture = picture_loss(y[:, :3], pictures(shown, size), pixel_weight[size])
+            if args.together:
+                picture = picture + .1 * matte_loss(y[:, 3], ps.render_matte(shown, size))
             loss = loss + (4 if args.together else 1.5) * picture
         flat.zero_()
         loss.backward()
-        if WORLD > 1:
-            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
-        norm = flat.norm()
-        flat.mul_((1. / (norm + 1e-6)).clamp(max=1.))
+        norm = averaged(flat)
         adam.step()
         if muon:
             muon.step(lr)
@@ -275,9 +261,7 @@ def main():
     if RANK == 0:
         store()
         log("done, steps", step, f"{(time.time() - start) / max(1, step - 4) * 1e3:.1f} ms a step" if start else "")
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ PHONES = {"#": "_", "pau": "_", "_": "_", "n*": "ŋ", "N": "ɲ", "S": "ʃ", "Z":
           "D": "ð", "T": "θ", "B": "β", "G": "ɣ", "L": "ʎ", "J": "ɲ", "y": "y", "Y": "y", "oe": "ø", "7": "ø", "{": "æ", "a:": "a", "yy": "i", "nj": "ɲ", "lj": "ʎ", "rr": "r", "w": "w"}
 FINNISH = {"y": "ʏ", "ä": "æ", "ö": "ø", "v": "v"}
 KOKORO_HELD_OUT, KOKORO_VOICES = ("jm_kumo", "jf_nezumi"), ("jf_alpha", "jf_gongitsune", "jf_tebukuro")
-KOKORO_LANGUAGES = [("en-us", "en", 3), ("en-gb-x-rp", "en", 2), ("es", "es", 2), ("fr-fr", "fr", 2), ("it", "it", 1.5), ("pt-br", "pt", 1.5), ("de", "de", 1.5), ("hi", "hi", 1), ("ja", "ja", 1),
+KOKORO_LANGUAGES = [("en-us", "en", 3), ("en-gb-x-rp", "en", 2), ("es", "es", 2), ("fr", "fr", 2), ("it", "it", 1.5), ("pt-br", "pt", 1.5), ("de", "de", 1.5), ("hi", "hi", 1), ("ja", "ja", 1),
                     ("cmn", "zh", 1.5), ("ru", "ru", 1), ("ar", "ar", .7)]
 PUNCTUATION = ";:,.!?—…\"()“” "
 

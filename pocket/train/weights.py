@@ -29,18 +29,24 @@ def vae_tensors(encoder, decoder):
 
     def put(name, pair):
         out[f"vae.{name}.weight"], out[f"vae.{name}.bias"] = pair
-    for prefix, net in (("encoder", encoder), ("decoder", decoder)):
+
+    def walk(prefix, net, normalise=None):
         for name, module in net.named_children():
             full = f"{prefix}.{name}"
             if name == "normalise":
                 continue
-            if name == "conv_out":
-                put(full, folded(module, net.normalise if prefix == "encoder" else None))
+            if name == "fine":                             # one part per size, named by it
+                for size, part in module.items():
+                    walk(f"{prefix}.{size}", part)
+            elif name == "conv_out":
+                put(full, folded(module, normalise))
             elif hasattr(module, "a"):
                 put(full + ".a", folded(*module.a))
                 put(full + ".b", folded(*module.b))
             else:
                 put(full, folded(*module))
+    walk("encoder", encoder, encoder.normalise)
+    walk("decoder", decoder)
     return out
 
 
