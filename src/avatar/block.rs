@@ -10,11 +10,11 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::speakers::hear;
-use super::studio::{Studio, last, slide, still, without_first};
+use super::studio::{Film, Studio, last, slide, still, without_first};
 use crate::model::{
     At, Error, Result,
     dit::{Halfway, Opening, Schedule, StreamState, TextContext},
-    vae::{Decoding, Probe},
+    vae::{Decoding, Probe, WanVae},
 };
 
 /// Copies of the picture that are encoded to get its settled latent.
@@ -40,21 +40,31 @@ impl Default for BlockSettings {
 }
 
 /// Reference and motion latents of a picture `[3, 1, height, width]` that is seen `motion_frames` times.
-pub(super) fn look(studio: &Studio, picture: &Tensor, motion_frames: usize) -> Result<(Tensor, Tensor)> {
-    Ok((studio.vae.encode(picture)?, studio.vae.encode(&still(picture, motion_frames)?)?))
+pub(super) fn look(vae: &WanVae, picture: &Tensor, motion_frames: usize) -> Result<(Tensor, Tensor)> {
+    Ok((vae.encode(picture)?, vae.encode(&still(picture, motion_frames)?)?))
 }
 
 /// A decoder that has the picture's past.
-pub(super) fn prime(studio: &Studio, motion: &Tensor) -> Result<Decoding> {
+pub(super) fn prime(vae: &WanVae, motion: &Tensor) -> Result<Decoding> {
     let mut decoding = Decoding::default();
-    studio.vae.decode_next(&mut decoding, &motion.narrow(1, 0, PRIMER.min(motion.dim(1)?))?)?;
+    vae.decode_next(&mut decoding, &motion.narrow(1, 0, PRIMER.min(motion.dim(1)?))?)?;
     Ok(decoding)
 }
 
 /// Pixels of a block's latents, three frames fewer for the first block.
-pub(super) fn show(studio: &Studio, decoding: &mut Decoding, latents: &Tensor, first: bool) -> Result<Tensor> {
-    let frames = studio.vae.decode_next(decoding, latents)?;
+pub(super) fn show(vae: &WanVae, decoding: &mut Decoding, latents: &Tensor, first: bool) -> Result<Tensor> {
+    let frames = vae.decode_next(decoding, latents)?;
     if first { without_first(&frames, WARM_UP) } else { Ok(frames) }
+}
+
+/// The same as frames in host memory; `planar`: as planes, where nothing larger has to leave the device for them.
+pub(super) fn film(vae: &WanVae, decoding: &mut Decoding, latents: &Tensor, first: bool, planar: bool) -> Result<Film> {
+    if !planar || !vae.gives_planes() {
+        return Film::packed(&show(vae, decoding, latents, first)?);
+    }
+    let planes = vae.decode_i420(decoding, latents)?;
+    let lost = if first { WARM_UP } else { 0 };
+    Film::planar(&planes.narrow(0, lost, planes.dim(0)?.saturating_sub(lost))?.contiguous()?)
 }
 
 /// The transformer's half of block mode, the same for both ways to pixels.
@@ -80,8 +90,8 @@ impl Blocks {
         distance: &[usize],
         probe: Probe,
     ) -> Result<Tensor> {
-        let audio = hear(studio, features, &self.reach)?;
         let dit = &studio.dit;
+        let audio = hear(dit, features, &self.reach)?;
         let (begin, way) = (Halfway { latent: noise.clone(), tokens: None }, dit.way(self.state.steps()));
         let end = dit
             .travel(&mut self.state, begin, way, &audio, None, distance, probe)
@@ -231,10 +241,10 @@ impl Continuous {
                 settings.clip_frames
             )));
         }
-        let (reference, motion) = look(studio, picture, settings.motion_frames)?;
+        let (reference, motion) = look(&studio.vae, picture, settings.motion_frames)?;
         let opening = Opening { reference: &reference, motion: Some(&motion), text };
         let blocks = Blocks::open(studio, &opening, schedule)?;
-        let decoding = prime(studio, &motion)?;
+        let decoding = prime(&studio.vae, &motion)?;
         Ok(Continuous { blocks, blocks_per_clip, reference, motion, decoding, own: None })
     }
 
@@ -292,6 +302,11 @@ impl Continuous {
 
     /// The decoder's half: pixels of the latents that were imagined last, three frames fewer for the first block.
     pub fn show(&mut self, studio: &Studio, latents: &Tensor) -> Result<Tensor> {
-        show(studio, &mut self.decoding, latents, self.blocks.done <= 1)
+        show(&studio.vae, &mut self.decoding, latents, self.blocks.done <= 1)
+    }
+
+    /// The same as frames in host memory, as planes if `planar` and the decoder gives them.
+    pub(super) fn film(&mut self, studio: &Studio, latents: &Tensor, planar: bool) -> Result<Film> {
+        film(&studio.vae, &mut self.decoding, latents, self.blocks.done <= 1, planar)
     }
 }

@@ -153,8 +153,8 @@ impl ClipStream {
     ) -> Result<Tensor> {
         let motion = if self.unmoved() { None } else { Some(self.motion(studio)?) };
         let guided = self.settings.guidance > 1.0;
-        let audio = hear(studio, features, &self.reach)?;
-        let silence = if guided { Some(hear(studio, &features.zeros_like()?, &self.reach)?) } else { None };
+        let audio = hear(&studio.dit, features, &self.reach)?;
+        let silence = if guided { Some(hear(&studio.dit, &features.zeros_like()?, &self.reach)?) } else { None };
         let mut sampler = self.settings.solver.start(self.settings.steps, self.settings.shift)?;
         let mut x = noise.clone();
         for step in 0..self.settings.steps {

@@ -77,6 +77,8 @@ pub struct OpenOptions {
     /// Several speakers, for models that can: a mask each over the portrait, white where the speaker is. Speech of
     /// speaker k comes by [`Stream::push_to`].
     pub masks: Vec<Portrait>,
+    /// Frames may be planes ([`crate::media::Pixels::I420`]) where that costs less: for whoever encodes them next.
+    pub planar: bool,
     /// Whether frames shall come with a matte, as far as the engine has one ([`Geometry::matte`]).
     pub matte: MatteWish,
 }
@@ -103,6 +105,7 @@ impl Default for OpenOptions {
             negative_prompt: None,
             pose: None,
             masks: Vec::new(),
+            planar: false,
             matte: MatteWish::default(),
         }
     }

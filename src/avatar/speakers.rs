@@ -7,8 +7,11 @@
 
 use candle_core::{Device, Tensor};
 
-use super::studio::Studio;
-use crate::model::{Error, Result, dit::BlockAudio, picture};
+use crate::model::{
+    Error, Result,
+    dit::{BlockAudio, Dit},
+    picture,
+};
 
 /// Part of a speaker's box by which its mask grows on each side.
 const GROWTH: f64 = 0.1;
@@ -82,9 +85,9 @@ fn grow(inside: &[bool], width: usize) -> Option<Vec<bool>> {
 
 /// The voices of a block or clip as the transformer hears them: one speaker's features `[layers, channels, frames]`, or
 /// several speakers' one after the other, `[speakers · layers, channels, frames]`, with what each one reaches.
-pub(super) fn hear(studio: &Studio, features: &Tensor, reach: &[Tensor]) -> Result<BlockAudio> {
+pub(super) fn hear(dit: &Dit, features: &Tensor, reach: &[Tensor]) -> Result<BlockAudio> {
     if reach.is_empty() {
-        return studio.dit.audio(features);
+        return dit.audio(features);
     }
     let rows = features.dim(0)?;
     if rows % reach.len() != 0 {
@@ -92,7 +95,7 @@ pub(super) fn hear(studio: &Studio, features: &Tensor, reach: &[Tensor]) -> Resu
     }
     let layers = rows / reach.len();
     let part = |(i, mask): (usize, &Tensor)| -> Result<(BlockAudio, Tensor)> {
-        Ok((studio.dit.audio(&features.narrow(0, i * layers, layers)?)?, mask.to_device(studio.device())?))
+        Ok((dit.audio(&features.narrow(0, i * layers, layers)?)?, mask.to_device(features.device())?))
     };
     BlockAudio::together(reach.iter().enumerate().map(part).collect::<Result<_>>()?)
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::media::Pixels;
 use crate::model::{
     Error, Result,
     dit::Dit,
@@ -18,6 +19,43 @@ pub struct Studio {
     pub dit: Dit,
     pub vae: WanVae,
     pub hearing: Wav2Vec2,
+}
+
+/// The networks that one of several ranks needs, which are shared where ranks are on the same device.
+#[derive(Clone)]
+pub struct Tools {
+    pub device: Device,
+    pub dit: Option<Arc<Dit>>,
+    pub vae: Option<Arc<WanVae>>,
+    pub hearing: Option<Arc<Wav2Vec2>>,
+}
+
+impl From<Studio> for Tools {
+    fn from(studio: Studio) -> Tools {
+        let device = studio.device().clone();
+        let Studio { dit, vae, hearing } = studio;
+        Tools { device, dit: Some(dit.into()), vae: Some(vae.into()), hearing: Some(hearing.into()) }
+    }
+}
+
+impl Tools {
+    /// # Errors
+    /// This rank computes no steps.
+    pub fn dit(&self) -> Result<&Arc<Dit>> {
+        self.dit.as_ref().ok_or_else(|| Error::Config("this rank has no transformer".into()))
+    }
+
+    /// # Errors
+    /// This rank makes no pixels.
+    pub fn vae(&self) -> Result<&Arc<WanVae>> {
+        self.vae.as_ref().ok_or_else(|| Error::Config("this rank has no autoencoder".into()))
+    }
+
+    /// # Errors
+    /// This rank hears nothing.
+    pub fn hearing(&self) -> Result<&Arc<Wav2Vec2>> {
+        self.hearing.as_ref().ok_or_else(|| Error::Config("this rank has no audio encoder".into()))
+    }
 }
 
 /// A whole voice as the transformer hears it.
@@ -66,13 +104,37 @@ pub(super) fn pictures(video: &Tensor) -> Result<Vec<Arc<[u8]>>> {
     Ok(apart(&raster(video)?, video.dim(1)?))
 }
 
+/// Frames in host memory, one after the other.
+pub(super) struct Film {
+    bytes: Vec<u8>,
+    frames: usize,
+    planar: bool,
+}
+
+impl Film {
+    /// Of a video `[3, n, height, width]` in −1..1: packed RGB.
+    pub(super) fn packed(video: &Tensor) -> Result<Film> {
+        Ok(Film { bytes: raster(video)?, frames: video.dim(1)?, planar: false })
+    }
+
+    /// Of planes that are encoder-ready, `[n, width · height · 3/2]` bytes ([`WanVae::decode_i420`]).
+    pub(super) fn planar(planes: &Tensor) -> Result<Film> {
+        Ok(Film { bytes: planes.flatten_all()?.to_vec1()?, frames: planes.dim(0)?, planar: true })
+    }
+
+    /// The frames apart.
+    pub(super) fn cut(&self) -> Vec<Pixels> {
+        apart(&self.bytes, self.frames).into_iter().map(if self.planar { Pixels::I420 } else { Pixels::Rgb }).collect()
+    }
+}
+
 /// As many pictures as lie in these bytes one after the other.
-pub(super) fn apart(bytes: &[u8], frames: usize) -> Vec<Arc<[u8]>> {
+fn apart(bytes: &[u8], frames: usize) -> Vec<Arc<[u8]>> {
     bytes.chunks_exact((bytes.len() / frames.max(1)).max(1)).take(frames).map(Arc::from).collect()
 }
 
 /// A video `[3, n, height, width]` in −1..1 as packed 8-bit RGB, frame after frame.
-pub(super) fn raster(video: &Tensor) -> Result<Vec<u8>> {
+fn raster(video: &Tensor) -> Result<Vec<u8>> {
     // half added before the cut to whole numbers: rounding
     let bytes = video.affine(127.5, 128.0)?.clamp(0.0, 255.0)?.to_dtype(DType::U8)?;
     Ok(bytes.permute((1, 2, 3, 0))?.contiguous()?.flatten_all()?.to_vec1()?)

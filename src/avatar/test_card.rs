@@ -2,7 +2,9 @@
 //! speech. It has the pocket engine's geometry, so everything that is not the model can be driven and timed with it.
 
 use super::{AvatarError, Generator, Intake, MatteWish, OpenOptions, Result, Stream};
-use crate::media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE, StageTimes};
+use crate::media::{
+    AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, Pixels, Portrait, SPEECH_RATE, StageTimes,
+};
 use std::{
     collections::VecDeque,
     sync::{Arc, LazyLock},
@@ -94,7 +96,7 @@ impl Stream for Card {
                     at: self.intake.origin() + MediaTime::from_units((first + i) as i64, FPS),
                     width: SIZE as u32,
                     height: SIZE as u32,
-                    rgb: self.draw(first + i, power.sqrt()).into(),
+                    pixels: Pixels::Rgb(self.draw(first + i, power.sqrt()).into()),
                     matte: self.matte.get().then(|| DISC.clone()),
                 }
             })
@@ -227,7 +229,7 @@ mod tests {
             assert_eq!(parts.len(), whole.len());
             for (a, b) in parts.iter().flat_map(|b| &b.frames).zip(whole.iter().flat_map(|b| &b.frames)) {
                 assert_eq!(a.at, b.at);
-                assert!(a.rgb == b.rgb, "frame at {:?} differs when cut by {cut}", a.at);
+                assert!(a.pixels == b.pixels, "frame at {:?} differs when cut by {cut}", a.at);
             }
         }
         assert_eq!(whole[1].frames[0].at, MediaTime::from_millis(40 + 160));

@@ -8,12 +8,7 @@ use super::{
     machine::Machine,
     measure::{encoder_ms, measure},
 };
-use crate::{
-    config::Config,
-    engine,
-    model::{budget, ranks::Layout},
-    net, server,
-};
+use crate::{config::Config, engine, model::budget, net, server};
 use std::net::{IpAddr, TcpListener, UdpSocket};
 
 #[derive(clap::Args)]
@@ -236,7 +231,7 @@ fn devices(config: &Config, findings: &mut Findings) {
     };
     let (steps, costs) = (config.engine.steps.unwrap_or(4), config.s2v.costs());
     // As many blocks as the 14B model has; a smaller one is cut in the same proportions.
-    match Layout::plan(places.len(), steps, 40, &costs, config.s2v.share.into()) {
+    match config.s2v.layout(steps, 40) {
         Ok(layout) => {
             for (text, place) in layout.describe(&costs).into_iter().zip(config.s2v.device.split(',')) {
                 line("Devices", format!("{}: {text}", place.trim()));
@@ -258,7 +253,7 @@ fn devices(config: &Config, findings: &mut Findings) {
                 ));
             }
         }
-        Err(e) => findings.problem(e.to_string()),
+        Err(why) => findings.problem(why),
     }
 }
 

@@ -3,8 +3,8 @@
 use super::engines::{self, Wanted};
 use crate::{
     avatar::OpenOptions,
-    codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, rgb_to_i420},
-    media::{AudioBlock, Geometry, MediaTime, SPEECH_RATE},
+    codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, to_i420},
+    media::{AudioBlock, Geometry, MediaTime, Pixels, SPEECH_RATE},
     model::kernels::{Card, card_facts},
 };
 use serde::Serialize;
@@ -92,7 +92,7 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
             first.get_or_insert(open + pushed + pulled);
             let before = Instant::now();
             for frame in &block.frames {
-                video.encode(&rgb_to_i420(frame)?, frame.at, false)?;
+                video.encode(&to_i420(frame)?, frame.at, false)?;
             }
             let span = MediaTime::from_units(block.frames.len() as i64, fps);
             for _ in 0..(span.units(OPUS_RATE) as usize).div_ceil(VOICE_FRAME) {
@@ -163,8 +163,8 @@ pub(super) fn encoder_ms() -> anyhow::Result<f64> {
             pixel.copy_from_slice(&[(x ^ y) as u8, (x / 2) as u8, (y * x / 256) as u8]);
         }
         let at = MediaTime::from_units(i64::from(i), 25);
-        let frame = crate::media::Frame { at, width, height, rgb: rgb.into(), matte: None };
-        let picture = rgb_to_i420(&frame)?;
+        let frame = crate::media::Frame { at, width, height, pixels: Pixels::Rgb(rgb.into()), matte: None };
+        let picture = to_i420(&frame)?;
         let before = Instant::now();
         video.encode(&picture, at, false)?;
         if i >= 5 {

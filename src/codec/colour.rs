@@ -1,7 +1,8 @@
-//! Packed RGB to planar YUV 4:2:0, BT.601 limited range, and scaling of the planes.
+//! Packed RGB to planar YUV 4:2:0, BT.601 limited range, and back, and scaling of the planes.
 
 use super::CodecError;
-use crate::media::{Frame, I420};
+use crate::media::{Frame, I420, Pixels};
+use std::borrow::Cow;
 
 // BT.601 limited range in 16.16 fixed point: Y = 16 + 219 (0.299 R + 0.587 G + 0.114 B) / 255, and so on
 // (ITU-R BT.601-7 §2.5). The rows of U and V each sum to zero, so grey stays exactly 128.
@@ -9,16 +10,28 @@ const Y: [i32; 3] = [16_829, 33_039, 6_416];
 const U: [i32; 3] = [-9_714, -19_071, 28_785];
 const V: [i32; 3] = [28_784, -24_103, -4_681];
 
-/// A frame as the encoder wants it. Chroma is the mean of each 2 × 2 pixels. Fails when the buffer is not
-/// `3 × width × height` bytes or a side is odd or zero.
-pub fn rgb_to_i420(frame: &Frame) -> Result<I420, CodecError> {
+/// A frame as the encoder wants it. Chroma is the mean of each 2 × 2 pixels.
+///
+/// # Errors
+/// The buffer is not as long as its form and size say, or a side is odd or zero.
+pub fn to_i420(frame: &Frame) -> Result<I420, CodecError> {
     let (w, h) = (frame.width as usize, frame.height as usize);
     if w == 0 || h == 0 || w % 2 != 0 || h % 2 != 0 {
         return Err(CodecError::Picture(format!("a picture of {w}×{h} cannot be 4:2:0: both sides must be even")));
     }
-    if frame.rgb.len() != 3 * w * h {
-        let got = frame.rgb.len();
-        return Err(CodecError::Picture(format!("a picture of {w}×{h} needs {} bytes of RGB, not {got}", 3 * w * h)));
+    let (bytes, form, need) = match &frame.pixels {
+        Pixels::Rgb(bytes) => (bytes, "RGB", 3 * w * h),
+        Pixels::I420(bytes) => (bytes, "I420", w * h / 2 * 3),
+    };
+    if bytes.len() != need {
+        let got = bytes.len();
+        return Err(CodecError::Picture(format!("a picture of {w}×{h} needs {need} bytes of {form}, not {got}")));
+    }
+    if let Pixels::I420(_) = frame.pixels {
+        let (y, chroma) = bytes.split_at(w * h);
+        let (u, v) = chroma.split_at(w * h / 4);
+        let (width, height) = (frame.width, frame.height);
+        return Ok(I420 { width, height, y: y.into(), u: u.into(), v: v.into() });
     }
     let mut out = I420 {
         width: frame.width,
@@ -27,7 +40,7 @@ pub fn rgb_to_i420(frame: &Frame) -> Result<I420, CodecError> {
         u: vec![0; w * h / 4],
         v: vec![0; w * h / 4],
     };
-    let rows = frame.rgb.chunks_exact(6 * w).zip(out.y.chunks_exact_mut(2 * w));
+    let rows = bytes.chunks_exact(6 * w).zip(out.y.chunks_exact_mut(2 * w));
     let chroma = out.u.chunks_exact_mut(w / 2).zip(out.v.chunks_exact_mut(w / 2));
     for ((rgb, luma), (u, v)) in rows.zip(chroma) {
         let (top, bottom) = rgb.split_at(3 * w);
@@ -46,6 +59,44 @@ pub fn rgb_to_i420(frame: &Frame) -> Result<I420, CodecError> {
         }
     }
     Ok(out)
+}
+
+/// A frame as packed RGB; planes give each 2 × 2 pixels one chroma.
+///
+/// # Errors
+/// The buffer is not as long as its form and size say.
+pub fn to_rgb(frame: &Frame) -> Result<Cow<'_, [u8]>, CodecError> {
+    let (w, h) = (frame.width as usize, frame.height as usize);
+    let (bytes, need) = match &frame.pixels {
+        Pixels::Rgb(bytes) => (Cow::Borrowed(&bytes[..]), 3 * w * h),
+        Pixels::I420(planes) if planes.len() == w * h + 2 * w.div_ceil(2) * h.div_ceil(2) => {
+            (Cow::Owned(rgb_of(planes, w, h)), 3 * w * h)
+        }
+        Pixels::I420(planes) => (Cow::Borrowed(&planes[..]), w * h + 2 * w.div_ceil(2) * h.div_ceil(2)),
+    };
+    if bytes.len() != need {
+        return Err(CodecError::Picture(format!("a picture of {w}×{h} has {} bytes instead of {need}", bytes.len())));
+    }
+    Ok(bytes)
+}
+
+/// Planes of BT.601 limited range as packed RGB (ITU-R BT.601-7 §2.5, solved for R, G and B). Odd sides have a chroma
+/// value of their own at the end.
+pub(super) fn rgb_of(planes: &[u8], width: usize, height: usize) -> Vec<u8> {
+    let (cw, ch) = (width.div_ceil(2), height.div_ceil(2));
+    let (y, rest) = planes.split_at(width * height);
+    let (u, v) = rest.split_at(cw * ch);
+    let mut rgb = Vec::with_capacity(3 * width * height);
+    for row in 0..height {
+        for column in 0..width {
+            let c = row / 2 * cw + column / 2;
+            let luma = (f32::from(y[row * width + column]) - 16.0) * 255.0 / 219.0;
+            let (u, v) = ((f32::from(u[c]) - 128.0) * 255.0 / 224.0, (f32::from(v[c]) - 128.0) * 255.0 / 224.0);
+            let part = |x: f32| (x + 0.5).clamp(0.0, 255.0) as u8;
+            rgb.extend([part(luma + 1.402 * v), part(luma - 0.344_14 * u - 0.714_14 * v), part(luma + 1.772 * u)]);
+        }
+    }
+    rgb
 }
 
 #[inline(always)]

@@ -20,7 +20,7 @@ mod tracks;
 mod view;
 
 pub use badge::{Badge, BadgeLanguage, BadgePlace};
-pub use colour::{rgb_to_i420, scale_i420};
+pub use colour::{scale_i420, to_i420, to_rgb};
 pub use h264::{EncodedFrame, H264Config, VideoEncoder};
 pub use opus::{OPUS_RATE, SpeechDecoder, VOICE_FRAME, VoiceEncoder};
 pub use resample::{DriftResampler, Resampler, WIDEST_PPM};

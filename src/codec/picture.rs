@@ -4,8 +4,8 @@
 //! is refused for the price of its header. EXIF orientation is applied, transparency is laid on white, and a picture
 //! larger than any engine uses is made smaller here once instead of being carried around.
 
-use super::{CodecError, rgb_to_i420, scale_i420};
-use crate::media::{Frame, I420, MediaTime, Portrait};
+use super::{CodecError, scale_i420, to_i420};
+use crate::media::{Frame, I420, MediaTime, Pixels, Portrait};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType};
 use std::io::Cursor;
 
@@ -153,8 +153,14 @@ pub fn cover(portrait: &Portrait, width: u32, height: u32) -> Result<I420, Codec
         let start = 3 * ((top + y) * w + left);
         rgb.extend_from_slice(&portrait.rgb[start..start + 3 * cut_w]);
     }
-    let frame = Frame { at: MediaTime::ZERO, width: cut_w as u32, height: cut_h as u32, rgb: rgb.into(), matte: None };
-    scale_i420(&rgb_to_i420(&frame)?, width, height)
+    let frame = Frame {
+        at: MediaTime::ZERO,
+        width: cut_w as u32,
+        height: cut_h as u32,
+        pixels: Pixels::Rgb(rgb.into()),
+        matte: None,
+    };
+    scale_i420(&to_i420(&frame)?, width, height)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A pose video as the large engine takes it: pictures at 16 a second, from MP4 with H.264, from a folder of pictures in the
 //! order of their names, or from uncompressed video (Y4M, which every converter writes: `ffmpeg -i VIDEO pose.y4m`).
 
+use super::colour::rgb_of;
 use super::{
     movie::{Movie, Planes, is_mp4},
     picture::{PictureLimits, decode_portrait},
@@ -147,30 +148,17 @@ fn line(file: &mut BufReader<File>) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).trim_end().to_string())
 }
 
-/// Planes of BT.601 limited range as packed RGB (ITU-R BT.601-7 §2.5, solved for R, G and B).
+/// A picture of a stream.
 fn colours(planes: &[u8], width: usize, height: usize) -> Portrait {
-    let (cw, ch) = (width.div_ceil(2), height.div_ceil(2));
-    let (y, rest) = planes.split_at(width * height);
-    let (u, v) = rest.split_at(cw * ch);
-    let mut rgb = Vec::with_capacity(3 * width * height);
-    for row in 0..height {
-        for column in 0..width {
-            let c = row / 2 * cw + column / 2;
-            let luma = (f32::from(y[row * width + column]) - 16.0) * 255.0 / 219.0;
-            let (u, v) = ((f32::from(u[c]) - 128.0) * 255.0 / 224.0, (f32::from(v[c]) - 128.0) * 255.0 / 224.0);
-            let part = |x: f32| (x + 0.5).clamp(0.0, 255.0) as u8;
-            rgb.extend([part(luma + 1.402 * v), part(luma - 0.344_14 * u - 0.714_14 * v), part(luma + 1.772 * u)]);
-        }
-    }
-    Portrait { width: width as u32, height: height as u32, rgb: rgb.into() }
+    Portrait { width: width as u32, height: height as u32, rgb: rgb_of(planes, width, height).into() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        codec::rgb_to_i420,
-        media::{Frame, MediaTime},
+        codec::to_i420,
+        media::{Frame, MediaTime, Pixels},
     };
 
     #[test]
@@ -179,8 +167,9 @@ mod tests {
         let mut bytes = b"YUV4MPEG2 W4 H4 F30:1 Ip C420jpeg\n".to_vec();
         for i in 0..5u8 {
             let rgb: Vec<u8> = (0..16).flat_map(|_| [200, 40 * i, 30]).collect();
-            let frame = Frame { at: MediaTime::ZERO, width: 4, height: 4, rgb: rgb.into(), matte: None };
-            let planes = rgb_to_i420(&frame).unwrap();
+            let frame =
+                Frame { at: MediaTime::ZERO, width: 4, height: 4, pixels: Pixels::Rgb(rgb.into()), matte: None };
+            let planes = to_i420(&frame).unwrap();
             bytes.extend(b"FRAME\n");
             bytes.extend([planes.y, planes.u, planes.v].concat());
         }

@@ -5,8 +5,8 @@
 //! luma, twice as high. The colour is the presenter's alone: where the background shines through, the presenter's own
 //! colour is continued outward, so that neither chroma at half size nor quantisation lets background in at the edge.
 
-use super::{CodecError, rgb_to_i420};
-use crate::media::{Frame, I420};
+use super::{CodecError, to_i420, to_rgb};
+use crate::media::{Frame, I420, Pixels};
 use std::{fmt, str::FromStr};
 
 /// See the module.
@@ -75,15 +75,15 @@ impl fmt::Display for View {
 /// [`CodecError::Picture`] for a buffer of the wrong length or odd sides.
 pub fn view_of(frame: &Frame, view: View) -> Result<I420, CodecError> {
     let matte = match (&frame.matte, view) {
-        (_, View::Plain) => return rgb_to_i420(frame),
+        (_, View::Plain) => return to_i420(frame),
         (None, view) => return nothing(frame.width, frame.height, view),
         (Some(matte), _) => matte,
     };
     let pixels = (frame.width * frame.height) as usize;
-    if matte.len() != pixels || frame.rgb.len() != 3 * pixels {
+    if matte.len() != pixels {
         return Err(CodecError::Picture(format!("a matte of {} bytes does not fit {pixels} pixels", matte.len())));
     }
-    let mut rgb = continued(&frame.rgb, matte, frame.width as usize, frame.height as usize);
+    let mut rgb = continued(&to_rgb(frame)?, matte, frame.width as usize, frame.height as usize);
     if let View::Colour(colour) = view {
         for (px, &m) in rgb.chunks_exact_mut(3).zip(matte.iter()) {
             for (c, &behind) in px.iter_mut().zip(&colour) {
@@ -91,7 +91,7 @@ pub fn view_of(frame: &Frame, view: View) -> Result<I420, CodecError> {
             }
         }
     }
-    let mut picture = rgb_to_i420(&Frame { rgb: rgb.into(), matte: None, ..frame.clone() })?;
+    let mut picture = to_i420(&Frame { pixels: Pixels::Rgb(rgb.into()), matte: None, ..frame.clone() })?;
     if view == View::Stacked {
         stack(&mut picture, matte.iter().copied());
     }
@@ -106,8 +106,8 @@ pub fn nothing(width: u32, height: u32, view: View) -> Result<I420, CodecError> 
     let pixels = (width * height) as usize;
     let colour = if let View::Colour(colour) = view { colour } else { [0; 3] };
     let rgb: Vec<u8> = colour.into_iter().cycle().take(3 * pixels).collect();
-    let frame = Frame { at: Default::default(), width, height, rgb: rgb.into(), matte: None };
-    let mut picture = rgb_to_i420(&frame)?;
+    let frame = Frame { at: Default::default(), width, height, pixels: Pixels::Rgb(rgb.into()), matte: None };
+    let mut picture = to_i420(&frame)?;
     if view == View::Stacked {
         stack(&mut picture, std::iter::repeat_n(0, pixels));
     }
@@ -190,7 +190,7 @@ mod tests {
             matte.push((m * 255.0) as u8);
             rgb.extend([(200.0 * m + 20.0 * (1.0 - m)) as u8, 30, (20.0 * m + 220.0 * (1.0 - m)) as u8]);
         }
-        Frame { at: MediaTime::ZERO, width: 64, height: 64, rgb: rgb.into(), matte: Some(matte.into()) }
+        Frame { at: MediaTime::ZERO, width: 64, height: 64, pixels: Pixels::Rgb(rgb.into()), matte: Some(matte.into()) }
     }
 
     #[test]
@@ -204,8 +204,11 @@ mod tests {
         }
         assert!(picture.u[1024..].iter().chain(&picture.v[1024..]).all(|c| *c == 128));
         // Red has little blue-difference: background would raise it.
-        let red =
-            view_of(&Frame { rgb: [200, 30, 20].repeat(4096).into(), matte: None, ..frame }, View::Plain).unwrap();
+        let red = view_of(
+            &Frame { pixels: Pixels::Rgb([200, 30, 20].repeat(4096).into()), matte: None, ..frame },
+            View::Plain,
+        )
+        .unwrap();
         assert!(picture.u[..1024].iter().zip(&red.u).all(|(a, b)| a.abs_diff(*b) <= 2));
     }
 

@@ -265,7 +265,7 @@ impl Device {
         if self.config.warm_up_blocks == 0 {
             return Ok(geometry);
         }
-        let options = OpenOptions { steps: self.config.steps, ..OpenOptions::default() };
+        let options = self.fitted(OpenOptions::default());
         let stream = guarded(|| generator.open(&generator.sample_portrait(), &options))?;
         let mut stream = Guarded(Some(stream));
         let end = MediaTime::from_units(geometry.first_frame(self.config.warm_up_blocks) as i64, geometry.fps);
@@ -337,13 +337,18 @@ impl Device {
         !matches!(self.stop.try_recv(), Err(oneshot::error::TryRecvError::Empty))
     }
 
+    /// With what the configuration says. Whoever takes an engine's frames encodes them.
+    fn fitted(&self, options: OpenOptions) -> OpenOptions {
+        OpenOptions { steps: options.steps.or(self.config.steps), planar: true, ..options }
+    }
+
     /// Opens a face and answers. `Err`: the device failed.
     fn open(&self, generator: &mut dyn Generator, tracks: &mut Vec<Track>, command: Command) -> Result<(), String> {
-        let Command { portrait, mut options, seat, reply } = command;
+        let Command { portrait, options, seat, reply } = command;
         if reply.is_closed() {
             return Ok(());
         }
-        options.steps = options.steps.or(self.config.steps);
+        let options = self.fitted(options);
         match guarded(|| generator.open(&portrait, &options)) {
             Ok(stream) => {
                 let (speech, input) = mpsc::channel(INPUT_BLOCKS);
@@ -415,11 +420,11 @@ impl Device {
                 self.meter.heard(audio.samples.len());
                 track.heard(geometry, handed_over);
             }
-            Some(Speech::Change(Change { portrait, mut options, reply })) => {
+            Some(Speech::Change(Change { portrait, options, reply })) => {
                 if reply.is_closed() {
                     return Ok(());
                 }
-                options.steps = options.steps.or(self.config.steps);
+                let options = self.fitted(options);
                 let opened = guarded(|| generator.open(&portrait, &options)).map(|stream| Guarded(Some(stream)));
                 match opened {
                     Ok(stream) => {

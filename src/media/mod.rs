@@ -6,6 +6,6 @@ mod picture;
 mod sound;
 mod time;
 
-pub use picture::{Frame, FrameBlock, Geometry, I420, Portrait, StageTimes};
+pub use picture::{Frame, FrameBlock, Geometry, I420, Pixels, Portrait, StageTimes};
 pub use sound::{AudioBlock, Pcm, SPEECH_RATE};
 pub use time::{Epoch, MediaTime};

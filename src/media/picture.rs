@@ -3,14 +3,33 @@
 use super::{Epoch, MediaTime};
 use std::{sync::Arc, time::Duration};
 
-/// One video frame: packed RGB, 8 bits, row-major, `3 * width * height` bytes.
+/// The bytes of a picture, row-major.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pixels {
+    /// Packed, `3 * width * height` bytes.
+    Rgb(Arc<[u8]>),
+    /// Planar, colours as [`I420`] has them: Y, then U, then V, `width * height * 3/2` bytes.
+    I420(Arc<[u8]>),
+}
+
+impl Pixels {
+    /// The bytes if they are packed RGB.
+    pub fn rgb(&self) -> Option<&Arc<[u8]>> {
+        match self {
+            Pixels::Rgb(bytes) => Some(bytes),
+            Pixels::I420(_) => None,
+        }
+    }
+}
+
+/// One video frame of 8 bits a value.
 #[derive(Clone, Debug)]
 pub struct Frame {
     /// Start of the time this frame shows.
     pub at: MediaTime,
     pub width: u32,
     pub height: u32,
-    pub rgb: Arc<[u8]>,
+    pub pixels: Pixels,
     /// How much the presenter covers the background, `width * height` bytes, 255 where nothing of it is seen. Only from
     /// engines that know it, and only while somebody asks for it.
     pub matte: Option<Arc<[u8]>>,

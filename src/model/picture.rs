@@ -48,7 +48,7 @@ pub fn output_size(height: usize, width: usize, area: usize) -> Result<(usize, u
 }
 
 /// Pictures `[3, frames, height, width]` in −1…1 as planar YUV 4:2:0 in BT.601 limited range: `[frames, height · width ·
-/// 3/2]` bytes, each frame Y, then U, then V, in the fixed point of `codec::rgb_to_i420`, which gives the same bytes.
+/// 3/2]` bytes, each frame Y, then U, then V, in the fixed point of `codec::to_i420`, which gives the same bytes.
 pub fn i420(planes: &Tensor) -> candle_core::Result<Tensor> {
     let (c, t, h, w) = planes.dims4()?;
     if c != 3 || h % 2 != 0 || w % 2 != 0 {

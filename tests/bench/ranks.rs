@@ -18,7 +18,7 @@ use loquent::{
         block::BlockSettings,
         crew::{Build, Crew, FaceOpening, Hear, Line, Made, Watch},
         s2v::{Ears, Reach},
-        studio::Studio,
+        studio::{Studio, Tools},
     },
     media::SPEECH_RATE,
     model::{
@@ -64,8 +64,11 @@ fn main() -> Result<()> {
     let began = Instant::now();
     let links = connect(&devices, direct)?;
     println!("connected after {:.1} s", began.elapsed().as_secs_f64());
-    let builds: Vec<Build> =
-        devices.iter().cloned().map(|device| Box::new(move || studio(&device, tiny)) as Build).collect();
+    let builds: Vec<Build> = devices
+        .iter()
+        .cloned()
+        .map(|device| Box::new(move || studio(&device, tiny).map(Into::into)) as Build)
+        .collect();
     let crew = Arc::new(Crew::start(links, builds)?);
     println!("loaded after {:.1} s", began.elapsed().as_secs_f64());
     for &size in &sizes {
@@ -165,6 +168,7 @@ fn run(crew: &Arc<Crew>, (h, w): (usize, usize), name: &str, layout: Layout, tin
         euler: Euler::live_avatar(STEPS, 3.0)?,
         settings: BlockSettings::default(),
         reach: Vec::new(),
+        planar: true,
         watch: Some(watch),
     })?;
     let open = began.elapsed();
@@ -175,9 +179,9 @@ fn run(crew: &Arc<Crew>, (h, w): (usize, usize), name: &str, layout: Layout, tin
         ears.lock()
             .unwrap_or_else(|e| e.into_inner())
             .push(&(0..FRAMES * SPEECH_RATE as usize / 25).map(|i| (i as f32 * 0.05).sin() * 0.3).collect::<Vec<_>>());
-        let hear: Hear = Box::new(move |studio: &Studio| {
+        let hear: Hear = Box::new(move |tools: &Tools| {
             let mut ears = ears.lock().unwrap_or_else(|e| e.into_inner());
-            ears.listen(&studio.hearing, studio.device(), at * FRAMES as u64, FRAMES)
+            ears.listen(tools.hearing()?, &tools.device, at * FRAMES as u64, FRAMES)
         });
         number += 1;
         line.submit(hear, wave(&[c.in_dim, 3, h / 8, w / 8], at as f64)?, &[30, 12, 21, 7])

@@ -5,10 +5,11 @@ use loquent::{
     codec::{
         DriftResampler, H264Config, OPUS_RATE, Resampler, SpeechDecoder, VOICE_FRAME, VideoEncoder, VoiceEncoder,
         picture::{PictureLimits, decode_portrait},
-        rgb_to_i420, scale_i420,
+        scale_i420,
         subject::subject,
+        to_i420, to_rgb,
     },
-    media::{Frame, I420, MediaTime, Portrait},
+    media::{Frame, I420, MediaTime, Pixels, Portrait},
 };
 
 /// Something like a voice: a pulse train with moving pitch through two resonances, in syllables.
@@ -181,13 +182,19 @@ fn picture(w: u32, h: u32, t: u32) -> Frame {
             rgb.extend(p);
         }
     }
-    Frame { at: MediaTime::from_units(i64::from(t), 25), width: w, height: h, rgb: rgb.into(), matte: None }
+    Frame {
+        at: MediaTime::from_units(i64::from(t), 25),
+        width: w,
+        height: h,
+        pixels: Pixels::Rgb(rgb.into()),
+        matte: None,
+    }
 }
 
 /// The same conversion in f64, straight from the standard.
 fn twin(frame: &Frame) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let (w, h) = (frame.width as usize, frame.height as usize);
-    let at = |x: usize, y: usize, c: usize| f64::from(frame.rgb[3 * (y * w + x) + c]) / 255.0;
+    let at = |x: usize, y: usize, c: usize| f64::from(frame.pixels.rgb().unwrap()[3 * (y * w + x) + c]) / 255.0;
     let ypbpr = |r: f64, g: f64, b: f64| {
         let y = 0.299 * r + 0.587 * g + 0.114 * b;
         (16.0 + 219.0 * y, 128.0 + 224.0 * 0.5 * (b - y) / (1.0 - 0.114), 128.0 + 224.0 * 0.5 * (r - y) / (1.0 - 0.299))
@@ -217,9 +224,9 @@ fn colour_equals_its_f64_twin() {
         let k = |d: u32| corners[((i / d) % 6) as usize];
         rgb.extend([k(1), k(6), k(36)]);
     }
-    let hard = Frame { at: MediaTime::ZERO, width: 64, height: 64, rgb: rgb.into(), matte: None };
+    let hard = Frame { at: MediaTime::ZERO, width: 64, height: 64, pixels: Pixels::Rgb(rgb.into()), matte: None };
     for frame in [hard, picture(128, 96, 3)] {
-        let got = rgb_to_i420(&frame).unwrap();
+        let got = to_i420(&frame).unwrap();
         let want = twin(&frame);
         for (g, w) in [(&got.y, &want.0), (&got.u, &want.1), (&got.v, &want.2)] {
             assert_eq!(g.len(), w.len());
@@ -227,15 +234,28 @@ fn colour_equals_its_f64_twin() {
             assert!(worst < 0.51, "off by {worst}");
         }
     }
-    let odd = Frame { at: MediaTime::ZERO, width: 3, height: 2, rgb: vec![0; 18].into(), matte: None };
-    assert!(rgb_to_i420(&odd).is_err());
-    let short = Frame { at: MediaTime::ZERO, width: 4, height: 2, rgb: vec![0; 18].into(), matte: None };
-    assert!(rgb_to_i420(&short).is_err());
+    // Planes pass as they are, and come back as packed colours.
+    let smooth = picture(128, 96, 3);
+    let i420 = to_i420(&smooth).unwrap();
+    let planes = Pixels::I420([&i420.y[..], &i420.u, &i420.v].concat().into());
+    let planar = Frame { pixels: planes, ..smooth.clone() };
+    let again = to_i420(&planar).unwrap();
+    assert!((again.y, again.u, again.v) == (i420.y.clone(), i420.u, i420.v));
+    let (back, packed) = (to_rgb(&planar).unwrap(), to_rgb(&smooth).unwrap());
+    let off = back.iter().zip(packed.iter()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / back.len() as f64;
+    assert!(back.len() == packed.len() && off < 3.0, "off by {off} on average");
+    let short = Frame { pixels: Pixels::I420(vec![0; 18].into()), ..smooth };
+    assert!(to_i420(&short).is_err() && to_rgb(&short).is_err());
+    let odd = Frame { at: MediaTime::ZERO, width: 3, height: 2, pixels: Pixels::Rgb(vec![0; 18].into()), matte: None };
+    assert!(to_i420(&odd).is_err());
+    let short =
+        Frame { at: MediaTime::ZERO, width: 4, height: 2, pixels: Pixels::Rgb(vec![0; 18].into()), matte: None };
+    assert!(to_i420(&short).is_err());
 }
 
 #[test]
 fn scaling_keeps_the_mean_and_refuses_odd_sizes() {
-    let full = rgb_to_i420(&picture(256, 256, 1)).unwrap();
+    let full = to_i420(&picture(256, 256, 1)).unwrap();
     let mean = |p: &[u8]| p.iter().map(|v| f64::from(*v)).sum::<f64>() / p.len() as f64;
     for side in [192, 160, 128] {
         let small = scale_i420(&full, side, side).unwrap();
@@ -270,7 +290,7 @@ fn h264_is_constrained_baseline_with_parameter_sets_at_every_keyframe_and_decode
     let mut decoder = openh264::decoder::Decoder::new().unwrap();
     let (mut worst, mut keyframes) = (f64::MAX, Vec::new());
     for t in 0..75u32 {
-        let source = rgb_to_i420(&picture(256, 256, t)).unwrap();
+        let source = to_i420(&picture(256, 256, t)).unwrap();
         // Forced before the first frame (harmless) and twice later.
         let got = encoder.encode(&source, MediaTime::from_units(i64::from(t), 25), [0, 30, 31].contains(&t)).unwrap();
         if got.keyframe {
@@ -303,15 +323,17 @@ fn h264_follows_its_bitrate_down_and_up_while_running() {
             // Fine noise that moves: plenty to code.
             let mut frame = picture(256, 256, t);
             let rgb: Vec<u8> = frame
-                .rgb
+                .pixels
+                .rgb()
+                .unwrap()
                 .iter()
                 .enumerate()
                 .map(|(i, v)| {
                     v.wrapping_add(((i as u32).wrapping_mul(747_796_405).wrapping_add(t * 97) >> 24) as u8 / 12)
                 })
                 .collect();
-            frame.rgb = rgb.into();
-            let source = rgb_to_i420(&frame).unwrap();
+            frame.pixels = Pixels::Rgb(rgb.into());
+            let source = to_i420(&frame).unwrap();
             let got = encoder.encode(&source, MediaTime::from_units(i64::from(t), 25), false).unwrap();
             // The second half, after rate control has settled.
             if i >= frames / 2 {
@@ -344,13 +366,13 @@ fn h264_refuses_what_it_cannot_do() {
         assert!(VideoEncoder::new(bad).is_err(), "{bad:?}");
     }
     let mut encoder = VideoEncoder::new(config).unwrap();
-    let other = rgb_to_i420(&picture(128, 128, 0)).unwrap();
+    let other = to_i420(&picture(128, 128, 0)).unwrap();
     assert!(encoder.encode(&other, MediaTime::ZERO, false).is_err());
-    let mut short = rgb_to_i420(&picture(256, 256, 0)).unwrap();
+    let mut short = to_i420(&picture(256, 256, 0)).unwrap();
     short.v.pop();
     assert!(encoder.encode(&short, MediaTime::ZERO, false).is_err());
     // Time that stands still or runs backwards is survived.
-    let fine = rgb_to_i420(&picture(256, 256, 0)).unwrap();
+    let fine = to_i420(&picture(256, 256, 0)).unwrap();
     for at in [1000, 1000, 200, -5] {
         encoder.encode(&fine, MediaTime::from_millis(at), false).unwrap();
     }

@@ -154,7 +154,7 @@ async fn a_lane_changes_its_face_and_a_refused_one_changes_nothing() {
     let engine = Engine::start("change", &config(1), || Ok(test_card())).unwrap();
     let mut lane = engine.admit().unwrap().open(portrait(), OpenOptions::default()).await.unwrap();
     // The portrait's corner of the card.
-    let corner = |block: &FrameBlock| block.frames[0].rgb[3 * (40 * 256 + 200)];
+    let corner = |block: &FrameBlock| block.frames[0].pixels.rgb().unwrap()[3 * (40 * 256 + 200)];
     let change = async |lane: &mut loquent::engine::Lane, portrait: Portrait| {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let options = OpenOptions::default();

@@ -1,7 +1,7 @@
 //! Several devices behind one face, as threads on the processor: any cut of the work gives the same pictures, shared
 //! steps give the same latents, and a rank that dies ends its faces with a reason while the engine goes on.
 
-use crate::s2v::{face, load, options, rgb, speak, speech, tiny};
+use crate::s2v::{assert_planes_of, face, load, options, rgb, speak, speech, tiny};
 use candle_core::{DType, Device, Tensor};
 use loquent::{
     avatar::{
@@ -9,10 +9,10 @@ use loquent::{
         block::BlockSettings,
         crew::{Build, Crew, FaceOpening, Line, Watch},
         s2v::{self, Config, Mode, Share},
-        studio::Studio,
+        studio::{Studio, Tools},
     },
     engine::{self, Engine, Health, LaneEvent},
-    media::{AudioBlock, Frame, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
+    media::{AudioBlock, Frame, FrameBlock, Geometry, MediaTime, Pixels, Portrait, SPEECH_RATE},
     model::{
         self,
         dit::{self, Dit},
@@ -49,6 +49,10 @@ fn pictures_are_the_same_however_many_devices_make_them() {
         for cut in [1600, usize::MAX >> 1] {
             let all = speak(generator.as_mut(), &speech, cut, &options);
             assert!(rgb(&all) == one, "{devices} devices, {share:?}, cut by {cut}");
+            if cut > 1600 {
+                let planes = speak(generator.as_mut(), &speech, cut, &OpenOptions { planar: true, ..options.clone() });
+                assert_planes_of(&planes, &all);
+            }
             assert!(all.iter().all(|b| b.stages.busiest.is_some_and(|t| t > Duration::ZERO)));
         }
     }
@@ -87,7 +91,7 @@ fn studio(heads: usize) -> model::Result<Studio> {
 }
 
 fn crew(ranks: usize, heads: usize) -> Arc<Crew> {
-    let builds = (0..ranks).map(|_| Box::new(move || studio(heads)) as Build).collect();
+    let builds = (0..ranks).map(|_| Box::new(move || studio(heads).map(Into::into)) as Build).collect();
     Arc::new(Crew::start(in_process(&vec![Device::Cpu; ranks]), builds).unwrap())
 }
 
@@ -104,6 +108,7 @@ fn open(crew: &Arc<Crew>, layout: Layout, watch: Option<Watch>) -> model::Result
         euler: Euler::live_avatar(STEPS, 3.0)?,
         settings: BlockSettings::default(),
         reach: Vec::new(),
+        planar: false,
         watch,
     })
 }
@@ -166,6 +171,27 @@ fn ranks_that_share_every_step_give_what_one_gives() {
             assert!(size > 1.0 && apart < 1e-4 * size, "{layout:?}, block {block}: {apart} of {size}");
         }
     }
+}
+
+#[test]
+fn a_rank_that_only_decodes_needs_no_transformer() {
+    let layers = studio(8).unwrap().dit.config().num_layers;
+    let whole = Tools::from(studio(8).unwrap());
+    let builds: Vec<Tools> = vec![
+        Tools { vae: None, ..whole.clone() },
+        Tools { vae: None, hearing: None, ..whole.clone() },
+        Tools { dit: None, hearing: None, ..whole },
+    ];
+    let builds = builds.into_iter().map(|tools| Box::new(move || Ok(tools)) as Build).collect();
+    let apart = Arc::new(Crew::start(in_process(&vec![Device::Cpu; 3]), builds).unwrap());
+    let layout = Layout::with_decoder_apart(3, STEPS, layers, &Costs::MEASURED, Split::Balanced).unwrap();
+    assert_eq!((layout.stages.len(), layout.decoder), (2, 2));
+    let alone = latents(&crew(1, 8), Layout::plan(1, STEPS, layers, &Costs::MEASURED, Split::Steps).unwrap());
+    assert!(latents(&apart, layout) == alone);
+    // A layout that asks for what is not there is refused, and the crew lives on.
+    let wrong = Layout::plan(3, STEPS, layers, &Costs::MEASURED, Split::Balanced).unwrap();
+    let why = open(&apart, wrong, None).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(why.contains("no transformer") && apart.fault().is_none(), "{why}");
 }
 
 /// Where a rank dies.
@@ -243,11 +269,11 @@ impl Stream for MortalFace {
         let wait = self.line.full() || self.intake.is_finished();
         let Some(made) = self.line.next(wait).map_err(lost)? else { return Ok(None) };
         let first = self.geometry.first_frame(made.number) as i64;
-        let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
+        let frame = |(i, pixels): (usize, Pixels)| Frame {
             at: MediaTime::from_units(first + i as i64, 25),
             width: self.geometry.width,
             height: self.geometry.height,
-            rgb,
+            pixels,
             matte: None,
         };
         let frames = made.pictures().into_iter().enumerate().map(frame).collect();

@@ -6,9 +6,9 @@ use loquent::{
         fragments::{Disk, FragmentSpec, FragmentWriter},
         marks::{Mark, SEI_UUID},
         mp4::Mp4Error,
-        rgb_to_i420,
+        to_i420,
     },
-    media::{Frame, MediaTime},
+    media::{Frame, MediaTime, Pixels},
 };
 use std::{
     io::{Cursor, Seek, SeekFrom, Write},
@@ -30,7 +30,13 @@ const EVENT: MediaTime = MediaTime::from_millis(2607);
 
 fn picture(at: MediaTime) -> Frame {
     let level = if at >= EVENT { 230 } else { 20 };
-    Frame { at, width: SIZE, height: SIZE, rgb: vec![level; 3 * (SIZE * SIZE) as usize].into(), matte: None }
+    Frame {
+        at,
+        width: SIZE,
+        height: SIZE,
+        pixels: Pixels::Rgb(vec![level; 3 * (SIZE * SIZE) as usize].into()),
+        matte: None,
+    }
 }
 
 /// Writes `seconds` of it; `voice_from`: when the voice begins. The bytes, and where fragments ended.
@@ -60,7 +66,7 @@ fn record_to(disk: Torn, seconds: i64, voice_from: MediaTime) -> (Cursor<Vec<u8>
             file.audio(voice_at, &opus.encode(&samples).unwrap(), MediaTime::from_millis(20));
             voice_at += MediaTime::from_millis(20);
         }
-        let mut unit = video.encode(&rgb_to_i420(&picture(at)).unwrap(), at, false).unwrap();
+        let mut unit = video.encode(&to_i420(&picture(at)).unwrap(), at, false).unwrap();
         if unit.keyframe {
             spec(0).mark.insert(&mut unit.data, "2026-01-31T12:00:00Z");
         }
@@ -205,7 +211,7 @@ fn a_full_disk_and_another_size_are_told_apart() {
     let mut failed = None;
     for i in 0..200 {
         let at = MediaTime::from_units(i, 25);
-        let unit = video.encode(&rgb_to_i420(&picture(at)).unwrap(), at, false).unwrap();
+        let unit = video.encode(&to_i420(&picture(at)).unwrap(), at, false).unwrap();
         if let Err(error) = file.video(at, &unit.data, unit.keyframe) {
             failed = Some(error);
             break;
@@ -215,8 +221,13 @@ fn a_full_disk_and_another_size_are_told_apart() {
 
     let mut file = FragmentWriter::new(Cursor::new(Vec::new()), spec(312)).unwrap();
     let unit = |size: u32, at| {
-        let frame = Frame { width: size, height: size, rgb: vec![9; 3 * (size * size) as usize].into(), ..picture(at) };
-        VideoEncoder::new(config(size)).unwrap().encode(&rgb_to_i420(&frame).unwrap(), at, true).unwrap().data
+        let frame = Frame {
+            width: size,
+            height: size,
+            pixels: Pixels::Rgb(vec![9; 3 * (size * size) as usize].into()),
+            ..picture(at)
+        };
+        VideoEncoder::new(config(size)).unwrap().encode(&to_i420(&frame).unwrap(), at, true).unwrap().data
     };
     file.video(MediaTime::ZERO, &unit(SIZE, MediaTime::ZERO), true).unwrap();
     let later = MediaTime::from_millis(40);

@@ -11,9 +11,12 @@ use loquent::{
         AvatarError, Generator, OpenOptions, Stream, presenters,
         s2v::{self, Config, Mode, SolverName},
     },
-    codec::picture::{PictureLimits, decode_portrait},
+    codec::{
+        picture::{PictureLimits, decode_portrait},
+        to_i420,
+    },
     engine::{self, Engine, Kind},
-    media::{AudioBlock, FrameBlock, MediaTime, Portrait, SPEECH_RATE},
+    media::{AudioBlock, FrameBlock, MediaTime, Pixels, Portrait, SPEECH_RATE},
     model::{
         dit::{self, Dit, Opening},
         sampler::Euler,
@@ -86,7 +89,31 @@ pub(crate) fn speak(
 }
 
 pub(crate) fn rgb(blocks: &[FrameBlock]) -> Vec<Arc<[u8]>> {
-    blocks.iter().flat_map(|b| b.frames.iter().map(|f| f.rgb.clone())).collect()
+    blocks.iter().flat_map(|b| b.frames.iter().map(|f| f.pixels.rgb().unwrap().clone())).collect()
+}
+
+/// Frames as planes, each byte what the encoder's own conversion makes of the packed frame.
+pub(crate) fn assert_planes_of(planes: &[FrameBlock], packed: &[FrameBlock]) {
+    let all = |blocks: &[FrameBlock]| blocks.iter().flat_map(|b| b.frames.clone()).collect::<Vec<_>>();
+    let (planes, packed) = (all(planes), all(packed));
+    assert!(!planes.is_empty() && planes.len() == packed.len());
+    for (got, want) in planes.iter().zip(&packed) {
+        assert!(matches!(got.pixels, Pixels::I420(_)) && got.at == want.at);
+        let (got, want) = (to_i420(got).unwrap(), to_i420(want).unwrap());
+        assert!((&got.y, &got.u, &got.v) == (&want.y, &want.u, &want.v));
+    }
+}
+
+#[test]
+fn frames_may_be_planes_for_whoever_encodes_them() {
+    let speech = speech(0.7);
+    let mut generator = load(&tiny(Mode::Block));
+    let packed = speak(generator.as_mut(), &speech, usize::MAX >> 1, &options(Mode::Block));
+    let wish = OpenOptions { planar: true, ..options(Mode::Block) };
+    assert_planes_of(&speak(generator.as_mut(), &speech, usize::MAX >> 1, &wish), &packed);
+    // Clip mode needs its pixels again and gives them as they are.
+    let wish = OpenOptions { planar: true, ..options(Mode::Clip) };
+    assert!(!rgb(&speak(load(&tiny(Mode::Clip)).as_mut(), &speech, usize::MAX >> 1, &wish)).is_empty());
 }
 
 #[test]
@@ -108,7 +135,7 @@ fn both_modes_keep_the_contract_of_a_stream() {
             for (i, frame) in block.frames.iter().enumerate() {
                 let number = geometry.first_frame(b as u64) as i64 + i as i64;
                 assert_eq!(frame.at, ORIGIN + MediaTime::from_units(number, fps));
-                assert_eq!(frame.rgb.len(), 3 * 64 * 64);
+                assert_eq!(frame.pixels.rgb().unwrap().len(), 3 * 64 * 64);
             }
         }
         let shown = rgb(&whole);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use loquent::{
     codec::VoiceEncoder,
-    media::{Frame, MediaTime},
+    media::{Frame, MediaTime, Pixels},
     session::{Config, Due, Ingest, Playout, SpeechPacket, SpeechQueue},
 };
 use std::{
@@ -309,7 +309,7 @@ fn a_muted_or_absent_microphone_is_silence_at_the_pace_of_the_clock() {
 }
 
 fn frame(at: MediaTime) -> Frame {
-    Frame { at, width: 2, height: 2, rgb: vec![0; 12].into(), matte: None }
+    Frame { at, width: 2, height: 2, pixels: Pixels::Rgb(vec![0; 12].into()), matte: None }
 }
 
 /// Plays `blocks` of 4 frames whose lateness beyond their speech is `late(k)`; returns stats and what left when.

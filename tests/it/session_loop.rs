@@ -117,7 +117,7 @@ impl World {
                 Effect::Show(Job { at, wall, spoken, picture, .. }) => {
                     if let Picture::Rgb(frame) = &picture {
                         // The level meter at −49 dB: anything that is not silence.
-                        let lit = frame.rgb[3 * (178 * 256 + 26) + 1] > 100;
+                        let lit = frame.pixels.rgb().unwrap()[3 * (178 * 256 + 26) + 1] > 100;
                         self.loud.push((self.now, lit));
                     }
                     assert!(wall <= self.now);

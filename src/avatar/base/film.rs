@@ -29,7 +29,7 @@ use crate::{
         },
         studio::pictures,
     },
-    media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, Portrait, StageTimes},
+    media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, Pixels, Portrait, StageTimes},
     model::{
         self, picture,
         vae::{Decoding, WanVae},
@@ -298,7 +298,7 @@ impl Shot {
             at: MediaTime::from_units(first + i, g.fps),
             width: g.width,
             height: g.height,
-            rgb,
+            pixels: Pixels::Rgb(rgb),
             matte: None,
         };
         let frames = shown.into_iter().zip(0..).map(frame).collect();

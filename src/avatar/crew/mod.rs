@@ -31,10 +31,10 @@ use futures::task::AtomicWaker;
 
 use super::{
     block::{BlockSettings, look},
-    studio::{Studio, apart},
+    studio::{Film, Tools},
 };
 use crate::{
-    media::StageTimes,
+    media::{Pixels, StageTimes},
     model::{
         Error, Result,
         ranks::{Breaker, Layout, Link},
@@ -43,10 +43,10 @@ use crate::{
 };
 use rank::{BlockOrder, Opening, Order, Rank};
 
-/// Loads a rank's networks; called on its thread.
-pub type Build = Box<dyn FnOnce() -> Result<Studio> + Send>;
+/// Loads the networks that a rank needs; called on its thread.
+pub type Build = Box<dyn FnOnce() -> Result<Tools> + Send>;
 /// What the first rank hears: features `[layers, channels, 4 · frames_per_block]` on its device.
-pub type Hear = Box<dyn FnOnce(&Studio) -> Result<Tensor> + Send>;
+pub type Hear = Box<dyn FnOnce(&Tools) -> Result<Tensor> + Send>;
 /// Sees results on their way: `x_in`, `pred`, `latents`, `frames`, with the block's number.
 pub type Watch = Arc<dyn Fn(&str, u64, &Tensor) + Send + Sync>;
 
@@ -149,12 +149,12 @@ impl Crew {
     pub fn on<T: Send + 'static>(
         &self,
         rank: usize,
-        work: impl FnOnce(&Studio) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Tools) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = sync_channel(1);
-        let work = move |studio: &Studio| {
+        let work = move |tools: &Tools| {
             // Whoever asked may be gone.
-            let _ = reply.send(work(studio));
+            let _ = reply.send(work(tools));
         };
         self.order(rank, Order::Do(Box::new(work)))?;
         answer.recv().map_err(|_| self.common.error())?
@@ -165,17 +165,18 @@ impl Crew {
     /// # Errors
     /// A layout that this crew cannot run, or what a rank says.
     pub fn open(self: &Arc<Self>, face: FaceOpening) -> Result<Line> {
-        let FaceOpening { layout, picture, text, euler, settings, reach, watch } = face;
+        let FaceOpening { layout, picture, text, euler, settings, reach, planar, watch } = face;
         layout.check(euler.timesteps().len())?;
         if layout.ranks() > self.ranks() {
             return Err(Error::Config(format!("{} ranks are asked for, there are {}", layout.ranks(), self.ranks())));
         }
         let decoder = layout.decoder;
         let picture = picture.to_device(&Device::Cpu)?;
-        let (reference, motion, per_block) = self.on(decoder, move |studio| {
-            let (reference, motion) = look(studio, &picture.to_device(studio.device())?, settings.motion_frames)?;
+        let per_block = self.on(0, |tools| Ok(tools.dit()?.config().frames_per_block))?;
+        let (reference, motion) = self.on(decoder, move |tools| {
+            let (reference, motion) = look(tools.vae()?, &picture.to_device(&tools.device)?, settings.motion_frames)?;
             let home = |t: Tensor| t.to_device(&Device::Cpu);
-            Ok((home(reference)?, home(motion)?, studio.dit.config().frames_per_block))
+            Ok((home(reference)?, home(motion)?))
         })?;
         let blocks_per_clip = (settings.clip_frames / 4 / per_block) as u64;
         if blocks_per_clip == 0 {
@@ -189,7 +190,7 @@ impl Crew {
         let depth = stages + usize::from(layout.stage_of(decoder).is_none()) + 1;
         let (made, pictures) = sync_channel(depth);
         let (layout, made) = (Arc::new(layout), Mutex::new(Some(made)));
-        let opening = Arc::new(Opening { layout, reference, motion, text, euler, reach, watch, made });
+        let opening = Arc::new(Opening { layout, reference, motion, text, euler, reach, planar, watch, made });
         let id = unique();
         let line = Line {
             crew: self.clone(),
@@ -243,6 +244,8 @@ pub struct FaceOpening {
     /// Where each of several speakers is heard ([`super::speakers::reach`]); empty for one. Their features come one after
     /// the other along the layers.
     pub reach: Vec<Tensor>,
+    /// Pictures may be planes ([`Pixels::I420`]); nobody watches `frames` then.
+    pub planar: bool,
     pub watch: Option<Watch>,
 }
 
@@ -283,18 +286,17 @@ impl Times {
 pub struct Made {
     /// From 0.
     pub number: u64,
-    /// Packed RGB, frame after frame: cut apart by whoever takes them, not by a rank that has more to do.
-    raster: Vec<u8>,
-    frames: usize,
+    /// Cut apart by whoever takes them, not by a rank that has more to do.
+    film: Film,
     pub times: Arc<Times>,
     /// The first latent frame of the first block.
     own: Option<Tensor>,
 }
 
 impl Made {
-    /// Packed RGB, one per frame.
-    pub fn pictures(&self) -> Vec<Arc<[u8]>> {
-        apart(&self.raster, self.frames)
+    /// One per frame.
+    pub fn pictures(&self) -> Vec<Pixels> {
+        self.film.cut()
     }
 }
 

@@ -16,9 +16,9 @@ use candle_core::{DType, Tensor};
 use super::{Build, Common, Hear, Made, Times, Watch};
 use crate::{
     avatar::{
-        block::{prime, show},
+        block::{film, prime, show},
         speakers,
-        studio::{Studio, raster},
+        studio::{Film, Tools},
     },
     model::{
         At, Error, Result,
@@ -40,6 +40,7 @@ pub(super) struct Opening {
     pub(super) text: Option<(String, Tensor)>,
     pub(super) euler: Euler,
     pub(super) reach: Vec<Tensor>,
+    pub(super) planar: bool,
     pub(super) watch: Option<Watch>,
     /// Taken by the decoder's rank.
     pub(super) made: Mutex<Option<SyncSender<Made>>>,
@@ -57,7 +58,7 @@ pub(super) struct BlockOrder {
 
 /// What a rank is told. All ranks of a face get the same orders in the same sequence.
 pub(super) enum Order {
-    Do(Box<dyn FnOnce(&Studio) + Send>),
+    Do(Box<dyn FnOnce(&Tools) + Send>),
     Open { face: u64, opening: Arc<Opening>, reply: SyncSender<Result<()>> },
     Block(BlockOrder),
     Recondition { face: u64, reference: Tensor },
@@ -78,7 +79,7 @@ struct Face {
 pub(super) struct Rank {
     index: usize,
     link: Arc<dyn Link>,
-    studio: Studio,
+    tools: Tools,
     faces: HashMap<u64, Face>,
     texts: VecDeque<(String, Arc<TextContext>)>,
 }
@@ -94,8 +95,8 @@ impl Rank {
         ready: SyncSender<Result<()>>,
     ) {
         let built = catch_unwind(AssertUnwindSafe(build)).unwrap_or_else(|panic| Err(Error::Link(told(panic))));
-        let studio = match built.at(|| format!("rank {index}")) {
-            Ok(studio) => studio,
+        let tools = match built.at(|| format!("rank {index}")) {
+            Ok(tools) => tools,
             Err(e) => {
                 // The one who starts the crew waits for this.
                 let _ = ready.send(Err(e));
@@ -106,7 +107,7 @@ impl Rank {
             return;
         }
         drop(ready);
-        let mut rank = Rank { index, link, studio, faces: HashMap::new(), texts: VecDeque::new() };
+        let mut rank = Rank { index, link, tools, faces: HashMap::new(), texts: VecDeque::new() };
         let mut serve = || -> Result<()> {
             while let Ok(order) = orders.recv() {
                 rank.follow(order, &common)?;
@@ -130,7 +131,7 @@ impl Rank {
     /// An error is the end of the rank.
     fn follow(&mut self, order: Order, common: &Common) -> Result<()> {
         match order {
-            Order::Do(work) => work(&self.studio),
+            Order::Do(work) => work(&self.tools),
             Order::Open { face, opening, reply } => {
                 let opened = self.open(opening).map(|f| drop(self.faces.insert(face, f)));
                 // Whoever asked may be gone; it then closes the face.
@@ -142,8 +143,8 @@ impl Rank {
             }
             Order::Recondition { face, reference } => {
                 if let Some(Face { part: Some((_, state)), motion, .. }) = self.faces.get_mut(&face) {
-                    let reference = reference.to_device(self.studio.device())?;
-                    self.studio.dit.recondition(state, &reference, Some(motion))?;
+                    let reference = reference.to_device(&self.tools.device)?;
+                    self.tools.dit()?.recondition(state, &reference, Some(motion))?;
                 }
             }
             Order::Close { face } => drop(self.faces.remove(&face)),
@@ -152,13 +153,13 @@ impl Rank {
     }
 
     fn open(&mut self, opening: Arc<Opening>) -> Result<Face> {
-        let device = self.studio.device().clone();
+        let device = self.tools.device.clone();
         let (reference, motion) = (opening.reference.to_device(&device)?, opening.motion.to_device(&device)?);
         let layout = &opening.layout;
         let part = match layout.stage_of(self.index) {
             Some(stage) => {
                 let text = opening.text.as_ref().map(|(prompt, states)| self.read(prompt, states)).transpose()?;
-                let dit = &self.studio.dit;
+                let dit = self.tools.dit()?;
                 let schedule = Arc::new(dit.schedule(opening.euler.clone())?);
                 let opening = dit::Opening { reference: &reference, motion: Some(&motion), text };
                 let mut state = dit.open(&opening, &schedule)?;
@@ -174,7 +175,7 @@ impl Rank {
             true => {
                 let made = opening.made.lock().unwrap_or_else(|e| e.into_inner()).take();
                 let made = made.ok_or_else(|| Error::Input("a face was opened twice".into()))?;
-                Some((prime(&self.studio, &motion)?, made))
+                Some((prime(self.tools.vae()?, &motion)?, made))
             }
             false => None,
         };
@@ -186,7 +187,7 @@ impl Rank {
         if let Some((_, context)) = self.texts.iter().find(|(p, _)| p == prompt) {
             return Ok(context.clone());
         }
-        let context = Arc::new(self.studio.dit.text(&states.to_device(self.studio.device())?)?);
+        let context = Arc::new(self.tools.dit()?.text(&states.to_device(&self.tools.device)?)?);
         self.texts.push_back((prompt.into(), context.clone()));
         if self.texts.len() > PROMPTS {
             self.texts.pop_front();
@@ -197,15 +198,15 @@ impl Rank {
     /// This rank's part of a block: take it over, do it, hand it on.
     fn block(&mut self, mut order: BlockOrder, common: &Common) -> Result<()> {
         let hear = order.hear.take();
-        let Rank { index, link, studio, faces, .. } = self;
-        let (me, device) = (*index, studio.device().clone());
+        let Rank { index, link, tools, faces, .. } = self;
+        let (me, device) = (*index, tools.device.clone());
         let Some(face) = faces.get_mut(&order.face) else { return Ok(()) };
         let layout = face.opening.layout.clone();
         let last = layout.stages.len() - 1;
         let latents = match &mut face.part {
             Some((stage, state)) => {
                 let leader = layout.stages[*stage].ranks.start;
-                let (features, on) = take_over(studio, link.as_ref(), &layout, *stage, &order, hear)?;
+                let (features, on) = take_over(tools, link.as_ref(), &layout, *stage, &order, hear)?;
                 device.synchronize()?;
                 let began = Instant::now();
                 let watch = face.opening.watch.as_ref().filter(|_| me == leader);
@@ -214,10 +215,11 @@ impl Rank {
                         watch(name, order.number, x);
                     }
                 };
-                let audio = speakers::hear(studio, &features, &face.opening.reach)?;
+                let dit = tools.dit()?;
+                let audio = speakers::hear(dit, &features, &face.opening.reach)?;
                 let way = layout.stages[*stage].way.clone();
-                let on = studio.dit.travel(state, on, way, &audio, None, &order.distance, &mut probe)?;
-                state.advance(studio.dit.config().frames_per_block);
+                let on = dit.travel(state, on, way, &audio, None, &order.distance, &mut probe)?;
+                state.advance(dit.config().frames_per_block);
                 device.synchronize()?;
                 let ended = Instant::now();
                 order.times.span(me, began, ended);
@@ -239,18 +241,23 @@ impl Rank {
         let Some((decoding, made)) = &mut face.screen else { return Ok(()) };
         device.synchronize()?;
         let began = Instant::now();
-        let frames = show(studio, decoding, &latents, order.number == 0)?;
-        let raster = raster(&frames)?;
+        let (vae, first) = (tools.vae()?, order.number == 0);
+        let mut seen = None;
+        let film = match &face.opening.watch {
+            Some(_) if !face.opening.planar => Film::packed(seen.insert(show(vae, decoding, &latents, first)?))?,
+            _ => film(vae, decoding, &latents, first, face.opening.planar)?,
+        };
         let ended = Instant::now();
         order.times.span(me, began, ended);
         order.times.stage(|s| s.decode = ended - began);
         if let Some(watch) = &face.opening.watch {
             watch("latents", order.number, &latents);
-            watch("frames", order.number, &frames);
+            if let Some(frames) = &seen {
+                watch("frames", order.number, frames);
+            }
         }
         let own = (order.number == 0).then(|| latents.narrow(1, 0, 1)?.to_device(&candle_core::Device::Cpu));
-        let (number, frames, times) = (order.number, frames.dim(1)?, order.times);
-        let block = Made { number, raster, frames, times, own: own.transpose()? };
+        let block = Made { number: order.number, film, times: order.times, own: own.transpose()? };
         // A face whose owner is gone is closed by the next order.
         let _ = made.send(block);
         common.waker.wake();
@@ -260,7 +267,7 @@ impl Rank {
 
 /// Audio features of a block, and the block where this stage takes it over.
 fn take_over(
-    studio: &Studio,
+    tools: &Tools,
     link: &dyn Link,
     layout: &Layout,
     stage: usize,
@@ -280,8 +287,8 @@ fn take_over(
     let features = match hear {
         Some(hear) => {
             let began = Instant::now();
-            let features = hear(studio)?.contiguous()?;
-            studio.device().synchronize()?;
+            let features = hear(tools)?.contiguous()?;
+            tools.device.synchronize()?;
             order.times.stage(|s| s.features = began.elapsed());
             order.times.span(me, began, Instant::now());
             for other in ranks.skip(1) {
@@ -291,7 +298,7 @@ fn take_over(
         }
         None => one(link.receive(ranks.start)?)?,
     };
-    let latent = order.noise.to_device(studio.device())?.to_dtype(DType::F32)?;
+    let latent = order.noise.to_device(&tools.device)?.to_dtype(DType::F32)?;
     Ok((features, Halfway { latent, tokens: None }))
 }
 

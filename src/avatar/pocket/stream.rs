@@ -3,7 +3,7 @@
 use super::Shared;
 use crate::{
     avatar::{AvatarError, Controls, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, noise::normal},
-    media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, SPEECH_RATE, StageTimes},
+    media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, Pixels, SPEECH_RATE, StageTimes},
     model::{
         self,
         audio::{AHEAD, AudioState, BANDS, FEATURES, MelState},
@@ -158,7 +158,7 @@ impl Stream for Face {
             at: self.intake.origin() + MediaTime::from_units(first as i64 + i as i64, g.fps),
             width: g.width,
             height: g.height,
-            rgb,
+            pixels: Pixels::Rgb(rgb),
             matte: mattes.as_ref().map(|m| m[i].clone()),
         };
         let frames = pictures.into_iter().enumerate().map(frame).collect();

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::ears::Reach;
 use crate::model::{
     picture,
-    ranks::{Costs, Split},
+    ranks::{Costs, Layout, Split},
     sampler::Solver,
 };
 
@@ -111,7 +111,8 @@ pub struct Config {
     /// Adapters as `PATH` or `PATH:WEIGHT`, merged while loading.
     pub loras: Vec<String>,
     pub mode: Mode,
-    /// `auto`, `cpu`, `cuda` or `cuda:N`; in block mode several, as `cuda:0,cuda:1`.
+    /// `auto`, `cpu`, `cuda` or `cuda:N`; in block mode several, as `cuda:0,cuda:1`. A card named again at the end
+    /// decodes on a second stream, as `cuda:0,cuda:0`.
     pub device: String,
     /// How several devices share the work.
     pub share: Share,
@@ -192,6 +193,13 @@ impl Config {
         if places.len() > 1 && self.mode == Mode::Clip {
             return wrong("device", &self.device, "one device in clip mode; several share the work of block mode");
         }
+        let last = places.len() - 1;
+        if places.len() > 1 && places.contains(&Place::Auto) {
+            return wrong("device", &self.device, "auto alone; several devices are named one by one");
+        }
+        if (0..last).any(|rank| Self::decodes_only(&places, rank)) {
+            return wrong("device", &self.device, "a card named again as the last device only: it then decodes there");
+        }
         if self.stage_ms.iter().any(|ms| !(0.0..=1e6).contains(ms)) || self.stage_ms[1] == 0.0 {
             let text = format!("{:?}", self.stage_ms);
             return wrong("stage_ms", &text, "three times from 0 to 1000000, the second above 0");
@@ -228,6 +236,24 @@ impl Config {
     /// A sentence that says what is allowed.
     pub fn places(&self) -> Result<Vec<Place>, String> {
         self.device.split(',').map(Place::parse).collect()
+    }
+
+    /// Whether the device at `rank` only decodes: a card that is named again, whose second stream makes pixels beside the
+    /// steps of the first.
+    pub(super) fn decodes_only(places: &[Place], rank: usize) -> bool {
+        matches!(places.get(rank), Some(place @ Place::Cuda(_)) if places[..rank].contains(place))
+    }
+
+    /// Who does what where several devices share a face, for `steps` steps of a transformer of `blocks` blocks.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong.
+    pub fn layout(&self, steps: usize, blocks: usize) -> Result<Layout, String> {
+        let places = self.places()?;
+        let (ranks, costs, split) = (places.len(), self.costs(), self.share.into());
+        let apart = Self::decodes_only(&places, ranks - 1);
+        let plan = if apart { Layout::with_decoder_apart } else { Layout::plan };
+        plan(ranks, steps, blocks, &costs, split).map_err(|e| e.to_string())
     }
 
     /// How long a block's parts take on one device.

@@ -14,9 +14,9 @@ use crate::{
         block::Continuous,
         clip::ClipStream,
         noise::{normal, whole},
-        studio::{Studio, pictures},
+        studio::{Film, Studio},
     },
-    media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, StageTimes},
+    media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, MediaTime, Pixels, StageTimes},
     model::{self, vae::quiet},
 };
 
@@ -44,6 +44,8 @@ pub(super) struct Face {
     /// One speaker, or several.
     pub(super) speakers: Vec<Speaker>,
     pub(super) seed: u64,
+    /// Frames may be planes.
+    pub(super) planar: bool,
     /// Shape of a block's noise: channels, latent frames, rows, columns.
     pub(super) noise: [usize; 4],
     /// The next block.
@@ -51,7 +53,7 @@ pub(super) struct Face {
 }
 
 impl Face {
-    fn block(&mut self) -> model::Result<(Vec<Arc<[u8]>>, StageTimes)> {
+    fn block(&mut self) -> model::Result<(Vec<Pixels>, StageTimes)> {
         let studio = self.studio.clone();
         let device = studio.device().clone();
         let began = Instant::now();
@@ -75,11 +77,11 @@ impl Face {
             }
         };
         let imagined = settled(&device, began)?;
-        let video = match &mut self.way {
-            Way::Block { face, .. } => face.show(&studio, &latents)?,
-            Way::Clip { face, .. } => face.show(&studio, &latents)?,
+        let film = match &mut self.way {
+            Way::Block { face, .. } => face.film(&studio, &latents, self.planar)?,
+            Way::Clip { face, .. } => Film::packed(&face.show(&studio, &latents)?)?,
         };
-        let shown = pictures(&video)?;
+        let shown = film.cut();
         let (generation, decode) = (imagined - heard, settled(&device, began)? - imagined);
         let stages = StageTimes { features: heard, generation, decode, busiest: None };
         Ok((shown, stages))
@@ -93,13 +95,13 @@ fn settled(device: &Device, began: Instant) -> model::Result<Duration> {
 }
 
 /// The frames of block `index` of a face that began at `origin`.
-pub(super) fn frames(shown: Vec<Arc<[u8]>>, g: &Geometry, origin: MediaTime, index: u64) -> Vec<Frame> {
+pub(super) fn frames(shown: Vec<Pixels>, g: &Geometry, origin: MediaTime, index: u64) -> Vec<Frame> {
     let first = g.first_frame(index);
-    let frame = |(i, rgb): (usize, Arc<[u8]>)| Frame {
+    let frame = |(i, pixels): (usize, Pixels)| Frame {
         at: origin + MediaTime::from_units(first as i64 + i as i64, g.fps),
         width: g.width,
         height: g.height,
-        rgb,
+        pixels,
         matte: None,
     };
     shown.into_iter().enumerate().map(frame).collect()

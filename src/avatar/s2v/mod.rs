@@ -41,6 +41,7 @@ use crate::{
         self,
         dit::{self, Schedule},
         sampler::Euler,
+        vae::WanVae,
         wav2vec2::Wav2Vec2,
         weights::layout::Part,
     },
@@ -90,39 +91,52 @@ pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box
     let dtype = parts::precision(config, &device)?;
     let parts = Parts::find(config)?;
     let how = how(config, parts.live)?;
-    let mut transformer = parts.transformer_config.clone();
-    if let How::Block { settings, .. } = &how {
-        transformer.kv_frames = settings.clip_frames / 4;
-    }
     let mut reader =
         Reader::new(&parts.text, parts.transformer_config.text_len, &device, dtype, &watcher).map_err(fits)?;
     let mut known: Vec<&str> = vec![&config.prompt];
     known.extend(how.guided().then_some(config.negative()));
     known.extend(prompts.iter().map(String::as_str));
     reader.learn(&known).map_err(fits)?;
-    let studio = assemble(&parts, config, &how, transformer, &device, dtype, &watcher).map_err(fits)?;
+    let loader = Loader { parts: &parts, config, how: &how, dtype, watcher: &watcher };
+    let load = || -> model::Result<Studio> {
+        Ok(Studio { dit: loader.dit(&device)?, vae: loader.vae(&device)?, hearing: loader.hearing(&device)? })
+    };
+    let studio = load().map_err(fits)?;
     Ok(Box::new(S2v { config: config.clone(), size, studio: Arc::new(studio), reader, how, schedules: HashMap::new() }))
 }
 
-/// LiveAvatar's autoencoder runs in the transformer's type, S2V's in f32 (MODEL.md §12 of the specification). The audio
-/// encoder stays f32 in both modes, where LiveAvatar's is bf16: with a window of eight seconds it costs 0.35 TFLOP a block
-/// against 490 for the transformer, and its states, of which 24 of 25 are not normed, keep their small differences.
-fn assemble(
-    parts: &Parts,
-    config: &Config,
-    how: &How,
-    transformer: dit::Config,
-    device: &Device,
+/// Loads the networks one by one.
+struct Loader<'a> {
+    parts: &'a Parts,
+    config: &'a Config,
+    how: &'a How,
     dtype: DType,
-    watcher: &Watcher,
-) -> model::Result<Studio> {
-    let dit = parts::transformer(&parts.transformer, transformer, config, device, dtype, watcher)?;
-    let vae_dtype = if matches!(how, How::Block { .. }) { dtype } else { DType::F32 };
-    let vae = parts::autoencoder(parts, config, device, vae_dtype, watcher)?;
-    let weights = parts::watched(&parts.hearing, Part::Hearing.name(), device, DType::F32, watcher);
-    let hearing = Wav2Vec2::load(&weights, &parts.hearing_config)?;
-    weights.finish()?;
-    Ok(Studio { dit, vae, hearing })
+    watcher: &'a Watcher,
+}
+
+impl Loader<'_> {
+    fn dit(&self, device: &Device) -> model::Result<dit::Dit> {
+        let mut transformer = self.parts.transformer_config.clone();
+        if let How::Block { settings, .. } = self.how {
+            transformer.kv_frames = settings.clip_frames / 4;
+        }
+        parts::transformer(&self.parts.transformer, transformer, self.config, device, self.dtype, self.watcher)
+    }
+
+    /// LiveAvatar's autoencoder runs in the transformer's type, S2V's in f32 (MODEL.md §12 of the specification).
+    fn vae(&self, device: &Device) -> model::Result<WanVae> {
+        let dtype = if matches!(self.how, How::Block { .. }) { self.dtype } else { DType::F32 };
+        parts::autoencoder(self.parts, self.config, device, dtype, self.watcher)
+    }
+
+    /// f32 in both modes, where LiveAvatar's is bf16: with a window of eight seconds it costs 0.35 TFLOP a block against
+    /// 490 for the transformer, and its states, of which 24 of 25 are not normed, keep their small differences.
+    fn hearing(&self, device: &Device) -> model::Result<Wav2Vec2> {
+        let weights = parts::watched(&self.parts.hearing, Part::Hearing.name(), device, DType::F32, self.watcher);
+        let hearing = Wav2Vec2::load(&weights, &self.parts.hearing_config)?;
+        weights.finish()?;
+        Ok(hearing)
+    }
 }
 
 /// Only the audio encoder of a checkpoint, and where it lives: for measuring what windows hear.
@@ -373,6 +387,7 @@ impl Generator for S2v {
             geometry,
             way,
             seed: options.seed,
+            planar: options.planar,
             noise,
             index: 0,
         }))

@@ -1,14 +1,16 @@
 //! The 14B engine on several devices: the same faces, made by a [`Crew`].
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, Mutex},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    BLOCK_STEPS, Config, How, Size, Wire, assemble,
+    BLOCK_STEPS, Config, How, Loader, Place, Share, Size, Wire,
     ears::Ears,
     face::{DISTANCE, frames},
     how,
@@ -22,12 +24,12 @@ use crate::{
         block::BlockSettings,
         crew::{Build, Crew, FaceOpening, Line, Made},
         noise::{normal, whole},
-        studio::Studio,
+        studio::Tools,
     },
-    media::{AudioBlock, Epoch, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
+    media::{AudioBlock, Epoch, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE, StageTimes},
     model::{
         self, picture,
-        ranks::{Layout, connect},
+        ranks::{Costs, Layout, connect},
         sampler::Euler,
     },
 };
@@ -37,28 +39,84 @@ fn lost(error: model::Error) -> AvatarError {
     AvatarError::Device { block: 0, stage: "ranks", source: error.into() }
 }
 
-/// Starts the ranks.
+/// Starts the ranks. Each loads what it needs: the first the audio encoder, one that only decodes nothing but the
+/// autoencoder. Ranks on the processor have one set of weights.
 fn start(
     config: &Config,
     parts: &Arc<Parts>,
     how: &How,
-    devices: &[Device],
+    (places, devices): (&[Place], &[Device]),
     dtype: DType,
     watcher: &Watcher,
 ) -> model::Result<Arc<Crew>> {
-    let links = connect(devices, config.wire == Wire::Nccl)?;
-    let build = |device: &Device| -> Build {
-        let (parts, config, how) = (parts.clone(), config.clone(), how.clone());
-        let (device, watcher) = (device.clone(), watcher.clone());
-        Box::new(move || -> model::Result<Studio> {
-            let mut transformer = parts.transformer_config.clone();
-            if let How::Block { settings, .. } = &how {
-                transformer.kv_frames = settings.clip_frames / 4;
+    // A card twice is no pair for NCCL.
+    let twice = places.iter().enumerate().any(|(i, p)| places[..i].contains(p));
+    let links = connect(devices, config.wire == Wire::Nccl && !twice)?;
+    let common: Arc<Mutex<Option<Tools>>> = Arc::default();
+    let build = |rank: usize| -> Build {
+        let (parts, config, how, watcher) = (parts.clone(), config.clone(), how.clone(), watcher.clone());
+        let (device, common) = (devices[rank].clone(), common.clone());
+        let decodes_only = Config::decodes_only(places, rank);
+        Box::new(move || -> model::Result<Tools> {
+            let loader = Loader { parts: &parts, config: &config, how: &how, dtype, watcher: &watcher };
+            let load = |steps: bool, hears: bool| -> model::Result<Tools> {
+                Ok(Tools {
+                    dit: steps.then(|| loader.dit(&device)).transpose()?.map(Arc::new),
+                    vae: Some(loader.vae(&device)?.into()),
+                    hearing: hears.then(|| loader.hearing(&device)).transpose()?.map(Arc::new),
+                    device: device.clone(),
+                })
+            };
+            if !device.is_cpu() {
+                return load(!decodes_only, rank == 0);
             }
-            assemble(&parts, &config, &how, transformer, &device, dtype, &watcher)
+            let mut common = common.lock().unwrap_or_else(|e| e.into_inner());
+            match &mut *common {
+                Some(tools) => Ok(tools.clone()),
+                none => Ok(none.insert(load(true, true)?).clone()),
+            }
         })
     };
-    Ok(Arc::new(Crew::start(links, devices.iter().map(build).collect())?))
+    Ok(Arc::new(Crew::start(links, (0..devices.len()).map(build).collect())?))
+}
+
+/// Blocks whose times are remembered.
+const REMEMBERED: usize = 9;
+
+/// What blocks took on each rank, ring full.
+#[derive(Default)]
+struct Seen(VecDeque<(StageTimes, Vec<Duration>)>);
+
+impl Seen {
+    fn note(&mut self, stages: StageTimes, busy: Vec<Duration>) {
+        if self.0.back().is_some_and(|(_, b)| b.len() != busy.len()) {
+            self.0.clear();
+        }
+        self.0.push_back((stages, busy));
+        if self.0.len() > REMEMBERED {
+            self.0.pop_front();
+        }
+    }
+
+    /// Medians in milliseconds: what hearing, a step of `steps` and decoding took, and each rank. None while too few were
+    /// seen.
+    fn medians(&self, steps: usize) -> Option<(Costs, Vec<f64>)> {
+        let ranks = self.0.front()?.1.len();
+        if self.0.len() < REMEMBERED / 2 {
+            return None;
+        }
+        let median = |of: &dyn Fn(&(StageTimes, Vec<Duration>)) -> Duration| {
+            let mut all: Vec<Duration> = self.0.iter().map(of).collect();
+            all.sort_unstable();
+            all[all.len() / 2].as_secs_f64() * 1e3
+        };
+        let costs = Costs {
+            hearing: median(&|s| s.0.features),
+            step: median(&|s| s.0.generation) / steps.max(1) as f64,
+            decode: median(&|s| s.0.decode),
+        };
+        Some((costs, (0..ranks).map(|rank| median(&|s| s.1[rank])).collect()))
+    }
 }
 
 struct Team {
@@ -72,6 +130,9 @@ struct Team {
     crew: Arc<Crew>,
     /// Reads on the first rank's device, and so on its thread.
     reader: Arc<Mutex<Reader>>,
+    /// What blocks of the newest layout took, and which one that is.
+    seen: Arc<Mutex<Seen>>,
+    newest: Option<(usize, Layout)>,
 }
 
 /// As [`super::load`], on several devices.
@@ -82,7 +143,7 @@ pub(super) fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Res
 fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Team> {
     let size = Size::parse(&config.size).map_err(AvatarError::Options)?;
     let places = config.places().map_err(AvatarError::Options)?;
-    let devices = places.into_iter().map(parts::opened).collect::<Result<Vec<_>>>()?;
+    let devices = places.iter().copied().map(parts::opened).collect::<Result<Vec<_>>>()?;
     let dtype = parts::precision(config, &devices[0])?;
     for device in &devices[1..] {
         if parts::precision(config, device)? != dtype {
@@ -105,22 +166,38 @@ fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Te
         Reader::new(&parts.text, parts.transformer_config.text_len, &devices[0], dtype, &watcher).map_err(fits)?;
     let known: Vec<&str> = std::iter::once(config.prompt.as_str()).chain(prompts.iter().map(String::as_str)).collect();
     reader.learn(&known).map_err(fits)?;
-    let crew = start(config, &parts, &how, &devices, dtype, &watcher).map_err(fits)?;
+    let crew = start(config, &parts, &how, (&places, &devices), dtype, &watcher).map_err(fits)?;
     let (config, reader) = (config.clone(), Arc::new(Mutex::new(reader)));
-    let team = Team { config, parts, how, size, settings, shift, per_block, crew, reader };
-    let layout = team.layout(BLOCK_STEPS)?;
-    for line in layout.describe(&team.config.costs()) {
-        tracing::info!("{line}");
-    }
-    Ok(team)
+    let (seen, newest) = (Arc::default(), None);
+    Ok(Team { config, parts, how, size, settings, shift, per_block, crew, reader, seen, newest })
 }
 
 impl Team {
-    fn layout(&self, steps: usize) -> Result<Layout> {
-        let config = &self.config;
+    /// Who does what for a new face: by the configured times at first, evened by what blocks were seen to take then.
+    fn layout(&mut self, steps: usize) -> Result<Layout> {
         let blocks = self.parts.transformer_config.num_layers;
-        Layout::plan(self.crew.ranks(), steps, blocks, &config.costs(), config.share.into())
-            .map_err(|e| AvatarError::Options(e.to_string()))
+        let planned = self.config.layout(steps, blocks).map_err(AvatarError::Options)?;
+        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
+        let mut costs = self.config.costs();
+        let layout = match (&self.newest, seen.medians(steps)) {
+            (Some((of, layout)), Some((measured, busy))) if *of == steps && self.config.share == Share::Balanced => {
+                costs = measured;
+                layout.evened(&busy, &measured)
+            }
+            (Some((of, layout)), _) if *of == steps => layout.clone(),
+            _ => planned,
+        };
+        if self.newest.as_ref().is_none_or(|(_, l)| *l != layout) {
+            layout.describe(&costs).iter().for_each(|line| tracing::info!("{line}"));
+            *seen = Seen::default();
+            self.newest = Some((steps, layout.clone()));
+        }
+        Ok(layout)
+    }
+
+    /// Blocks of a face after which its rings are full.
+    fn filled(&self) -> u64 {
+        (self.settings.clip_frames / 4 / self.per_block.max(1)) as u64 + 1
     }
 
     fn geometry_of(&self, size: (usize, usize)) -> Geometry {
@@ -161,7 +238,8 @@ impl Generator for Team {
         let text = Some((prompt, read.map_err(failed)?));
         let reach = reach(portrait, &options.masks, size, SCALE * self.parts.transformer_config.patch[1])?;
         let settings = self.settings.clone();
-        let opening = FaceOpening { layout, picture: looked, text, euler, settings, reach, watch: None };
+        let opening =
+            FaceOpening { layout, picture: looked, text, euler, settings, reach, planar: options.planar, watch: None };
         let line = self.crew.open(opening).map_err(failed)?;
         let geometry = self.geometry_of(size);
         let lead = self.how.frames(self.per_block).1 * SPEECH_RATE as usize / geometry.fps as usize;
@@ -178,6 +256,8 @@ impl Generator for Team {
             steps,
             geometry,
             line,
+            seen: self.seen.clone(),
+            filled: self.filled(),
         }))
     }
 }
@@ -201,6 +281,8 @@ struct Face {
     steps: usize,
     /// The next block to be begun.
     begun: u64,
+    seen: Arc<Mutex<Seen>>,
+    filled: u64,
 }
 
 impl Face {
@@ -213,10 +295,11 @@ impl Face {
         let frames = self.geometry.block_frames as usize;
         let first = self.begun * frames as u64;
         let all: Vec<_> = self.speakers.iter().map(|s| s.ears.clone()).collect();
-        let hear = move |studio: &Studio| {
+        let hear = move |tools: &Tools| {
+            let hearing = tools.hearing()?;
             let listen = |ears: &Arc<Mutex<Ears>>| {
                 let mut ears = ears.lock().unwrap_or_else(|e| e.into_inner());
-                ears.listen(&studio.hearing, studio.device(), first, frames)
+                ears.listen(hearing, &tools.device, first, frames)
             };
             let heard = all.iter().map(listen).collect::<model::Result<Vec<_>>>()?;
             Ok(if let [one] = &heard[..] { one.clone() } else { Tensor::cat(&heard, 0)? })
@@ -230,7 +313,12 @@ impl Face {
     }
 
     fn told(&self, made: Made) -> FrameBlock {
-        let stages = made.times.told(self.line.layout().ranks());
+        let ranks = self.line.layout().ranks();
+        let stages = made.times.told(ranks);
+        if made.number >= self.filled {
+            let busy = (0..ranks).map(|rank| made.times.busy(rank)).collect();
+            self.seen.lock().unwrap_or_else(|e| e.into_inner()).note(stages, busy);
+        }
         let origin = self.speakers.first().map_or(MediaTime::ZERO, |s| s.intake.origin());
         let frames = frames(made.pictures(), &self.geometry, origin, made.number);
         FrameBlock { epoch: Epoch::default(), index: made.number, frames, stages, controls: Vec::new() }

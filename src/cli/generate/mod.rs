@@ -150,6 +150,8 @@ impl Args {
                 seed: self.seed,
                 steps: self.steps.map(|n| n as usize),
                 pose: self.pose.clone(),
+                // Raw frames are wanted as they were made.
+                planar: self.raw_frames.is_none(),
                 ..OpenOptions::default()
             },
             trace: self.trace.clone(),

@@ -15,7 +15,7 @@ use crate::{
         audio_file::{Limits, VOICE_RATE},
         marks::Mark,
         mp4::{Mp4Spec, Mp4Writer},
-        rgb_to_i420,
+        to_i420, to_rgb,
     },
     media::{FrameBlock, Geometry, MediaTime, Portrait, StageTimes},
 };
@@ -283,9 +283,9 @@ impl Job {
                 trace.write(format!("{line}\n").as_bytes())?;
             }
             if let Some(raw) = &mut self.raw {
-                raw.write(&frame.rgb)?;
+                raw.write(&to_rgb(frame)?)?;
             }
-            let mut picture = rgb_to_i420(frame)?;
+            let mut picture = to_i420(frame)?;
             if let Some(badge) = &self.badge {
                 badge.draw(&mut picture);
             }

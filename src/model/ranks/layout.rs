@@ -63,8 +63,8 @@ impl Layout {
             )));
         }
         let shapes: Vec<Layout> = match split {
-            Split::Balanced => vec![Self::cut(ranks, steps * blocks, 1, blocks, costs)],
-            Split::Steps => vec![Self::cut(ranks, steps * blocks, blocks, blocks, costs)],
+            Split::Balanced => vec![Self::cut(ranks, steps * blocks, 1, blocks, costs, &[])],
+            Split::Steps => vec![Self::cut(ranks, steps * blocks, blocks, blocks, costs, &[])],
             Split::Sequence => {
                 let shared = |team: usize, decoder: usize| {
                     let stages = vec![Stage { ranks: 0..team, way: 0..steps * blocks }];
@@ -78,15 +78,54 @@ impl Layout {
         best.ok_or_else(|| Error::Config("there is no layout".into()))
     }
 
+    /// The same with the decoder on the last rank, which computes no steps.
+    ///
+    /// # Errors
+    /// As [`Layout::plan`]; there is only one rank.
+    pub fn with_decoder_apart(
+        ranks: usize,
+        steps: usize,
+        blocks: usize,
+        costs: &Costs,
+        split: Split,
+    ) -> Result<Layout> {
+        let steps_alone = Costs { decode: 0.0, ..*costs };
+        let mut layout = Self::plan(ranks.saturating_sub(1), steps, blocks, &steps_alone, split)?;
+        layout.decoder = layout.stages.last().map_or(0, |s| s.ranks.end);
+        Ok(layout)
+    }
+
+    /// The same kind of layout, cut anew so that ranks that were seen at work for `busy` milliseconds a block all are as
+    /// long: cards of one kind differ by a percent or two. `costs`: what hearing and decoding took. Itself where ranks
+    /// share steps, or what was seen makes no sense.
+    pub fn evened(&self, busy: &[f64], costs: &Costs) -> Layout {
+        let alone = self.stages.iter().all(|s| s.ranks.len() == 1) && busy.len() == self.ranks();
+        let pace = |(rank, stage): (usize, &Stage)| {
+            let hearing = if rank == 0 { costs.hearing } else { 0.0 };
+            let decode = if rank == self.decoder { costs.decode } else { 0.0 };
+            (busy[rank] - hearing - decode) / stage.way.len() as f64 * self.blocks as f64 / costs.step
+        };
+        if !alone || costs.step <= 0.0 {
+            return self.clone();
+        }
+        let paces: Vec<f64> = self.stages.iter().enumerate().map(pace).collect();
+        if self.decoder >= self.stages.len() || paces.iter().any(|p| !(0.5..2.0).contains(p)) {
+            return self.clone();
+        }
+        let units = self.stages.last().map_or(0, |s| s.way.end);
+        Self::cut(self.stages.len(), units, 1, self.blocks, costs, &paces)
+    }
+
     /// One rank after the other, cut at multiples of `grain`: the least time such that every rank, filled in turn, stays
-    /// within it, found by halving.
-    fn cut(ranks: usize, units: usize, grain: usize, blocks: usize, costs: &Costs) -> Layout {
-        let unit = costs.step / blocks as f64;
+    /// within it, found by halving. `paces`: how many times as long a step takes on each rank; those not named, once.
+    fn cut(ranks: usize, units: usize, grain: usize, blocks: usize, costs: &Costs, paces: &[f64]) -> Layout {
+        let unit = |rank: usize| costs.step / blocks as f64 * paces.get(rank).copied().unwrap_or(1.0);
+        let slowest = (0..ranks).map(unit).fold(0.0, f64::max);
         let fill = |limit: f64| -> Option<Vec<Range<usize>>> {
             let (mut ways, mut at) = (Vec::new(), 0);
             while at < units && ways.len() < ranks {
                 let room = limit - if at == 0 { costs.hearing } else { 0.0 };
-                let fits = ((room + 1e-9) / unit).clamp(0.0, units as f64) as usize / grain * grain;
+                let fits = ((room + 1e-9) / unit(ways.len())).clamp(0.0, units as f64) as usize / grain * grain;
                 if fits == 0 {
                     return None;
                 }
@@ -94,11 +133,13 @@ impl Layout {
                 at = units.min(at + fits);
             }
             let last = ways.last()?;
-            let with = last.len() as f64 * unit + if last.start == 0 { costs.hearing } else { 0.0 } + costs.decode;
+            let with = last.len() as f64 * unit(ways.len() - 1)
+                + if last.start == 0 { costs.hearing } else { 0.0 }
+                + costs.decode;
             let fits = with <= limit + 1e-9 || (ways.len() < ranks && costs.decode <= limit + 1e-9);
             (at == units && fits).then_some(ways)
         };
-        let total = costs.hearing + units as f64 * unit + costs.decode;
+        let total = costs.hearing + units as f64 * slowest + costs.decode;
         let (mut low, mut high) = (0.0, total);
         // Sixty halvings: far below what any clock tells.
         for _ in 0..60 {
@@ -109,7 +150,10 @@ impl Layout {
         let last = ways.len() - 1;
         let stages: Vec<Stage> = ways.into_iter().enumerate().map(|(i, way)| Stage { ranks: i..i + 1, way }).collect();
         let mut layout = Layout { stages, decoder: last, blocks };
-        if layout.period(costs) > high + 1e-6 {
+        // It did not fit beside the last steps.
+        let steps = layout.stages[last].way.len() as f64 * unit(last);
+        let with = steps + if last == 0 { costs.hearing } else { 0.0 } + costs.decode;
+        if with > high + 1e-6 && last + 1 < ranks {
             layout.decoder = last + 1;
         }
         layout
@@ -253,6 +297,41 @@ mod tests {
         }
         assert!(Layout::plan(0, 4, 10, &costs, Split::Steps).is_err());
         assert!(Layout::plan(2, 4, 10, &Costs { step: f64::NAN, ..costs }, Split::Steps).is_err());
+    }
+
+    #[test]
+    fn a_decoder_of_its_own_has_no_steps() {
+        for (ranks, split, stages) in [(2, Split::Balanced, 1), (3, Split::Balanced, 2), (3, Split::Sequence, 1)] {
+            let layout = Layout::with_decoder_apart(ranks, 4, 40, &Costs::MEASURED, split).unwrap();
+            layout.check(4).unwrap();
+            assert_eq!((layout.stages.len(), layout.decoder), (stages, ranks - 1), "{split:?}");
+            assert_eq!(layout.stage_of(ranks - 1), None);
+        }
+        assert!(Layout::with_decoder_apart(1, 4, 40, &Costs::MEASURED, Split::Steps).is_err());
+    }
+
+    #[test]
+    fn ranks_are_evened_by_what_they_were_seen_to_take() {
+        // Two cards at 704×384: the second is 3 % slower.
+        let costs = Costs { hearing: 18.0, step: 124.0, decode: 70.0 };
+        let layout = Layout::plan(2, 4, 40, &costs, Split::Balanced).unwrap();
+        let slower = |l: &Layout| {
+            let unit = costs.step / 40.0;
+            let own = [l.stages[0].way.len() as f64 * unit, l.stages[1].way.len() as f64 * unit * 1.03];
+            vec![costs.hearing + own[0], own[1] + costs.decode]
+        };
+        let before = slower(&layout);
+        let evened = layout.evened(&before, &costs);
+        evened.check(4).unwrap();
+        let after = slower(&evened);
+        assert!(evened.stages[0].way.len() > layout.stages[0].way.len(), "{evened:?}");
+        assert!(after.iter().fold(0.0, |a: f64, b| a.max(*b)) < before[1], "{before:?} {after:?}");
+        assert!((after[0] - after[1]).abs() <= 2.0 * costs.step / 40.0, "{after:?}");
+        // What was seen agrees with the plan, or is nonsense: nothing changes.
+        assert_eq!(layout.evened(&layout.loads(&costs), &costs), layout);
+        assert_eq!(layout.evened(&[0.0, 9e9], &costs), layout);
+        let shared = Layout::plan(2, 4, 40, &costs, Split::Sequence).unwrap();
+        assert_eq!(shared.evened(&[300.0, 300.0], &costs), shared);
     }
 
     #[test]

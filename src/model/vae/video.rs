@@ -428,6 +428,16 @@ impl WanVae {
         Tensor::cat(&parts.into_iter().map(Video::i420).collect::<Result<Vec<_>>>()?, 0)
     }
 
+    /// Whether [`WanVae::decode_i420`] is no dearer than [`WanVae::decode_next`]: it is where a card's planes would first
+    /// have to come to the processor.
+    pub fn gives_planes(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.card.is_some() {
+            return self.small.is_none();
+        }
+        self.device().is_cpu()
+    }
+
     fn decode_parts(&self, state: &mut Decoding, latents: &Tensor, probe: Probe) -> Result<Vec<Video>> {
         let n = latents.dim(1)?;
         if n == 0 {

@@ -11,7 +11,7 @@ use loquent::{
         block::{BlockSettings, Continuous, Deferred},
         clip::{self, ClipSettings, ClipStream, Words},
         crew::{Build, Crew, FaceOpening},
-        studio::{Studio, Voice},
+        studio::{Studio, Tools, Voice},
     },
     model::{
         picture,
@@ -266,11 +266,13 @@ fn on_ranks(g: &Golden) -> Result<Vec<(Got, Layout)>, Box<dyn std::error::Error>
     let blocks = frames / 4 / per_block;
     let first = studio(g, per_block)?;
     let (voice, picture, layers) = (listen(g, &first)?, look(g, &first)?, first.dit.config().num_layers);
-    let mut builds: Vec<Build> = vec![Box::new(move || Ok(first))];
-    for _ in 1..5 {
-        let studio = studio(g, per_block)?;
-        builds.push(Box::new(move || Ok(studio)));
-    }
+    // One device, one set of weights.
+    let tools = Tools::from(first);
+    let builds = (0..5).map(|_| {
+        let tools = tools.clone();
+        Box::new(move || Ok(tools)) as Build
+    });
+    let builds = builds.collect();
     let crew = Arc::new(Crew::start(in_process(&vec![Device::Cpu; 5]), builds)?);
     let settings = BlockSettings { clip_frames: frames, motion_frames: g.count("motion_frames")? };
     let distance = g.input("relative_dist")?.to_vec2::<i64>()?;
@@ -307,6 +309,7 @@ fn on_ranks(g: &Golden) -> Result<Vec<(Got, Layout)>, Box<dyn std::error::Error>
             euler: Euler::live_avatar(steps, 3.0)?,
             settings: settings.clone(),
             reach: Vec::new(),
+            planar: false,
             watch: Some(Arc::new(move |name: &str, block, x: &Tensor| {
                 watch.lock().unwrap().entry((name.into(), block)).or_default().push(x.clone());
             })),
