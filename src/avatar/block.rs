@@ -39,6 +39,22 @@ impl Default for BlockSettings {
     }
 }
 
+impl BlockSettings {
+    /// Blocks of `per_block` latent frames in a clip.
+    ///
+    /// # Errors
+    /// There are none.
+    pub(super) fn blocks(&self, per_block: usize) -> Result<usize> {
+        match self.clip_frames / 4 / per_block.max(1) {
+            0 => {
+                let frames = self.clip_frames;
+                Err(Error::Config(format!("clips of {frames} frames hold no block of {per_block} latent frames")))
+            }
+            blocks => Ok(blocks),
+        }
+    }
+}
+
 /// Reference and motion latents of a picture `[3, 1, height, width]` that is seen `motion_frames` times.
 pub(super) fn look(vae: &WanVae, picture: &Tensor, motion_frames: usize) -> Result<(Tensor, Tensor)> {
     Ok((vae.encode(picture)?, vae.encode(&still(picture, motion_frames)?)?))
@@ -233,15 +249,18 @@ impl Continuous {
         schedule: Arc<Schedule>,
         settings: &BlockSettings,
     ) -> Result<Self> {
-        let per_block = studio.dit.config().frames_per_block;
-        let blocks_per_clip = settings.clip_frames / 4 / per_block;
-        if blocks_per_clip == 0 {
-            return Err(Error::Config(format!(
-                "clips of {} frames hold no block of {per_block} latent frames",
-                settings.clip_frames
-            )));
-        }
-        let (reference, motion) = look(&studio.vae, picture, settings.motion_frames)?;
+        Self::open_looked(studio, look(&studio.vae, picture, settings.motion_frames)?, text, schedule, settings)
+    }
+
+    /// The same from what was seen of the picture before: [`Continuous::reference`] and [`Continuous::motion`].
+    pub fn open_looked(
+        studio: &Studio,
+        (reference, motion): (Tensor, Tensor),
+        text: Option<Arc<TextContext>>,
+        schedule: Arc<Schedule>,
+        settings: &BlockSettings,
+    ) -> Result<Self> {
+        let blocks_per_clip = settings.blocks(studio.dit.config().frames_per_block)?;
         let opening = Opening { reference: &reference, motion: Some(&motion), text };
         let blocks = Blocks::open(studio, &opening, schedule)?;
         let decoding = prime(&studio.vae, &motion)?;

@@ -111,6 +111,15 @@ impl Default for OpenOptions {
     }
 }
 
+/// How full a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Bytes that nobody holds, those this program keeps for later use included.
+    pub free: u64,
+    /// Bytes that work in passing held at most beyond what is held now, since this was asked last.
+    pub passing: u64,
+}
+
 /// A loaded model that can give faces. Lives on its device's thread.
 pub trait Generator: Send {
     fn geometry(&self) -> Geometry;
@@ -129,6 +138,10 @@ pub trait Generator: Send {
     /// nobody counted.
     fn tflop_per_block(&self, _geometry: &Geometry, _steps: Option<usize>) -> Option<f64> {
         None
+    }
+    /// How full each device is whose memory limits how many faces there can be; none where it does not.
+    fn memory(&self) -> Vec<Fill> {
+        Vec::new()
     }
     /// A picture this generator surely accepts: for warm-up and for measuring. Mid-grey unless a model knows better.
     fn sample_portrait(&self) -> Portrait {

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::Fill;
 use crate::media::Pixels;
 use crate::model::{
     Error, Result,
     dit::Dit,
-    picture,
+    kernels, picture,
     vae::WanVae,
     wav2vec2::{Wav2Vec2, features},
 };
@@ -97,6 +98,12 @@ impl Studio {
     pub fn device(&self) -> &Device {
         self.vae.device()
     }
+}
+
+/// How full these devices are, as far as they are cards.
+pub(super) fn fill(devices: &[Device]) -> Vec<Fill> {
+    let told = devices.iter().filter_map(kernels::card_memory);
+    told.map(|(free, passing)| Fill { free, passing }).collect()
 }
 
 /// A video `[3, n, height, width]` in −1..1 as packed 8-bit RGB, one per frame.

@@ -35,6 +35,9 @@ pub(super) struct Args {
     json: bool,
 }
 
+/// Blocks from this length on are clips.
+const CLIP_MS: f64 = 2000.0;
+
 #[derive(Serialize)]
 struct Report {
     machine: Machine,
@@ -119,6 +122,23 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             speed.unwrap_or_default(),
             card.unwrap_or_default()
         );
+        if let Some(k) = &r.known {
+            println!(
+                "known face and prompt: first pictures after {:.0} ms (opening {:.0}, hearing {:.0}, generation {:.0}, decoding {:.0})",
+                k.first_block_ms, k.open_ms, k.features_ms, k.generation_ms, k.decode_ms
+            );
+        }
+        if let Some(grown) = r.grown_mib {
+            let worst = r.block_most_ms / r.block_p50_ms;
+            println!(
+                "{} blocks: {grown:+.0} MiB of the device since the tenth, slowest {worst:.2} × the median",
+                r.blocks
+            );
+        }
+        if r.block_ms >= CLIP_MS {
+            let (shown, took) = (r.block_ms / 1000.0, r.block_p50_ms / 1000.0);
+            println!("a whole clip of {shown:.1} s takes {took:.1} s, encoding included");
+        }
     }
     for line in report.peer.iter().flatten() {
         println!("peer: {line}");

@@ -8,7 +8,7 @@ use super::{
     machine::Machine,
     measure::{encoder_ms, measure},
 };
-use crate::{config::Config, engine, model::budget, net, server};
+use crate::{avatar::s2v, config::Config, engine, model::budget, net, server};
 use std::net::{IpAddr, TcpListener, UdpSocket};
 
 #[derive(clap::Args)]
@@ -218,8 +218,11 @@ fn engines(config: &Config, seconds: u32, machine: &Machine, findings: &mut Find
     } else {
         line("Engine", "s2v (Wan2.2-S2V, LiveAvatar, 14B): not set up; needs a checkpoint and a GPU of 48 GB or more");
     }
-    for (name, plan) in budget::PROFILES {
-        line("14B model", profile(name, &plan));
+    for profile in &PROFILES {
+        match profile.plan() {
+            Ok(plan) => line("14B model", profile.told(&plan)),
+            Err(why) => findings.problem(format!("config/{}.toml: {why:#}", profile.name)),
+        }
     }
 }
 
@@ -257,26 +260,91 @@ fn devices(config: &Config, findings: &mut Findings) {
     }
 }
 
-/// What a profile of the 14B model needs, where it fits, and what to expect of it.
-fn profile(name: &str, plan: &budget::Plan) -> String {
-    let need = plan.need();
-    let fits: Vec<String> = [24.0, 48.0, 80.0].iter().filter(|gb| need.fits(**gb)).map(|gb| format!("{gb}")).collect();
-    let fits =
-        if fits.is_empty() { "fits none of 24, 48, 80 GB".into() } else { format!("fits {} GB", fits.join(", ")) };
-    format!(
-        "{name}: {}×{}, {} steps, ring of {}: {:.0} GB (weights {:.0}, memories {:.0}, decoder {:.1}, working {:.0}), {fits}; \
-         {:.0} frames/s predicted on an H200, not measured here",
-        plan.width,
-        plan.height,
-        plan.steps,
-        plan.ring,
-        need.total(),
-        need.weights,
-        need.memories,
-        need.decoders,
-        need.working,
-        plan.frames_per_second(&budget::H200)
-    )
+/// A file of `config/` for the 14B model.
+struct Profile {
+    name: &'static str,
+    text: &'static str,
+    /// As its transformer is to be stored.
+    weights: budget::Stored,
+    /// Memory of the cards it is for.
+    gb: f64,
+    measured: &'static str,
+}
+
+const PROFILES: [Profile; 4] = [
+    Profile {
+        name: "s2v-quality",
+        text: include_str!("../../config/s2v-quality.toml"),
+        weights: budget::Stored::Fp8,
+        gb: 80.0,
+        measured: "not measured",
+    },
+    Profile {
+        name: "s2v-live",
+        text: include_str!("../../config/s2v-live.toml"),
+        weights: budget::Stored::Fp8,
+        gb: 80.0,
+        measured: "25.0 for 25 s on an H200, 2026-11-24",
+    },
+    Profile {
+        name: "s2v-48gb",
+        text: include_str!("../../config/s2v-48gb.toml"),
+        weights: budget::Stored::Q8,
+        gb: 48.0,
+        measured: "not measured",
+    },
+    Profile {
+        name: "s2v-24gb",
+        text: include_str!("../../config/s2v-24gb.toml"),
+        weights: budget::Stored::Q4,
+        gb: 24.0,
+        measured: "not measured",
+    },
+];
+
+impl Profile {
+    fn plan(&self) -> anyhow::Result<budget::Plan> {
+        let config = Config::layered(Some((self.name, self.text)), &[])?;
+        config.validate()?;
+        let s2v::Size::Exact(width, height) = s2v::Size::parse(&config.s2v.size).map_err(anyhow::Error::msg)? else {
+            anyhow::bail!("s2v.size is no exact size");
+        };
+        let offload = config.s2v.offload;
+        Ok(budget::Plan {
+            height,
+            width,
+            weights: self.weights,
+            fp8_memory: config.s2v.dtype == s2v::Precision::Fp8,
+            steps: config.engine.steps.unwrap_or(4),
+            ring: config.s2v.clip_frames.unwrap_or(48) / 4,
+            sessions: config.engine.sessions,
+            resident: if offload == s2v::Offload::Blocks { 0 } else { usize::MAX },
+            parked: offload != s2v::Offload::None,
+        })
+    }
+
+    /// What it needs, where it fits, and what to expect of it.
+    fn told(&self, plan: &budget::Plan) -> String {
+        let need = plan.need();
+        let fits = if need.fits(self.gb) { "fits" } else { "does not fit" };
+        format!(
+            "config/{}.toml: {}×{}, {} steps, ring of {}: {:.0} GB (weights {:.0}, memories {:.0}, decoder {:.1}, working {:.0}), \
+             {fits} {:.0} GB; {:.0} frames/s predicted on an H200 ({})",
+            self.name,
+            plan.width,
+            plan.height,
+            plan.steps,
+            plan.ring,
+            need.total(),
+            need.weights,
+            need.memories,
+            need.decoders,
+            need.working,
+            self.gb,
+            plan.frames_per_second(&budget::H200),
+            self.measured
+        )
+    }
 }
 
 fn people(n: usize) -> String {
@@ -288,5 +356,21 @@ fn engine_name(kind: engine::Kind) -> &'static str {
         engine::Kind::Pocket => "pocket",
         engine::Kind::Card => "card",
         engine::Kind::S2v => "s2v",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles_fit_the_cards_they_are_for_and_those_for_an_h200_keep_up_with_speech() {
+        for profile in &PROFILES {
+            let plan = profile.plan().unwrap();
+            assert!(plan.need().fits(profile.gb), "{}: {:?}", profile.name, plan.need());
+            if profile.gb == 80.0 {
+                assert!(plan.frames_per_second(&budget::H200) >= 25.0, "{}", profile.told(&plan));
+            }
+        }
     }
 }

@@ -2,9 +2,9 @@
 
 use super::engines::{self, Wanted};
 use crate::{
-    avatar::OpenOptions,
+    avatar::{Generator, OpenOptions},
     codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, to_i420},
-    media::{AudioBlock, Geometry, MediaTime, Pixels, SPEECH_RATE},
+    media::{AudioBlock, Geometry, MediaTime, Pixels, Portrait, SPEECH_RATE, StageTimes},
     model::kernels::{Card, card_facts},
 };
 use serde::Serialize;
@@ -35,8 +35,16 @@ pub(super) struct Measured {
     pub(super) block_p50_ms: f64,
     pub(super) block_p95_ms: f64,
     pub(super) block_most_ms: f64,
-    /// From the order to open a face, everything loaded, to its first block of pictures.
+    /// From the order to open the very first face, everything loaded, to its first block of pictures.
     pub(super) first_block_ms: f64,
+    /// The same for a face and a prompt that are known, its speech all there: what a visitor waits for. Absent where a
+    /// block takes so long that nobody waits for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) known: Option<Known>,
+    /// Memory of the fullest device that was free after the tenth block and is not at the end, MiB: nothing may grow while
+    /// somebody speaks. Absent where the engine does not tell, or makes no twenty blocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) grown_mib: Option<f64>,
     /// The card it ran on and how full it was at the end; absent on the processor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) card: Option<Card>,
@@ -53,6 +61,42 @@ pub(super) struct Measured {
     pub(super) processor: Option<f64>,
 }
 
+/// Milliseconds to the first pictures of a face that was there before.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Known {
+    pub(super) open_ms: f64,
+    pub(super) features_ms: f64,
+    pub(super) generation_ms: f64,
+    pub(super) decode_ms: f64,
+    /// All of it.
+    pub(super) first_block_ms: f64,
+}
+
+/// Blocks that take longer are waited for once only.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Opens a known face with the speech of its first block.
+fn known(generator: &mut dyn Generator, portrait: &Portrait, options: &OpenOptions) -> anyhow::Result<Known> {
+    let geometry = generator.geometry_for(portrait);
+    let speech = geometry.block_span(0) + geometry.look_ahead;
+    let samples = babble(MediaTime::ZERO, speech.units(SPEECH_RATE) as usize + 1);
+    let began = Instant::now();
+    let mut stream = generator.open(portrait, options)?;
+    let open = began.elapsed();
+    stream.push(&AudioBlock { at: MediaTime::ZERO, samples })?;
+    stream.finish()?;
+    let Some(block) = stream.pull()? else { anyhow::bail!("the engine gave no first block") };
+    let first = began.elapsed();
+    let StageTimes { features, generation, decode, .. } = block.stages;
+    Ok(Known {
+        open_ms: ms(open),
+        features_ms: ms(features),
+        generation_ms: ms(generation),
+        decode_ms: ms(decode),
+        first_block_ms: ms(first),
+    })
+}
+
 /// Runs `seconds` of made-up speech through an engine. The first second warms it up and is not counted.
 pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> anyhow::Result<Measured> {
     let began = Instant::now();
@@ -62,7 +106,8 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
     let geometry = generator.geometry_for(&portrait);
     let Geometry { width, height, fps, .. } = geometry;
     let began = Instant::now();
-    let mut stream = generator.open(&portrait, &OpenOptions { steps, ..OpenOptions::default() })?;
+    let options = OpenOptions { steps, planar: true, ..OpenOptions::default() };
+    let mut stream = generator.open(&portrait, &options)?;
     let open = began.elapsed();
     let bitrate = 900_000;
     let mut video = VideoEncoder::new(H264Config { width, height, fps: fps as f32, bitrate, max_bitrate: bitrate })?;
@@ -78,6 +123,8 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
     let mut made = MediaTime::ZERO;
     let mut used = None;
     let mut first = None;
+    let mut free = None;
+    let least = |g: &dyn Generator| g.memory().iter().map(|f| f.free).min();
     while fed < end {
         let audio = AudioBlock { at: fed, samples: babble(fed, SPEECH_RATE as usize / 25) };
         fed = audio.end();
@@ -115,10 +162,18 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
             encode.push(encoded);
             whole.push(took);
             pushed = Duration::ZERO;
+            if whole.len() == 10 {
+                free = least(generator.as_ref());
+            }
         }
         spent += pushed;
     }
     anyhow::ensure!(!whole.is_empty(), "the engine gave no block for {seconds} s of speech");
+    let ended = least(generator.as_ref()).filter(|_| whole.len() >= 20);
+    let grown_mib = free.zip(ended).map(|(free, ended)| (free as f64 - ended as f64) / f64::from(1 << 20));
+    drop(stream);
+    let quick = whole.iter().max().is_some_and(|longest| *longest < PATIENCE);
+    let known = quick.then(|| known(generator.as_mut(), &portrait, &options)).transpose()?;
     let factor = spent.as_secs_f64() / shown.as_secs_f64();
     let tflop = generator.tflop_per_block(&geometry, steps);
     let processor = processor_seconds().zip(used).map(|(end, begin)| (end - begin) / shown.as_secs_f64());
@@ -141,6 +196,8 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
         block_p95_ms: percentile(&mut whole, 0.95),
         block_most_ms: percentile(&mut whole, 1.0),
         first_block_ms: first.map_or(0.0, ms),
+        known,
+        grown_mib,
         card: wanted.card().and_then(card_facts),
         tflop,
         tflop_per_s: tflop.map(|t| t * 1000.0 / percentile(&mut generation, 0.5)),

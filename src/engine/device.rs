@@ -1,7 +1,7 @@
 //! The device thread: opens faces, feeds them, makes the block that is due first, and sleeps until something happens.
 
 use super::{
-    Config, EngineError, Health, Seat,
+    Config, EngineError, Health, Seat, Seats,
     lane::{Change, INPUT_BLOCKS, Lane, LaneEvent, LaneInput, OUTPUT_BLOCKS, Speech, Track},
     stats::Meter,
 };
@@ -15,7 +15,11 @@ use std::{
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, atomic::AtomicU32, mpsc::SyncSender},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+        mpsc::SyncSender,
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -44,6 +48,7 @@ pub(super) struct Device {
     stop: oneshot::Receiver<()>,
     health: watch::Sender<Health>,
     meter: Arc<Meter>,
+    seats: Arc<Seats>,
 }
 
 /// Why a call into the generator did not return a value.
@@ -141,9 +146,9 @@ impl Device {
         commands: mpsc::Receiver<Command>,
         stop: oneshot::Receiver<()>,
         health: watch::Sender<Health>,
-        meter: Arc<Meter>,
+        (meter, seats): (Arc<Meter>, Arc<Seats>),
     ) -> Device {
-        Device { name: name.into(), config, commands, stop, health, meter }
+        Device { name: name.into(), config, commands, stop, health, meter, seats }
     }
 
     /// The thread's whole life.
@@ -259,13 +264,14 @@ impl Device {
         }
     }
 
-    /// Makes a few blocks of silence and measures them.
+    /// Makes a few blocks of silence and measures them, and how many such faces the device's memory holds.
     fn warm_up(&self, generator: &mut dyn Generator) -> Result<Geometry, Fault> {
         let geometry = guarded(|| Ok(generator.geometry()))?;
         if self.config.warm_up_blocks == 0 {
             return Ok(geometry);
         }
         let options = self.fitted(OpenOptions::default());
+        let before = guarded(|| Ok(generator.memory()))?;
         let stream = guarded(|| generator.open(&generator.sample_portrait(), &options))?;
         let mut stream = Guarded(Some(stream));
         let end = MediaTime::from_units(geometry.first_frame(self.config.warm_up_blocks) as i64, geometry.fps);
@@ -274,11 +280,19 @@ impl Device {
         stream.call(|s| s.finish())?;
         loop {
             let began = Instant::now();
-            let Some(block) = stream.call(|s| s.pull())? else { return Ok(geometry) };
+            let Some(block) = stream.call(|s| s.pull())? else { break };
             let span = geometry.block_span(block.index).as_duration();
             let took = block.stages.busiest.unwrap_or_else(|| began.elapsed());
             self.meter.block(took, span, block.stages, None);
         }
+        let after = guarded(|| Ok(generator.memory()))?;
+        let fit = Seats::that_fit(self.config.sessions, &before, &after);
+        if fit < self.config.sessions {
+            let (name, sessions) = (&self.name, self.config.sessions);
+            tracing::warn!(engine = name, "memory holds {fit} of {sessions} faces: {before:?} became {after:?}");
+        }
+        self.seats.fit.store(fit, Ordering::Release);
+        Ok(geometry)
     }
 
     /// Serves until stopped (`None`) or until the device fails (why).

@@ -20,7 +20,7 @@ pub use splice::Splice;
 pub use stats::{BLOCK_BUCKETS, EngineStats};
 
 use crate::{
-    avatar::{self, Generator, OpenOptions},
+    avatar::{self, Fill, Generator, OpenOptions},
     media::{Geometry, Portrait},
 };
 use device::{Command, Device};
@@ -54,7 +54,7 @@ pub enum Kind {
 pub struct Config {
     /// Which generator is run: `pocket`, `card` or `s2v`.
     pub generator: Kind,
-    /// Faces served at once; more people are told "full" at once.
+    /// Faces served at once, as far as the device's memory holds them; more people are told "full" at once.
     pub sessions: usize,
     /// Threads for the arithmetic; 0 = all cores. More than two help only if cores are free.
     pub threads: usize,
@@ -118,6 +118,12 @@ pub enum EngineError {
 pub enum Refusal {
     #[error("every face is taken; try again in {} s", retry_after.as_secs())]
     Full { retry_after: Duration },
+    /// More faces than configured for the memory of the device, as its warm-up measured it.
+    #[error(
+        "the memory of its device holds {fit} of the {configured} faces that are configured; try again in {} s",
+        retry_after.as_secs()
+    )]
+    Memory { fit: usize, configured: usize, retry_after: Duration },
     #[error("the engine has failed: {0}")]
     Failed(String),
     #[error("the engine has failed and is being built anew; try again in {} s", retry_after.as_secs())]
@@ -178,7 +184,8 @@ impl Engine {
         let (health_tx, health) = watch::channel(Health::Ready);
         let (ready_tx, ready_rx) = std::sync::mpsc::sync_channel(1);
         let meter = Arc::new(Meter::default());
-        let device = Device::new(name, config.clone(), command_rx, stop_rx, health_tx, meter.clone());
+        let seats = Arc::new(Seats::new(config.sessions));
+        let device = Device::new(name, config.clone(), command_rx, stop_rx, health_tx, (meter.clone(), seats.clone()));
         let thread = std::thread::Builder::new()
             .name(format!("engine-{name}"))
             .spawn(move || device.run(build, ready_tx))
@@ -199,7 +206,7 @@ impl Engine {
             geometry,
             config: config.clone(),
             commands,
-            seats: Arc::new(Seats { slots: config.sessions, used: AtomicUsize::new(0) }),
+            seats,
             draining: AtomicBool::new(false),
             health,
             meter,
@@ -224,7 +231,13 @@ impl Engine {
             return Err(Refusal::Draining);
         }
         let retry_after = self.retry_after();
-        let seat = Seats::take(&self.0.seats).ok_or(Refusal::Full { retry_after })?;
+        let seat = Seats::take(&self.0.seats).ok_or_else(|| {
+            let (fit, configured) = (self.0.seats.fit.load(Ordering::Acquire), self.0.seats.configured);
+            if fit < configured {
+                return Refusal::Memory { fit, configured, retry_after };
+            }
+            Refusal::Full { retry_after }
+        })?;
         Ok(Slot { seat, commands: self.0.commands.clone(), health: self.0.health.clone() })
     }
 
@@ -240,7 +253,7 @@ impl Engine {
 
     /// Counters and medians for panels, metrics and `doctor`.
     pub fn stats(&self) -> EngineStats {
-        self.0.meter.stats(self.0.seats.slots, self.0.seats.used.load(Ordering::Acquire))
+        self.0.meter.stats(self.0.seats.fit.load(Ordering::Acquire), self.0.seats.used.load(Ordering::Acquire))
     }
 
     /// Admits nobody any more; open lanes go on to their end.
@@ -251,15 +264,38 @@ impl Engine {
 
 /// How many may have a face at once, and how many have.
 struct Seats {
-    slots: usize,
+    configured: usize,
+    /// As many of them as the device's memory holds.
+    fit: AtomicUsize,
     used: AtomicUsize,
 }
 
 impl Seats {
+    fn new(configured: usize) -> Seats {
+        Seats { configured, fit: AtomicUsize::new(configured), used: AtomicUsize::new(0) }
+    }
+
+    /// As many as fit when one face, while it worked, made a device with `before` free have `after`: what is still free,
+    /// less what work holds in passing, for more of them. The first is there already.
+    fn that_fit(configured: usize, before: &[Fill], after: &[Fill]) -> usize {
+        let more = |(before, after): (&Fill, &Fill)| {
+            let face = before.free.saturating_sub(after.free);
+            let passing = before.passing.max(after.passing);
+            match face {
+                0 => usize::MAX,
+                face => (after.free.saturating_sub(passing) / face) as usize,
+            }
+        };
+        let more = before.iter().zip(after).map(more).min().unwrap_or(usize::MAX);
+        configured.min(more.saturating_add(1))
+    }
+
     fn take(seats: &Arc<Seats>) -> Option<Seat> {
         seats
             .used
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| (used < seats.slots).then_some(used + 1))
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| {
+                (used < seats.fit.load(Ordering::Acquire)).then_some(used + 1)
+            })
             .ok()
             .map(|_| Seat { seats: seats.clone(), _kept: None })
     }
@@ -306,5 +342,23 @@ fn failure(health: &watch::Receiver<Health>) -> String {
     match &*health.borrow() {
         Health::Failed(why) | Health::Rebuilding(why) => why.clone(),
         Health::Ready => "it was stopped".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_faces_as_the_fullest_device_holds() {
+        let gb = |free: u64, passing: u64| Fill { free: free << 30, passing: passing << 30 };
+        let fit = |before: &[Fill], after: &[Fill]| Seats::that_fit(4, before, after);
+        assert_eq!(fit(&[], &[]), 4, "memory is no limit");
+        assert_eq!(fit(&[gb(140, 0)], &[gb(115, 3)]), 4, "25 each, 4 in passing");
+        assert_eq!(fit(&[gb(60, 0)], &[gb(35, 3)]), 2);
+        assert_eq!(fit(&[gb(60, 0)], &[gb(27, 3)]), 1, "what passes must fit beside");
+        assert_eq!(fit(&[gb(60, 0)], &[gb(0, 3)]), 1);
+        assert_eq!(fit(&[gb(140, 0), gb(60, 0)], &[gb(115, 3), gb(35, 3)]), 2, "the fuller of two");
+        assert_eq!(fit(&[gb(60, 0)], &[gb(60, 3)]), 4, "a face that takes nothing");
     }
 }

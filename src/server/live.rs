@@ -78,6 +78,14 @@ pub(super) fn refused(refusal: Refusal) -> ApiError {
         Refusal::Full { retry_after } => {
             ApiError::unavailable("full", "Every presenter is in a conversation just now.", retry_after)
         }
+        Refusal::Memory { fit, configured, retry_after } => {
+            tracing::warn!("a conversation was refused: memory holds {fit} of the {configured} faces configured");
+            ApiError::unavailable(
+                "full",
+                "The memory of this server holds no more presenters at once; all are in a conversation just now.",
+                retry_after,
+            )
+        }
         Refusal::Rebuilding { retry_after } => ApiError::unavailable(
             "engine_restarting",
             "The engine that draws the presenter has failed and is being started again.",

@@ -2,9 +2,11 @@
 //! pictures, with random weights of the true shapes made on the devices.
 //!
 //! `cargo bench --features cuda --bench ranks [-- SIZES [LAYOUTS [DEVICES]]]`, for example `480x832,704x384
-//! one,balanced,steps,sequence cuda:0,cuda:1`. `cpu,cpu` runs a tiny model on the processor, to try the machinery. A
-//! device that is named once more after the first, as `memory`, makes them talk through main memory instead of NCCL.
-//! The first layout should be `one`: the others are planned with the times it measures. One JSON line per layout.
+//! one,balanced,evened,steps,sequence cuda:0,cuda:1`. `cpu,cpu` runs a tiny model on the processor, to try the machinery.
+//! `memory` among the devices makes them talk through main memory instead of NCCL, and so does a card that is named again at
+//! the end: it only decodes there, on a second stream (`704x384 one,beside cuda:0,cuda:0`). The first layout should be `one`:
+//! the others are planned with the times it measures; `evened` is `balanced` cut anew by what each rank took in the run
+//! before. One JSON line per layout.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +18,7 @@ use candle_core::{DType, Device, Tensor};
 use loquent::{
     avatar::{
         block::BlockSettings,
-        crew::{Build, Crew, FaceOpening, Hear, Line, Made, Watch},
+        crew::{Build, Crew, FaceOpening, Hear, Line, Made, Picture, Watch},
         s2v::{Ears, Reach},
         studio::{Studio, Tools},
     },
@@ -53,26 +55,29 @@ fn main() -> Result<()> {
         .collect();
     let layouts = list(1, "one,balanced,steps,sequence");
     let named = list(2, "cuda:0,cuda:1");
-    let direct = !named.iter().any(|n| n == "memory");
+    let devices_named: Vec<&String> = named.iter().filter(|n| *n != "memory").collect();
+    let again = |i: usize| devices_named[i].starts_with("cuda") && devices_named[..i].contains(&devices_named[i]);
+    let direct = devices_named.len() == named.len() && !(0..devices_named.len()).any(again);
     let opened = |name: &String| match name.strip_prefix("cuda:").map(str::parse) {
         Some(Ok(card)) => kernels::card(card),
         _ => Ok(Device::Cpu),
     };
-    let devices: Vec<Device> = named.iter().filter(|n| *n != "memory").map(opened).collect::<Result<_>>()?;
+    let devices: Vec<Device> = devices_named.iter().copied().map(opened).collect::<Result<_>>()?;
     let tiny = devices[0].is_cpu();
     println!("{} devices: {}", devices.len(), named.join(","));
     let began = Instant::now();
     let links = connect(&devices, direct)?;
     println!("connected after {:.1} s", began.elapsed().as_secs_f64());
-    let builds: Vec<Build> = devices
-        .iter()
-        .cloned()
-        .map(|device| Box::new(move || studio(&device, tiny).map(Into::into)) as Build)
-        .collect();
+    let build = |(i, device): (usize, &Device)| -> Build {
+        let (device, decodes_only) = (device.clone(), again(i));
+        Box::new(move || if decodes_only { screen(&device, tiny) } else { studio(&device, tiny).map(Into::into) })
+    };
+    let builds: Vec<Build> = devices.iter().enumerate().map(build).collect();
     let crew = Arc::new(Crew::start(links, builds)?);
     println!("loaded after {:.1} s", began.elapsed().as_secs_f64());
     for &size in &sizes {
         let (mut costs, mut alone) = (Costs::MEASURED, None);
+        let mut before: Option<(Layout, Vec<f64>, Costs)> = None;
         for name in &layouts {
             let (ranks, split) = match name.as_str() {
                 "one" => (1, Split::Balanced),
@@ -80,9 +85,19 @@ fn main() -> Result<()> {
                 "sequence" => (crew.ranks(), Split::Sequence),
                 _ => (crew.ranks(), Split::Balanced),
             };
-            match run(&crew, size, name, Layout::plan(ranks, STEPS, layers(tiny)?, &costs, split)?, tiny) {
+            let layout = match (name.as_str(), &before) {
+                ("beside", _) => Layout::with_decoder_apart(ranks, STEPS, layers(tiny)?, &costs, Split::Steps)?,
+                ("evened", Some((layout, busy, costs))) => Layout::evened(layout, busy, costs),
+                _ => Layout::plan(ranks, STEPS, layers(tiny)?, &costs, split)?,
+            };
+            match run(&crew, size, name, layout, tiny) {
                 Ok(seen) => {
                     seen.tell(name, size, &costs, alone.as_ref());
+                    if split == Split::Balanced && ranks > 1 {
+                        let ms = |part: &f64| part * seen.period.as_secs_f64() * 1e3;
+                        before =
+                            Some((seen.layout.clone(), seen.busy.iter().map(ms).collect::<Vec<f64>>(), seen.costs));
+                    }
                     if alone.is_none() {
                         costs = seen.costs;
                         alone = Some(seen);
@@ -125,6 +140,14 @@ fn studio(device: &Device, tiny: bool) -> Result<Studio> {
     })
 }
 
+/// What makes pixels only.
+fn screen(device: &Device, tiny: bool) -> Result<Tools> {
+    let whole = Whole::named(if tiny { "tiny" } else { "14b" })?;
+    let dtype = if tiny { DType::F32 } else { DType::BF16 };
+    let vae = WanVae::load(&Weights::new(imagined(preset(whole.vae)?, 7)?, device, dtype))?;
+    Ok(Tools { device: device.clone(), dit: None, vae: Some(vae.into()), hearing: None })
+}
+
 /// What a layout gave.
 struct Seen {
     layout: Layout,
@@ -163,7 +186,7 @@ fn run(crew: &Arc<Crew>, (h, w): (usize, usize), name: &str, layout: Layout, tin
     let ranks = layout.ranks();
     let mut line = crew.open(FaceOpening {
         layout: layout.clone(),
-        picture: (wave(&[3, 1, h, w], 0.5)? / 3.4)?,
+        picture: Picture::New((wave(&[3, 1, h, w], 0.5)? / 3.4)?),
         text: Some((format!("{name} {h} {w}"), wave(&[c.text_len.min(64), c.text_dim], 0.25)?)),
         euler: Euler::live_avatar(STEPS, 3.0)?,
         settings: BlockSettings::default(),

@@ -1,11 +1,17 @@
 //! The device thread: admission, fairness, failure.
 
 use loquent::{
-    avatar::{self, AvatarError, Generator, OpenOptions, Stream, test_card},
+    avatar::{self, AvatarError, Fill, Generator, OpenOptions, Stream, test_card},
     engine::{Change, Config, Engine, EngineError, Health, LaneClosed, LaneEvent, Refusal, TryPush},
     media::{AudioBlock, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
 };
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -20,6 +26,78 @@ fn portrait() -> Portrait {
 
 fn audio(at: usize, len: usize) -> AudioBlock {
     AudioBlock { at: MediaTime::from_units(at as i64, SPEECH_RATE), samples: vec![0.1; len] }
+}
+
+/// The test card on a device of which each face takes a part.
+struct Roomy {
+    free: Arc<AtomicU64>,
+}
+
+struct RoomyStream(Box<dyn Stream>, Arc<AtomicU64>);
+
+/// Bytes of a face, and what its blocks hold in passing.
+const FACE: u64 = 25 << 30;
+const PASSING: u64 = 4 << 30;
+
+impl Generator for Roomy {
+    fn geometry(&self) -> Geometry {
+        test_card().geometry()
+    }
+    fn memory(&self) -> Vec<Fill> {
+        vec![Fill { free: self.free.load(Ordering::Relaxed), passing: PASSING }]
+    }
+    fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
+        let stream = test_card().open(portrait, options)?;
+        let taken = self.free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| free.checked_sub(FACE));
+        taken.map_err(|_| AvatarError::Options("out of memory".into()))?;
+        Ok(Box::new(RoomyStream(stream, self.free.clone())))
+    }
+}
+
+impl Stream for RoomyStream {
+    fn push(&mut self, audio: &AudioBlock) -> avatar::Result<()> {
+        self.0.push(audio)
+    }
+    fn pull(&mut self) -> avatar::Result<Option<FrameBlock>> {
+        self.0.pull()
+    }
+    fn finish(&mut self) -> avatar::Result<()> {
+        self.0.finish()
+    }
+}
+
+impl Drop for RoomyStream {
+    fn drop(&mut self) {
+        self.1.fetch_add(FACE, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn more_faces_than_memory_holds_are_refused_before_they_are_opened() {
+    let free = Arc::new(AtomicU64::new(60 << 30));
+    let built = free.clone();
+    let build = move || Ok(Box::new(Roomy { free: built.clone() }) as Box<dyn Generator>);
+    let engine = Engine::start("roomy", &config(4), build).unwrap();
+    assert_eq!(engine.stats().slots, 2, "60 − 25 in the warm-up leaves 35, less 4 in passing");
+    let first = engine.admit().unwrap().open(portrait(), OpenOptions::default()).await.unwrap();
+    let second = engine.admit().unwrap().open(portrait(), OpenOptions::default()).await.unwrap();
+    let retry_after = Duration::from_secs(5);
+    let refusal = engine.admit().err().unwrap();
+    assert_eq!(refusal, Refusal::Memory { fit: 2, configured: 4, retry_after });
+    assert!(refusal.to_string().contains("holds 2 of the 4 faces"), "{refusal}");
+    drop((first, second));
+    timeout(SOON, async {
+        while engine.stats().used > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(engine.admit().is_ok());
+    // What is configured is never exceeded.
+    let roomy = Arc::new(AtomicU64::new(u64::MAX / 2));
+    let build = move || Ok(Box::new(Roomy { free: roomy.clone() }) as Box<dyn Generator>);
+    assert_eq!(Engine::start("roomy", &config(4), build).unwrap().stats().slots, 4);
 }
 
 /// The test card, with faults: the block number at which it panics or fails is the seed (0 = never).

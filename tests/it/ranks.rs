@@ -7,7 +7,7 @@ use loquent::{
     avatar::{
         self, AvatarError, Generator, Intake, OpenOptions, Stream,
         block::BlockSettings,
-        crew::{Build, Crew, FaceOpening, Line, Watch},
+        crew::{Build, Crew, FaceOpening, Line, Picture, Watch},
         s2v::{self, Config, Mode, Share},
         studio::{Studio, Tools},
     },
@@ -103,7 +103,7 @@ fn open(crew: &Arc<Crew>, layout: Layout, watch: Option<Watch>) -> model::Result
     let text = Tensor::zeros((3, 64), DType::F32, &Device::Cpu)?;
     crew.open(FaceOpening {
         layout,
-        picture: wave(&[3, 1, SIDE[0], SIDE[1]], 0.3)?,
+        picture: Picture::New(wave(&[3, 1, SIDE[0], SIDE[1]], 0.3)?),
         text: Some(("nothing".into(), text)),
         euler: Euler::live_avatar(STEPS, 3.0)?,
         settings: BlockSettings::default(),

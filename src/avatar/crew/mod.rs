@@ -171,20 +171,20 @@ impl Crew {
             return Err(Error::Config(format!("{} ranks are asked for, there are {}", layout.ranks(), self.ranks())));
         }
         let decoder = layout.decoder;
-        let picture = picture.to_device(&Device::Cpu)?;
         let per_block = self.on(0, |tools| Ok(tools.dit()?.config().frames_per_block))?;
-        let (reference, motion) = self.on(decoder, move |tools| {
-            let (reference, motion) = look(tools.vae()?, &picture.to_device(&tools.device)?, settings.motion_frames)?;
-            let home = |t: Tensor| t.to_device(&Device::Cpu);
-            Ok((home(reference)?, home(motion)?))
-        })?;
-        let blocks_per_clip = (settings.clip_frames / 4 / per_block) as u64;
-        if blocks_per_clip == 0 {
-            return Err(Error::Config(format!(
-                "clips of {} frames hold no block of {per_block} latent frames",
-                settings.clip_frames
-            )));
-        }
+        let blocks_per_clip = settings.blocks(per_block)? as u64;
+        let (reference, motion) = match picture {
+            Picture::Known { reference, motion } => (reference, motion),
+            Picture::New(picture) => {
+                let picture = picture.to_device(&Device::Cpu)?;
+                self.on(decoder, move |tools| {
+                    let picture = picture.to_device(&tools.device)?;
+                    let (reference, motion) = look(tools.vae()?, &picture, settings.motion_frames)?;
+                    let home = |t: Tensor| t.to_device(&Device::Cpu);
+                    Ok((home(reference)?, home(motion)?))
+                })?
+            }
+        };
         // One on each stage and with the decoder, and one that waits.
         let stages = layout.stages.len();
         let depth = stages + usize::from(layout.stage_of(decoder).is_none()) + 1;
@@ -232,11 +232,18 @@ fn unique() -> u64 {
     NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
 }
 
+/// Whom a face shows.
+pub enum Picture {
+    /// `[3, 1, height, width]` in −1..1 at the output size.
+    New(Tensor),
+    /// What a line before gave as its [`Line::reference`] and [`Line::motion`], on the processor.
+    Known { reference: Tensor, motion: Tensor },
+}
+
 /// What a face on a crew is opened with.
 pub struct FaceOpening {
     pub layout: Layout,
-    /// `[3, 1, height, width]` in −1..1 at the output size.
-    pub picture: Tensor,
+    pub picture: Picture,
     /// The prompt, and its states `[tokens, text_dim]`.
     pub text: Option<(String, Tensor)>,
     pub euler: Euler,

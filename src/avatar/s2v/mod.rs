@@ -12,6 +12,7 @@
 //! voice where it is, which makes the picture lead by 120 ms (188 ms in clip mode). Here three frames of silence go
 //! before the speech instead, and they are what is lost. A clip that begins with the picture itself loses nothing.
 
+mod album;
 mod config;
 mod ears;
 mod face;
@@ -29,11 +30,11 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    AvatarError, Generator, Intake, OpenOptions, Result, Stream,
+    AvatarError, Fill, Generator, Intake, OpenOptions, Result, Stream,
     block::{self, BlockSettings, Continuous},
     clip::{self, ClipSettings, ClipStream, Words},
     speakers::{self, Mask},
-    studio::Studio,
+    studio::{Studio, fill},
 };
 use crate::{
     media::{Geometry, MediaTime, Portrait, SPEECH_RATE},
@@ -46,6 +47,7 @@ use crate::{
         weights::layout::Part,
     },
 };
+use album::{Album, Key};
 use face::{Face, Speaker, Way};
 use parts::{Parts, fits};
 use pose::Pose;
@@ -66,6 +68,7 @@ struct S2v {
     reader: Reader,
     how: How,
     schedules: HashMap<usize, Arc<Schedule>>,
+    album: Album,
 }
 
 /// The settled mode.
@@ -102,7 +105,15 @@ pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box
         Ok(Studio { dit: loader.dit(&device)?, vae: loader.vae(&device)?, hearing: loader.hearing(&device)? })
     };
     let studio = load().map_err(fits)?;
-    Ok(Box::new(S2v { config: config.clone(), size, studio: Arc::new(studio), reader, how, schedules: HashMap::new() }))
+    Ok(Box::new(S2v {
+        config: config.clone(),
+        size,
+        studio: Arc::new(studio),
+        reader,
+        how,
+        schedules: HashMap::new(),
+        album: Album::default(),
+    }))
 }
 
 /// Loads the networks one by one.
@@ -330,6 +341,10 @@ impl Generator for S2v {
         })
     }
 
+    fn memory(&self) -> Vec<Fill> {
+        fill(std::slice::from_ref(self.studio.device()))
+    }
+
     fn sample_portrait(&self) -> Portrait {
         sample()
     }
@@ -339,8 +354,10 @@ impl Generator for S2v {
         let geometry = self.geometry_of(size);
         let failed = |e: model::Error| AvatarError::Device { block: 0, stage: "portrait", source: e.into() };
         let studio = self.studio.clone();
-        let picture = studio.look(&portrait.rgb, (portrait.width as usize, portrait.height as usize), size);
-        let picture = picture.map_err(|e| AvatarError::Portrait(e.to_string()))?;
+        let look = || {
+            let picture = studio.look(&portrait.rgb, (portrait.width as usize, portrait.height as usize), size);
+            picture.map_err(|e| AvatarError::Portrait(e.to_string()))
+        };
         let prompt = options.prompt.as_deref().unwrap_or(&self.config.prompt);
         let prompt = self.reader.read(&studio.dit, prompt).map_err(failed)?;
         let patch = studio.vae.scale() * studio.dit.config().patch[1];
@@ -356,8 +373,13 @@ impl Generator for S2v {
                 let (settings, shift) = (settings.clone(), *shift);
                 let steps = options.steps.unwrap_or(BLOCK_STEPS);
                 let schedule = self.schedule(steps, shift)?;
-                let mut face =
-                    Continuous::open(&studio, &picture, Some(prompt), schedule, &settings).map_err(failed)?;
+                let key = Key::of(portrait, size);
+                let mut face = match self.album.find(key) {
+                    Some(looked) => Continuous::open_looked(&studio, looked, Some(prompt), schedule, &settings),
+                    None => Continuous::open(&studio, &look()?, Some(prompt), schedule, &settings)
+                        .inspect(|f| self.album.keep(key, (f.reference().clone(), f.motion().clone()))),
+                }
+                .map_err(failed)?;
                 face.cast(reach);
                 Way::Block { face: Box::new(face), steps }
             }
@@ -371,7 +393,7 @@ impl Generator for S2v {
                     false => None,
                 };
                 let words = Words { prompt, negative };
-                let mut face = ClipStream::open(&studio, &picture, words, settings).map_err(failed)?;
+                let mut face = ClipStream::open(&studio, &look()?, words, settings).map_err(failed)?;
                 face.cast(reach);
                 Way::Clip { face: Box::new(face), pose }
             }

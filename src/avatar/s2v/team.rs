@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     BLOCK_STEPS, Config, How, Loader, Place, Share, Size, Wire,
+    album::{Album, Key},
     ears::Ears,
     face::{DISTANCE, frames},
     how,
@@ -20,11 +21,11 @@ use super::{
 };
 use crate::{
     avatar::{
-        AvatarError, Generator, Intake, OpenOptions, Result, Stream,
+        AvatarError, Fill, Generator, Intake, OpenOptions, Result, Stream,
         block::BlockSettings,
-        crew::{Build, Crew, FaceOpening, Line, Made},
+        crew::{Build, Crew, FaceOpening, Line, Made, Picture},
         noise::{normal, whole},
-        studio::Tools,
+        studio::{Tools, fill},
     },
     media::{AudioBlock, Epoch, FrameBlock, Geometry, MediaTime, Portrait, SPEECH_RATE, StageTimes},
     model::{
@@ -128,8 +129,11 @@ struct Team {
     shift: f64,
     per_block: usize,
     crew: Arc<Crew>,
+    /// Each device once.
+    cards: Vec<Device>,
     /// Reads on the first rank's device, and so on its thread.
     reader: Arc<Mutex<Reader>>,
+    album: Album,
     /// What blocks of the newest layout took, and which one that is.
     seen: Arc<Mutex<Seen>>,
     newest: Option<(usize, Layout)>,
@@ -169,7 +173,23 @@ fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Te
     let crew = start(config, &parts, &how, (&places, &devices), dtype, &watcher).map_err(fits)?;
     let (config, reader) = (config.clone(), Arc::new(Mutex::new(reader)));
     let (seen, newest) = (Arc::default(), None);
-    Ok(Team { config, parts, how, size, settings, shift, per_block, crew, reader, seen, newest })
+    let once = |(i, _): &(usize, &Device)| !places[..*i].contains(&places[*i]);
+    let cards = devices.iter().enumerate().filter(once).map(|(_, d)| d.clone()).collect();
+    Ok(Team {
+        config,
+        parts,
+        how,
+        size,
+        settings,
+        shift,
+        per_block,
+        crew,
+        cards,
+        reader,
+        album: Album::default(),
+        seen,
+        newest,
+    })
 }
 
 impl Team {
@@ -215,6 +235,10 @@ impl Generator for Team {
         self.geometry_of(self.how.output(self.size, portrait).unwrap_or((64, 64)))
     }
 
+    fn memory(&self) -> Vec<Fill> {
+        fill(&self.cards)
+    }
+
     fn sample_portrait(&self) -> Portrait {
         sample()
     }
@@ -225,8 +249,16 @@ impl Generator for Team {
             return Err(AvatarError::Options("block mode takes no pose; leave --pose out, or --mode clip".into()));
         }
         let size = self.how.output(self.size, portrait)?;
-        let looked = picture::prepare(&portrait.rgb, (portrait.width as usize, portrait.height as usize), size);
-        let looked = looked.map_err(|e| AvatarError::Portrait(e.to_string()))?;
+        let key = Key::of(portrait, size);
+        let picture = match self.album.find(key) {
+            Some((reference, motion)) => Picture::Known { reference, motion },
+            None => {
+                let source = (portrait.width as usize, portrait.height as usize);
+                let looked = picture::prepare(&portrait.rgb, source, size);
+                Picture::New(looked.map_err(|e| AvatarError::Portrait(e.to_string()))?)
+            }
+        };
+        let new = matches!(picture, Picture::New(_));
         let steps = options.steps.unwrap_or(BLOCK_STEPS);
         let euler = Euler::live_avatar(steps, self.shift).map_err(|e| AvatarError::Options(e.to_string()))?;
         let layout = self.layout(steps)?;
@@ -239,8 +271,11 @@ impl Generator for Team {
         let reach = reach(portrait, &options.masks, size, SCALE * self.parts.transformer_config.patch[1])?;
         let settings = self.settings.clone();
         let opening =
-            FaceOpening { layout, picture: looked, text, euler, settings, reach, planar: options.planar, watch: None };
+            FaceOpening { layout, picture, text, euler, settings, reach, planar: options.planar, watch: None };
         let line = self.crew.open(opening).map_err(failed)?;
+        if new {
+            self.album.keep(key, (line.reference().clone(), line.motion().clone()));
+        }
         let geometry = self.geometry_of(size);
         let lead = self.how.frames(self.per_block).1 * SPEECH_RATE as usize / geometry.fps as usize;
         let speaker = || {

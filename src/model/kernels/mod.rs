@@ -57,6 +57,18 @@ pub fn card_facts(ordinal: usize) -> Option<Card> {
     }
 }
 
+/// Bytes of a card's memory: free to this program, and what work in passing held at most beyond what is held now, since
+/// this was asked last. None for the processor, or where the driver does not tell.
+pub fn card_memory(device: &candle_core::Device) -> Option<(u64, u64)> {
+    #[cfg(feature = "cuda")]
+    return cuda::time::room(device).ok();
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = device;
+        None
+    }
+}
+
 /// Whether card `device` computes in e4m3 (Hopper and later).
 pub fn fp8(device: &candle_core::Device) -> bool {
     #[cfg(feature = "cuda")]

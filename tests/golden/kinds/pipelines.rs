@@ -10,7 +10,7 @@ use loquent::{
     avatar::{
         block::{BlockSettings, Continuous, Deferred},
         clip::{self, ClipSettings, ClipStream, Words},
-        crew::{Build, Crew, FaceOpening},
+        crew::{Build, Crew, FaceOpening, Picture},
         studio::{Studio, Tools, Voice},
     },
     model::{
@@ -304,7 +304,7 @@ fn on_ranks(g: &Golden) -> Result<Vec<(Got, Layout)>, Box<dyn std::error::Error>
         let watch = seen.clone();
         let mut line = crew.open(FaceOpening {
             layout: layout.clone(),
-            picture: picture.clone(),
+            picture: Picture::New(picture.clone()),
             text: Some(("recorded".into(), g.input("context")?)),
             euler: Euler::live_avatar(steps, 3.0)?,
             settings: settings.clone(),

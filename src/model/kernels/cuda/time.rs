@@ -46,6 +46,36 @@ pub fn memory(device: &Device) -> Result<(usize, usize)> {
     Ok(result::mem_get_info().w()?)
 }
 
+/// Bytes: free on the card or kept by this program for later use, and by how much the memory in use was above what it is
+/// now, at most, since this was asked last.
+pub fn room(device: &Device) -> Result<(u64, u64)> {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+    use sys::CUmemPool_attribute as At;
+    let (free, _) = memory(device)?;
+    let Device::Cuda(card) = device else { return Ok((free as u64, 0)) };
+    let ordinal = card.cuda_stream().context().ordinal() as i32;
+    // What is freed on a stream is kept in the pool, and counts once the stream is there.
+    device.synchronize()?;
+    let mut pool = std::ptr::null_mut();
+    let mut numbers = [0u64; 3];
+    // SAFETY: out-parameters of the right types; setting the high mark to zero makes it begin anew.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, ordinal).result().w()?;
+        let kinds = [
+            At::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+            At::CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+            At::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+        ];
+        for (kind, number) in kinds.into_iter().zip(&mut numbers) {
+            sys::cuMemPoolGetAttribute(pool, kind, (&raw mut *number).cast()).result().w()?;
+        }
+        let mut zero = 0u64;
+        sys::cuMemPoolSetAttribute(pool, At::CU_MEMPOOL_ATTR_USED_MEM_HIGH, (&raw mut zero).cast()).result().w()?;
+    }
+    let [reserved, used, high] = numbers;
+    Ok((free as u64 + reserved.saturating_sub(used), high.saturating_sub(used)))
+}
+
 /// What the card calls itself, and the version of its driver's CUDA (13000 is 13.0).
 pub fn name(device: &Device) -> Result<(String, i32)> {
     let Device::Cuda(device) = device else {

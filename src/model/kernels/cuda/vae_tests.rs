@@ -129,6 +129,23 @@ fn card_convolves_pictures_in_f32() {
 }
 
 #[test]
+fn card_latents_agree_with_f64() {
+    for (t, h, w) in [(1, 3, 5), (3, 2, 7), (2, 1, 1)] {
+        let p = h * w;
+        let ((z, z64), (matrix, m64), (bias, b64)) = (f32s(&[16, t, h, w]), f32s(&[16, 16]), f32s(&[16]));
+        let (cache, k64) = bf16(&[2, h, w, 16]);
+        let got = flat(&vae::latents(&z, &matrix, &bias, &cache).unwrap());
+        let mut want = k64;
+        for i in 0..t * p {
+            let column = |c: usize| z64[c * t * p + i];
+            want.extend((0..16).map(|o| b64[o] + (0..16).map(|c| m64[o * 16 + c] * column(c)).sum::<f64>()));
+        }
+        close(&format!("latents {t}×{h}×{w}"), &got, &want, 4e-3);
+        assert_eq!(flat(&cache), got[got.len() - 2 * p * 16..], "what is remembered");
+    }
+}
+
+#[test]
 fn card_doubles_mixes_and_colours_as_plain_loops_do() {
     let (t, h, w, c) = (2, 3, 5, 24);
     let ((x, x64), (bias, b64)) = (bf16(&[t, h, w, 2 * c]), f32s(&[2 * c]));
@@ -153,8 +170,10 @@ fn card_doubles_mixes_and_colours_as_plain_loops_do() {
     }
     close("attention", &got, &want, 1e-2);
 
-    let ((x, _), (bias, _)) = (bf16(&[3, 6, 10, 8]), f32s(&[8]));
+    let ((x, x64), (bias, b64)) = (bf16(&[3, 6, 10, 8]), f32s(&[8]));
     let video = Video::new(x, Some(&bias), 3);
     let (planes, bytes) = (video.planes().unwrap(), video.i420().unwrap());
+    let want: Vec<f64> = (0..3 * 180).map(|i| (x64[i % 180 * 8 + i / 180] + b64[i / 180]).clamp(-1.0, 1.0)).collect();
+    close("planes", &flat(&planes), &want, 1e-6);
     assert_eq!(flat(&bytes), flat(&picture::i420(&planes).unwrap()), "colours");
 }
