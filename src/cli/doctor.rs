@@ -240,6 +240,19 @@ fn devices(config: &Config, findings: &mut Findings) {
                 line("Devices", format!("{}: {text}", place.trim()));
             }
             let (period, delay) = (layout.period(&costs), layout.delay(&costs));
+            let card = |place: &s2v::Place| -> f64 {
+                let loads = layout.loads(&costs).into_iter().zip(&places);
+                loads.filter(|(_, other)| *other == place).map(|(load, _)| load).sum()
+            };
+            let fullest = places.iter().filter(|p| matches!(p, s2v::Place::Cuda(_))).map(card).fold(0.0, f64::max);
+            if fullest > period {
+                line(
+                    "Devices",
+                    format!(
+                        "two streams of one card share it: up to {fullest:.0} ms a block, if neither fills gaps of the other"
+                    ),
+                );
+            }
             line(
                 "Devices",
                 format!(
