@@ -280,10 +280,10 @@ impl Seats {
     fn that_fit(configured: usize, before: &[Fill], after: &[Fill]) -> usize {
         let more = |(before, after): (&Fill, &Fill)| {
             let face = before.free.saturating_sub(after.free);
-            let passing = before.passing.max(after.passing);
             match face {
                 0 => usize::MAX,
-                face => (after.free.saturating_sub(passing) / face) as usize,
+                // What passed before the face was there is loading, or another generator's.
+                face => (after.free.saturating_sub(after.passing) / face) as usize,
             }
         };
         let more = before.iter().zip(after).map(more).min().unwrap_or(usize::MAX);
