@@ -140,10 +140,12 @@ FN Rgb body(Face f, Rgb c, float bx, float by, float hx, float px) {
     float v = fmaxf(fabsf(bx) * 1.25f + (by - 1.0f), .55f - by);
     c = lerp3(c, shadow(cloth, .80f), cover(v - .030f, px) * in);
     c = lerp3(c, shadow(f.skin, .90f), cover(v, px) * in);
+    under = lerp3(under, shadow(f.skin, .90f), ramp(.56f, .71f, by));
     c = lerp3(c, under, cover(fmaxf(neck, fminf(v, by - .72f)), px));
   } else if (f.clothes == 4) {                               // open shirt collar
     float v = fmaxf(fabsf(bx) * 1.6f + (by - .96f), .55f - by);
     c = lerp3(c, shadow(f.skin, .88f), cover(v, px) * in);
+    under = lerp3(under, shadow(f.skin, .88f), ramp(.56f, .71f, by));
     c = lerp3(c, under, cover(fmaxf(neck, fminf(v, by - .72f)), px));
     float flap = collar_flap(fabsf(bx), by, .10f);
     c = lerp3(c, shadow(f.cloth, 1.12f - .28f * ramp(-.03f, .01f, flap)), cover(flap, px));
@@ -308,13 +310,18 @@ FN Rgb mouth(Face f, Rgb c, float x, float y, float in, float px) {
   Rgb lip = upper_lip > .5f ? shadow(f.lip, .80f + .10f * ramp(yu, you, m)) : shadow(f.lip, 1.02f - .16f * ramp(.5f, 1.f, (m - yl) / (ylo - yl + 1e-4f)));
   lip = light(lip, .34f * ramp(.012f, -.004f, ellipse(mx + .012f * f.side, m - yl - thick * .50f, w * .34f, thick * .20f + .001f)) * (1.f - upper_lip));
   c = lerp3(c, lip, on);
-  float cavity = fmaxf(fmaxf(yu - m, m - yl), fabsf(mx) - w), hole = cover(cavity, px) * in;
+  // heights above a steep edge are not distances: the slope turns them into such, so that corners stay smooth
+  float q = .85f - .35f * rounded, slope = H * q * powf(fmaxf(1.f - u * u, .02f), q - 1.f) * 2.f * fabsf(u) / w;
+  float above = (yu - m) / sqrtf(1.f + .09f * slope * slope), below = (m - yl) / sqrtf(1.f + .49f * slope * slope);
+  float cavity = fmaxf(fmaxf(above, below), fabsf(mx) - w), hole = cover(cavity, px) * in;
   Rgb inside = lerp3(rgb(.20f, .045f, .055f), rgb(.38f, .09f, .10f), ramp(0.f, .12f, m));
   float ty = line + H * .70f + .012f - f.tongue * (.020f + H * .42f);
   Rgb tongue = lerp3(rgb(.76f, .34f, .36f), rgb(.90f, .50f, .50f), ramp(.025f, -.02f, m - ty));
   inside = lerp3(inside, tongue, cover(ellipse(mx, m - ty - .035f, w * .58f, .045f), px * 1.5f));
   float upper_teeth = fmaxf(m - (.0135f + .006f * f.fv) - line * .6f + .02f * u * u, fabsf(mx) - f.mouth_w * .78f);
   inside = lerp3(inside, lerp3(rgb(.97f, .955f, .925f), rgb(.78f, .75f, .74f), ramp(.35f, 1.f, fabsf(u))), cover(upper_teeth, px * 1.2f));
+  float tooth = mx / (f.mouth_w * .2f), gap = fabsf(tooth - floorf(tooth + .5f)) * f.mouth_w * .2f;
+  inside = shadow(inside, 1.f - .13f * ramp(.0045f, 0.f, gap) * cover(upper_teeth, px * 1.2f));
   float ly = line + H * .70f - .014f - .010f * u * u;
   float lower_teeth = fmaxf(ly - m, fabsf(mx) - f.mouth_w * .55f);
   inside = lerp3(inside, rgb(.88f, .86f, .835f), cover(lower_teeth, px * 1.2f) * ramp(.07f, .12f, H) * (1.f - .8f * f.tongue));
@@ -356,7 +363,9 @@ FN Rgb front_hair(Face f, Rgb c, float hx, float hy, float in, float px) {
   Rgb hair = hair_colour(f, u, y * 5.f, gloss);
   hair = shadow(hair, 1.f - .25f * ramp(-.06f, .0f, out) - .10f * ramp(-.05f, 0.f, d));
   c = lerp3(c, shadow(c, .74f), ramp(.050f, -.02f, d) * in * .60f * (1.f - cover(d, px)));    // shadow on the forehead
-  return lerp3(c, hair, cover(d, px * 1.8f));
+  // long locks pass into the hair behind
+  float fade = s == 3 || s == 7 ? ramp(.42f, .20f, y) : 1.f;
+  return lerp3(c, hair, cover(d, px * 1.8f) * fade);
 }
 
 FN Rgb head_cover(Face f, Rgb c, float x, float y, float bx, float by, float face, float in, float px) {
