@@ -20,7 +20,7 @@ fn main() {
     }
     let mut missing = Vec::new();
     if !tool("CC", &["cc", "gcc", "clang"]) {
-        missing.push("a C compiler (cc, gcc or clang), which builds libopus and openh264");
+        missing.push("a C compiler (cc, gcc or clang), which builds libopus, openh264 and the presenters' renderer");
     }
     if !tool("CXX", &["c++", "g++", "clang++"]) {
         missing.push("a C++ compiler (c++, g++ or clang++), which builds openh264");
@@ -59,6 +59,7 @@ fn main() {
         }
     );
     if missing.is_empty() {
+        presenter();
         if env::var_os("CARGO_FEATURE_CUDA").is_some()
             && let Err(why) = cuda()
         {
@@ -70,6 +71,18 @@ fn main() {
         println!("cargo::error=missing: {what}");
     }
     println!("cargo::error={INSTALL}");
+}
+
+/// Compiles the renderer of drawn presenters (`pocket/render`). Its entries get names of their own, since a program may
+/// know others called `render`.
+fn presenter() {
+    println!("cargo:rerun-if-changed=pocket/render");
+    cc::Build::new()
+        .file("pocket/render/render.c")
+        .define("render", "loquent_draw_presenter")
+        .define("render_matte", "loquent_draw_matte")
+        .opt_level(3)
+        .compile("presenter");
 }
 
 /// Whether a finished build of openh264 lies beside this one without a single assembled file: cargo keeps it, and would

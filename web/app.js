@@ -1,5 +1,6 @@
 // The page: what the visitor sees and presses. The conversation itself is in live.js.
 
+import { openDesigner, pictureOf } from './design.js';
 import { Live, LiveProblem, canPlay, keyHeader } from './live.js';
 import { t, told as toldBy, translate } from './i18n.js';
 import { Meter, microphoneProblem, microphones, openMicrophone } from './meter.js';
@@ -66,6 +67,7 @@ function fail(problem) {
   hangUp();
   phase('problem', problem.title);
   notice(problem.title, problem.text, problem.code === 'insecure' || problem.code === 'no_h264' ? '' : t('Try again'), start);
+  offerNearest(problem.code === 'portrait_refused');
 }
 
 // ---- presenters ----------------------------------------------------------------------------------------------------
@@ -89,6 +91,30 @@ function addPresenter({ id, name, description, thumbnail }, checked) {
   return input;
 }
 
+/** Adds a designed presenter to the list, or chooses it where it is there. */
+async function useDesign(id) {
+  const known = [...document.querySelectorAll('input[name="presenter"]')].find((i) => i.value === id);
+  const input = known || addPresenter({ id, name: t('Your design'), thumbnail: pictureOf(id) }, true);
+  input.checked = true;
+  input.focus();
+  await changedPresenter();
+}
+
+/** Designed looks by the uploaded pictures they are most like. */
+const likenesses = new Map();
+
+/** Offers the designed look that is nearest to the chosen picture, once the engine has refused that. */
+function offerNearest(refused) {
+  const look = refused && likenesses.get(chosen()?.value);
+  $('nearest').hidden = !look;
+  if (!look) return;
+  $('nearest-picture').src = pictureOf(look);
+  $('nearest-use').onclick = () => {
+    $('nearest').hidden = true;
+    useDesign(look);
+  };
+}
+
 function showPoster() {
   const input = chosen();
   if (!input) return;
@@ -99,8 +125,9 @@ function showPoster() {
 
 async function changedPresenter() {
   showPoster();
+  offerNearest(false);
   try {
-    if (!chosen().value.startsWith('portrait:')) localStorage.setItem('presenter', chosen().value);
+    if (!/^(portrait|design):/.test(chosen().value)) localStorage.setItem('presenter', chosen().value);
   } catch { /* private windows may have no storage */ }
   // Another face is another conversation; the microphone stays open.
   if (live) {
@@ -158,6 +185,7 @@ async function upload(file) {
       return;
     }
     const input = addPresenter({ id: told.presenter, name: t('Your picture'), thumbnail: URL.createObjectURL(file) }, true);
+    if (told.nearest) likenesses.set(told.presenter, told.nearest);
     input.focus();
     const [warning] = told.warnings || [];
     if (warning) problem(toldBy(warning.code, warning.message));
@@ -483,6 +511,7 @@ window.loquent = { numbers, get live() { return live; } };
     if (info.engine.name === 'card') $('own-note').textContent = t('The service runs its test card: no face is made, and a picture only appears in its corner.');
     if (info.engine.name === 's2v') $('own-note').textContent = t('The large model (Wan2.2-S2V) moves photographs and drawings of one person; a picture is cropped to {width} by {height}.', info.engine);
     await loadPresenters();
+    if (info.engine.name === 'pocket') await openDesigner(useDesign);
   } catch {
     $('presenters').innerHTML = `<p class="quiet">${t('The server does not answer. Is it still running? Reload this page when it is.')}</p>`;
   }

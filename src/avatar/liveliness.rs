@@ -1,9 +1,15 @@
 //! What a face does besides speaking: blinks, glances, nods, brows, sway, a smile, and calm when nothing is said.
 //!
-//! A pure process at the video rate: a seed and the loudness of each frame in, ten controls out (yaw, pitch, roll, dx,
-//! dy, blink, gaze x, gaze y, brow, smile; units as the renderer's), inside the range the model was trained on. Moves
-//! are about half as wide as in training, where the model is at its surest.
+//! A pure process at the video rate: a seed and the tone of each frame in, ten controls out (yaw, pitch, roll, dx, dy,
+//! blink, gaze x, gaze y, brow, smile; units as the renderer's), inside the range the model was trained on. Moves are
+//! about half as wide as in training, where the model is at its surest.
+//!
+//! It listens: stressed syllables move brows and head, the end of a phrase brings a nod or a blink, a voice that rose
+//! before its pause has asked something and gets raised brows and a tilted head. Where nothing is said it listens to
+//! somebody: its eyes stay, it nods slightly now and then. [`BOUNDS`] hold the head at any liveliness; gestures
+//! ([`Gesture`]) may use all of the trained range.
 
+use super::{Act, Gesture, Tone};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
@@ -16,6 +22,7 @@ const FPS: f32 = 25.0;
 const REST: Controls = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.3];
 const YAW: usize = 0;
 const PITCH: usize = 1;
+const ROLL: usize = 2;
 const DX: usize = 3;
 const DY: usize = 4;
 const BLINK: usize = 5;
@@ -23,6 +30,14 @@ const GAZE_X: usize = 6;
 const GAZE_Y: usize = 7;
 const BROW: usize = 8;
 const SMILE: usize = 9;
+
+/// Yaw, pitch, roll, dx and dy of the head's own motion stay within ± these, in the renderer's units: the tip of the
+/// nose never leaves a box of ±4 % of the picture's width and ±3 % of its height around its rest.
+pub const BOUNDS: [f32; 5] = [0.36, 0.32, 0.05, 0.03, 0.022];
+/// Semitones that a voice ends above its middle when it asks.
+const ASKED: f32 = 3.0;
+/// Gestures carried out at once; the oldest gives way.
+const AT_ONCE: usize = 8;
 
 /// A value drawn towards a target without overshoot (critically damped).
 #[derive(Clone, Copy, Default)]
@@ -68,6 +83,22 @@ pub struct Liveliness {
     next_gaze: u64,
     /// Depth and age in frames of the running nod.
     nod: Option<(f32, f32)>,
+    /// When the listener nods next, if nothing is said until then.
+    next_sign: u64,
+    /// Phases of the sway that never rests.
+    phases: [f32; 6],
+    /// Pitch of the phrase in semitones: its slow mean, and the last voiced frames.
+    middle: Option<f32>,
+    recent: [f32; 5],
+    voiced: usize,
+    /// Frames of attention after a question.
+    asked: u32,
+    amount: f32,
+    /// Running gestures with their ages in frames.
+    acts: Vec<(Gesture, f32)>,
+    /// Where the head was when it last visibly moved, and for how many frames nothing has moved since.
+    anchor: [f32; 2],
+    still: u32,
     brow: f32,
     smile: f32,
     next_smile: u64,
@@ -97,6 +128,16 @@ impl Liveliness {
             gaze: [0.0; 2],
             next_gaze: 0,
             nod: None,
+            next_sign: 0,
+            phases: [0.0; 6],
+            middle: None,
+            recent: [0.0; 5],
+            voiced: 0,
+            asked: 0,
+            amount: 1.0,
+            acts: Vec::new(),
+            anchor: [0.0; 2],
+            still: 0,
             brow: 0.0,
             smile: REST[SMILE],
             next_smile: 0,
@@ -105,7 +146,28 @@ impl Liveliness {
         life.next_gaze = life.after(1.0, 2.5);
         life.next_pose = life.after(0.4, 1.0);
         life.next_smile = life.after(2.0, 5.0);
+        life.next_sign = life.after(3.0, 7.0);
+        life.phases = std::array::from_fn(|_| life.between(0.0, std::f32::consts::TAU));
         life
+    }
+
+    /// How much of its own it does from now on: 0 only breathes and blinks, 1 is usual, 2 the most.
+    pub fn amount(&mut self, liveliness: f32) {
+        self.amount = liveliness.clamp(0.0, super::LIVELIEST);
+    }
+
+    /// Begins a gesture.
+    pub fn act(&mut self, gesture: Gesture) {
+        let looks = [Act::LookLeft, Act::LookRight, Act::LookUp, Act::LookDown, Act::LookAhead];
+        if looks.contains(&gesture.act) {
+            // It looks at one place at a time.
+            self.acts.retain(|(running, _)| !looks.contains(&running.act));
+        }
+        self.acts.retain(|(running, _)| running.act != gesture.act);
+        if self.acts.len() == AT_ONCE {
+            self.acts.remove(0);
+        }
+        self.acts.push((gesture, 0.0));
     }
 
     /// 0..1.
@@ -124,9 +186,10 @@ impl Liveliness {
         self.frame + (self.between(low_s, high_s) * FPS) as u64
     }
 
-    /// The next frame, in which speech has the root-mean-square `level` (0..1).
-    pub fn next(&mut self, level: f32) -> Controls {
-        let stressed = self.listen(level);
+    /// The next frame, in which speech has this tone.
+    pub fn next(&mut self, tone: impl Into<Tone>) -> Controls {
+        let tone = tone.into();
+        let stressed = self.listen(tone);
         self.move_head(stressed);
         self.look_around();
         let mut target = REST;
@@ -141,31 +204,129 @@ impl Liveliness {
         }
         target[PITCH] += 0.035 * self.slow;
         target[DX] += 0.05 * target[YAW];
-        // Eyes stay on the listener while the head turns.
-        target[GAZE_X] = self.gaze[0] - 0.25 * self.springs[YAW].at;
-        target[GAZE_Y] = self.gaze[1];
         self.brow *= 0.96;
         target[BROW] = self.brow + 0.10 * (self.slow - 0.3).max(0.0);
         target[SMILE] = self.smile;
+        if self.asked > 0 {
+            self.asked -= 1;
+            target[BROW] = target[BROW].max(0.30);
+            target[ROLL] += 0.016 * if self.phases[2] > std::f32::consts::PI { 1.0 } else { -1.0 };
+            target[PITCH] -= 0.03;
+        }
+        for (i, (value, rest)) in target.iter_mut().zip(REST).enumerate() {
+            *value = rest + self.amount * (*value - rest);
+            if let Some(bound) = BOUNDS.get(i) {
+                *value = value.clamp(-0.95 * bound, 0.95 * bound);
+            }
+        }
+        // Eyes stay on the listener while the head turns.
+        let look = self.directed(&mut target);
+        let turned = 0.25 * self.springs[YAW].at;
+        let gaze = look.unwrap_or_else(|| self.gaze.map(|g| g * self.amount.min(1.5)));
+        target[GAZE_X] = gaze[0] - if look.is_none() { turned } else { 0.0 };
+        target[GAZE_Y] = gaze[1];
         let mut out = [0.0; 10];
         // Seconds each control takes to arrive; a glance takes two or three frames.
         let slowness = [0.9, 0.55, 1.2, 1.4, 1.2, 0.1, 0.10, 0.10, 0.35, 0.9];
         for (i, value) in out.iter_mut().enumerate() {
             *value = self.springs[i].follow(target[i], slowness[i]);
         }
+        // Whole from half of the usual liveliness on, so that it never freezes.
+        let swaying = (2.0 * self.amount).min(1.0);
+        for ((value, sway), bound) in out.iter_mut().zip(self.sway()).zip(BOUNDS) {
+            *value = (*value + swaying * sway).clamp(-bound, bound);
+        }
         // Breath: the shoulders rise and fall a little, always.
         out[DY] += 0.0018 * (self.frame as f32 / FPS * std::f32::consts::TAU / 4.1).sin();
         out[BLINK] = self.lids();
+        self.quick_acts(&mut out);
         for (value, [low, high]) in out.iter_mut().zip(self.range) {
             *value = value.clamp(low, high);
         }
+        self.stir(&out);
         self.frame += 1;
         out
     }
 
+    /// When nothing was seen to move for more than a second, the eyes do.
+    fn stir(&mut self, out: &Controls) {
+        // A pixel of a picture of 256.
+        const SEEN: f32 = 0.0062;
+        let head = [out[DX] + 0.115 * out[YAW], out[DY] + 0.082 * out[PITCH]];
+        self.still += 1;
+        if head.iter().zip(self.anchor).any(|(now, then)| (now - then).abs() > SEEN) || out[BLINK] > 0.5 {
+            (self.anchor, self.still) = (head, 0);
+        }
+        if self.still > 30 && self.amount > 0.0 {
+            let aside = if self.chance() < 0.5 { 0.3 } else { -0.3 };
+            self.gaze = if self.gaze[0].abs() > 0.2 { [0.0; 2] } else { [aside, self.gaze[1]] };
+            self.next_gaze = self.after(0.8, 2.0);
+            self.still = 0;
+        }
+    }
+
+    /// Slow sums of waves that never agree: nobody holds still for two seconds.
+    fn sway(&self) -> [f32; 5] {
+        let t = self.frame as f32 / FPS;
+        let wave = |i: usize, period: f32| (t * std::f32::consts::TAU / period + self.phases[i]).sin();
+        let mut sway = [0.0; 5];
+        sway[YAW] = 0.036 * wave(0, 5.3) + 0.036 * wave(1, 2.6);
+        sway[PITCH] = 0.026 * wave(2, 4.3);
+        sway[ROLL] = 0.004 * wave(3, 6.7);
+        sway[DX] = 0.0040 * wave(4, 4.7) + 0.0022 * wave(5, 2.9);
+        sway
+    }
+
+    /// What is held: looks, smile, brows. Gives where it looks, if it was told to look somewhere.
+    fn directed(&mut self, target: &mut Controls) -> Option<[f32; 2]> {
+        let mut look = None;
+        for (gesture, _) in &self.acts {
+            let s = gesture.width();
+            let mut turn = |gaze: [f32; 2], yaw: f32, pitch: f32| {
+                look = Some(gaze.map(|g| g * s));
+                target[YAW] += s * (yaw - target[YAW]);
+                target[PITCH] += s * (pitch - target[PITCH]);
+            };
+            match gesture.act {
+                Act::LookLeft => turn([-0.75, 0.0], -0.34, 0.0),
+                Act::LookRight => turn([0.75, 0.0], 0.34, 0.0),
+                Act::LookUp => turn([0.0, -0.5], 0.0, -0.28),
+                Act::LookDown => turn([0.0, 0.5], 0.0, 0.28),
+                Act::LookAhead => turn([0.0, 0.0], 0.0, 0.0),
+                Act::Smile => target[SMILE] += s * (0.85 - target[SMILE]),
+                Act::RaiseBrows => target[BROW] += s * (0.65 - target[BROW]),
+                Act::Frown => target[BROW] += s * (-0.42 - target[BROW]),
+                Act::Nod | Act::Shake | Act::Blink => {}
+            }
+        }
+        look
+    }
+
+    /// Nods, shakes and blinks, which are quicker than the springs; ends what is over.
+    fn quick_acts(&mut self, out: &mut Controls) {
+        use std::f32::consts::TAU;
+        let mut blink = false;
+        for (gesture, age) in &mut self.acts {
+            let s = gesture.width();
+            // Two and a half swings that fade in and out.
+            let swing = |length: f32| (*age / length * 2.0 * TAU).sin() * (*age / length * std::f32::consts::PI).sin();
+            match gesture.act {
+                Act::Nod => out[PITCH] += 0.22 * s * swing(NOD),
+                Act::Shake => out[YAW] += 0.24 * s * swing(SHAKE),
+                Act::Blink => blink |= *age == 0.0,
+                _ => {}
+            }
+            *age += 1.0;
+        }
+        self.acts.retain(|(gesture, age)| *age < gesture.frames());
+        if blink && self.blink.is_none() {
+            self.next_blink = self.frame + 1;
+        }
+    }
+
     /// Follows the voice; says whether a syllable was stressed.
-    fn listen(&mut self, level: f32) -> bool {
-        let level = if level.is_finite() { level.clamp(0.0, 1.0) } else { 0.0 };
+    fn listen(&mut self, tone: Tone) -> bool {
+        let level = if tone.level.is_finite() { tone.level.clamp(0.0, 1.0) } else { 0.0 };
         let db = 20.0 * level.max(1e-4).log10();
         // The floor follows quickly down and slowly up, and never believes that speech is noise.
         let rate = if db < self.floor_db { 0.2 } else { 0.004 };
@@ -174,19 +335,25 @@ impl Liveliness {
         let before = self.quick;
         self.quick += (now - self.quick) * if now > self.quick { 0.5 } else { 0.25 };
         self.slow += (now - self.slow) * 0.06;
+        self.follow_pitch(tone.pitch);
         if self.quick > 0.2 {
             if self.silent_s > 0.6 {
-                self.spoken_s = 0.0;
+                (self.spoken_s, self.middle, self.voiced) = (0.0, None, 0);
             }
             self.spoken_s += 1.0 / FPS;
             self.silent_s = 0.0;
         } else {
             let was = self.silent_s;
             self.silent_s += 1.0 / FPS;
-            // A pause after some speech: often a nod or a blink, as people do at the end of a phrase.
+            // A pause after some speech: often a nod or a blink, as people do at the end of a phrase; not after a
+            // question, which waits for its answer.
             if was <= 0.28 && self.silent_s > 0.28 && self.spoken_s > 1.2 {
                 let draw = self.chance();
-                if draw < 0.35 && self.nod.is_none() {
+                if self.has_asked() {
+                    self.asked = 32;
+                    self.gaze = [0.0; 2];
+                    self.next_gaze = self.next_gaze.max(self.frame + 40);
+                } else if draw < 0.35 && self.nod.is_none() {
                     self.nod = Some((self.between(0.05, 0.11), 0.0));
                 } else if draw < 0.6 {
                     self.blink_soon();
@@ -194,6 +361,28 @@ impl Liveliness {
             }
         }
         self.quick > 0.55 && self.quick - before > 0.16
+    }
+
+    /// Keeps the middle of the phrase's pitch and its end.
+    fn follow_pitch(&mut self, pitch: Option<f32>) {
+        let Some(hz) = pitch.filter(|hz| hz.is_finite() && *hz > 20.0) else { return };
+        let semitones = 12.0 * (hz / 100.0).log2();
+        let middle = self.middle.get_or_insert(semitones);
+        // What jumps by an octave was heard wrongly.
+        if (semitones - *middle).abs() > 11.0 {
+            return;
+        }
+        *middle += 0.04 * (semitones - *middle);
+        self.recent.rotate_left(1);
+        self.recent[4] = semitones;
+        self.voiced += 1;
+    }
+
+    /// Whether the phrase that just ended rose like a question.
+    fn has_asked(&self) -> bool {
+        let (Some(middle), true) = (self.middle, self.voiced > 12) else { return false };
+        let end = self.recent[2..].iter().sum::<f32>() / 3.0;
+        end - middle > ASKED && end > self.recent[0]
     }
 
     fn move_head(&mut self, stressed: bool) {
@@ -218,6 +407,17 @@ impl Liveliness {
             // Calm comes back slowly, faster than new poses lead away.
             self.pose.iter_mut().for_each(|p| *p *= 0.985);
         }
+        if self.silent_s < 1.0 {
+            self.next_sign = self.after(3.0, 7.0);
+        } else if self.frame >= self.next_sign && self.nod.is_none() {
+            // A listener's sign: a slight nod, or brows.
+            if self.chance() < 0.7 {
+                self.nod = Some((self.between(0.04, 0.09), 0.0));
+            } else {
+                self.brow = self.between(0.08, 0.20);
+            }
+            self.next_sign = self.after(5.0, 11.0);
+        }
         if self.frame >= self.next_smile {
             self.smile = (REST[SMILE] + 0.14 * self.around()).max(0.08);
             self.next_smile = self.after(2.5, 7.0);
@@ -233,7 +433,9 @@ impl Liveliness {
             self.gaze = [0.0; 2];
             self.next_gaze = self.after(1.2, 4.0);
         } else {
-            self.gaze = [0.26 * self.around(), 0.13 * self.around()];
+            // Who listens looks away more rarely and less far than who speaks and thinks.
+            let wide = if self.silent_s > 1.5 { 0.6 } else { 1.0 };
+            self.gaze = [0.26 * wide * self.around(), 0.13 * wide * self.around()];
             self.next_gaze = self.after(0.4, 1.4);
             // A wide glance likes to begin with a blink.
             if self.gaze[0].abs() > 0.28 && self.chance() < 0.4 {
@@ -268,6 +470,26 @@ impl Liveliness {
             self.blink = None;
         }
         lid
+    }
+}
+
+/// Frames that a nod and a shake take.
+const NOD: f32 = 30.0;
+const SHAKE: f32 = 38.0;
+
+impl Gesture {
+    /// What is not a number is no movement.
+    fn width(&self) -> f32 {
+        if self.strength.is_nan() { 0.0 } else { self.strength.clamp(0.0, 1.0) }
+    }
+
+    fn frames(&self) -> f32 {
+        match self.act {
+            Act::Nod => NOD,
+            Act::Shake => SHAKE,
+            Act::Blink => 1.0,
+            _ => self.seconds.clamp(0.1, super::LONGEST_S) * FPS,
+        }
     }
 }
 
@@ -316,6 +538,121 @@ mod tests {
                 assert!(blinks.iter().all(|n| (3..=6).contains(n)), "120 to 250 ms: {blinks:?}");
             }
         }
+    }
+
+    #[test]
+    fn it_never_freezes_and_its_head_stays_within_its_bounds() {
+        // Where things are in a picture of 256, in pixels, as the renderer moves them: nose, eyes, gaze, shoulders.
+        let pixel = |v: f32| v / 0.79 * 128.0;
+        let seen = |c: &Controls| {
+            let nose = [pixel(c[DX] + 0.115 * c[YAW]), pixel(c[DY] + 0.082 * c[PITCH])];
+            [nose[0], nose[1], pixel(0.028 * c[GAZE_X]), pixel(0.019 * c[GAZE_Y]), 10.0 * c[BLINK]]
+        };
+        for seed in 0..6 {
+            for speaking in [true, false] {
+                for amount in [0.5, 1.0, 2.0] {
+                    let mut life = Liveliness::new(seed, RANGE);
+                    life.amount(amount);
+                    let all: Vec<Controls> =
+                        (0..4 * 60 * 25).map(|f| life.next(if speaking { voice(f) } else { 0.0 })).collect();
+                    for (at, window) in all.windows(50).enumerate() {
+                        let moved = (0..5).any(|i| {
+                            let range = window.iter().map(|c| seen(c)[i]).fold([f32::MAX, f32::MIN], |r, v| {
+                                [r[0].min(v), r[1].max(v)]
+                            });
+                            range[1] - range[0] >= 0.5
+                        });
+                        assert!(moved, "frozen for two seconds at frame {at}, liveliness {amount}, speaking {speaking}");
+                    }
+                    for c in &all {
+                        for (value, bound) in c.iter().zip(BOUNDS) {
+                            assert!(value.abs() <= bound, "{c:?} beyond {BOUNDS:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_question_raises_brows_and_a_statement_does_not() {
+        // A phrase of two seconds whose last 400 ms rise, or fall, by five semitones; then silence.
+        let after = |seed: u64, bend: f32| {
+            let mut life = Liveliness::new(seed, RANGE);
+            let mut highest = f32::MIN;
+            for frame in 0..25 * 4 {
+                let t = frame as f32 / FPS;
+                let spoken = t < 2.0;
+                let bent = bend * ((t - 1.6) / 0.4).clamp(0.0, 1.0);
+                let pitch = spoken.then(|| 120.0 * 2f32.powf(bent / 12.0));
+                let c = life.next(Tone { level: if spoken { 0.1 } else { 0.0 }, pitch });
+                if t > 2.5 {
+                    highest = highest.max(c[BROW]);
+                }
+            }
+            highest
+        };
+        for seed in 0..10 {
+            assert!(after(seed, 5.0) > 0.2, "a question: {}", after(seed, 5.0));
+            assert!(after(seed, -5.0) < 0.2, "a statement: {}", after(seed, -5.0));
+        }
+    }
+
+    #[test]
+    fn gestures_are_done_held_and_end() {
+        let lived = |act: Act| {
+            let mut life = Liveliness::new(4, RANGE);
+            (0..50).for_each(|_| assert_eq!(life.next(0.0).len(), 10));
+            life.act(Gesture { act, strength: 1.0, seconds: 2.0 });
+            (0..250).map(|_| life.next(0.0)).collect::<Vec<Controls>>()
+        };
+        let mean = |c: &[Controls], i: usize| c.iter().map(|c| c[i]).sum::<f32>() / c.len() as f32;
+        for (act, control, toward) in [
+            (Act::LookLeft, GAZE_X, -0.6),
+            (Act::LookRight, GAZE_X, 0.6),
+            (Act::LookUp, GAZE_Y, -0.4),
+            (Act::LookDown, GAZE_Y, 0.4),
+            (Act::LookLeft, YAW, -0.2),
+            (Act::LookRight, YAW, 0.2),
+            (Act::LookUp, PITCH, -0.15),
+            (Act::LookDown, PITCH, 0.15),
+            (Act::Smile, SMILE, 0.6),
+            (Act::RaiseBrows, BROW, 0.5),
+            (Act::Frown, BROW, -0.3),
+        ] {
+            let life = lived(act);
+            let held = mean(&life[35..50], control);
+            assert!(held / toward >= 1.0, "{act:?}: {held}, wanted {toward}");
+            let after = mean(&life[125..], control);
+            assert!(after.abs() < 0.6 * toward.abs() || control == SMILE && after < 0.5, "{act:?} stays: {after}");
+        }
+        for (act, control) in [(Act::Nod, PITCH), (Act::Shake, YAW)] {
+            let life = lived(act);
+            let (low, high) =
+                life[..40].iter().fold((f32::MAX, f32::MIN), |(l, h), c| (l.min(c[control]), h.max(c[control])));
+            assert!(high - low > 0.25, "{act:?} {low} {high}");
+        }
+        assert!(lived(Act::Blink)[..8].iter().any(|c| c[BLINK] > 0.9));
+        // All at once, again and again: still inside the trained range.
+        let mut life = Liveliness::new(1, RANGE);
+        life.amount(2.0);
+        for frame in 0..2500 {
+            if frame % 7 == 0 {
+                let (_, act) = Act::ALL[frame / 7 % Act::ALL.len()];
+                life.act(Gesture { act, strength: f32::INFINITY, seconds: f32::NAN });
+            }
+            let c = life.next(voice(frame));
+            assert!(c.iter().zip(RANGE).all(|(v, [low, high])| (low..=high).contains(v)), "{c:?}");
+        }
+    }
+
+    #[test]
+    fn without_liveliness_it_only_blinks_and_breathes() {
+        let mut life = Liveliness::new(2, RANGE);
+        life.amount(0.0);
+        let all: Vec<Controls> = (0..3000).map(|f| life.next(voice(f))).collect();
+        assert!(all.iter().all(|c| c[YAW] == 0.0 && c[PITCH] == 0.0 && c[BROW] == 0.0 && c[GAZE_X] == 0.0));
+        assert!(blinks(&all).len() > 10 && all.iter().any(|c| c[DY] != 0.0));
     }
 
     #[test]

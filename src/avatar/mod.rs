@@ -7,8 +7,10 @@ pub mod base;
 pub mod block;
 pub mod clip;
 pub mod crew;
+mod direction;
 mod embedded;
 mod intake;
+mod intonation;
 mod liveliness;
 mod noise;
 pub mod pocket;
@@ -17,9 +19,11 @@ pub mod speakers;
 pub mod studio;
 mod test_card;
 
+pub use direction::{Act, Direction, Gesture, LIVELIEST, LONGEST_S};
 pub use embedded::{Presenter, presenters};
 pub use intake::Intake;
-pub use liveliness::{Controls, Liveliness};
+pub use intonation::Tone;
+pub use liveliness::{BOUNDS, Controls, Liveliness};
 pub use test_card::test_card;
 
 use crate::media::{AudioBlock, FrameBlock, Geometry, Portrait};
@@ -81,6 +85,8 @@ pub struct OpenOptions {
     pub planar: bool,
     /// Whether frames shall come with a matte, as far as the engine has one ([`Geometry::matte`]).
     pub matte: MatteWish,
+    /// How lively the face is and what it is told to do, for models that can.
+    pub direction: Direction,
 }
 
 /// A wish that may change while a face speaks: a matte costs time, so it is made only while somebody looks at it.
@@ -107,6 +113,7 @@ impl Default for OpenOptions {
             masks: Vec::new(),
             planar: false,
             matte: MatteWish::default(),
+            direction: Direction::default(),
         }
     }
 }

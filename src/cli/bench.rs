@@ -20,6 +20,12 @@ pub(super) struct Args {
     /// Thread counts to try, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     threads: Vec<usize>,
+    /// Widths and heights of the pocket engine's pictures to try, separated by commas; the model's own when left out.
+    #[arg(long, value_delimiter = ',')]
+    sizes: Vec<usize>,
+    /// Weights of the pocket engine to measure instead of the program's own.
+    #[arg(long, value_name = "FILE")]
+    weights: Option<std::path::PathBuf>,
     /// Denoising steps to try, separated by commas; the model's own when left out.
     #[arg(long, value_delimiter = ',')]
     steps: Vec<usize>,
@@ -64,9 +70,18 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     // The large model takes no count of threads.
     let threads = if args.engine == Choice::S2v { vec![0] } else { args.threads };
     let mut runs = Vec::new();
-    for threads in threads {
-        let wanted =
-            Wanted { choice: args.engine, threads, large: large.clone(), watcher: loading::shown(), silent: false };
+    let sizes: Vec<Option<usize>> =
+        if args.sizes.is_empty() { vec![None] } else { args.sizes.iter().copied().map(Some).collect() };
+    for (&size, &threads) in sizes.iter().flat_map(|size| threads.iter().map(move |threads| (size, threads))) {
+        let wanted = Wanted {
+            choice: args.engine,
+            threads,
+            size,
+            weights: args.weights.clone(),
+            large: large.clone(),
+            watcher: loading::shown(),
+            silent: false,
+        };
         for &steps in &steps {
             runs.push(measure(&wanted, steps, args.seconds)?);
         }
@@ -84,14 +99,15 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     println!();
     println!(
-        "engine  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms | real-time factor  frames/s  processor",
+        "engine  size  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms | real-time factor  frames/s  processor",
         report.runs.first().map_or(0.0, |r| r.block_ms).round()
     );
     for r in &report.runs {
         let steps = r.steps.map_or("own".into(), |n| n.to_string());
         println!(
-            "{:<6}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}  {:>7}%",
+            "{:<6}  {:>4}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}  {:>7}%",
             r.engine,
+            r.width,
             r.threads,
             steps,
             r.features_ms,

@@ -1,7 +1,11 @@
 //! The engines a command can be pointed at, and where their faces come from.
 
 use crate::{
-    avatar::{self, Generator, base, s2v},
+    avatar::{
+        self, Generator, base,
+        pocket::{self, Loading},
+        s2v,
+    },
     codec::picture::{PictureLimits, decode_portrait},
     media::Portrait,
 };
@@ -25,6 +29,10 @@ pub(super) struct Wanted {
     pub(super) choice: Choice,
     /// For the arithmetic; 0 = all cores.
     pub(super) threads: usize,
+    /// Width and height of the pocket engine's pictures; none = its own.
+    pub(super) size: Option<usize>,
+    /// Weights of the pocket engine in files of their own.
+    pub(super) weights: Option<std::path::PathBuf>,
     /// Used by the large engine only.
     pub(super) large: s2v::Config,
     pub(super) watcher: s2v::Watcher,
@@ -56,7 +64,13 @@ impl Choice {
 /// Loads an engine's generator onto the calling thread. `prompts`: what will be asked for, beside the configured one.
 pub(super) fn load(wanted: &Wanted, prompts: &[String]) -> anyhow::Result<Box<dyn Generator>> {
     match wanted.choice {
-        Choice::Pocket => Ok(avatar::pocket::load(wanted.threads)?),
+        Choice::Pocket => {
+            let how = Loading { size: wanted.size, ..Loading::on(wanted.threads) };
+            match &wanted.weights {
+                Some(file) => Ok(pocket::load_files(&[file], &how)?),
+                None => Ok(pocket::load_as(&how)?),
+            }
+        }
         Choice::Card => Ok(avatar::test_card()),
         Choice::S2v if wanted.silent => Ok(base::load(&wanted.large, prompts, wanted.watcher.clone())?),
         Choice::S2v => Ok(s2v::load(&wanted.large, prompts, wanted.watcher.clone())?),

@@ -14,6 +14,7 @@ mod loading;
 mod machine;
 mod measure;
 mod model;
+mod portrait;
 mod serve;
 mod windows;
 
@@ -48,6 +49,8 @@ enum Command {
     Config(config_cmd::Args),
     /// Make and list API keys.
     Key(key::Args),
+    /// Design presenters by seed and traits, and find the one that is most like a picture.
+    Portrait(portrait::Args),
     /// Look into, check and convert model files.
     Model(model::Args),
 }
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Config(args) => config_cmd::run(args),
         Command::Key(args) => key::run(args),
         Command::Model(args) => model::run(args),
+        Command::Portrait(args) => portrait::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

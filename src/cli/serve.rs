@@ -173,7 +173,15 @@ fn choice(kind: Kind) -> engines::Choice {
 fn build(config: &Config) -> Result<Engine, engine::EngineError> {
     let choice = choice(config.engine.generator);
     let (threads, large) = (config.engine.threads, config.s2v.clone());
-    let wanted = Wanted { choice, threads, large, watcher: loading::logged(), silent: false };
+    let wanted = Wanted {
+        choice,
+        threads,
+        size: config.engine.size,
+        weights: None,
+        large,
+        watcher: loading::logged(),
+        silent: false,
+    };
     Engine::start(choice.name(), &config.engine, move || {
         engines::load(&wanted, &[]).map_err(|e| avatar::AvatarError::Weights(format!("{e:#}")))
     })

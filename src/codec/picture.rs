@@ -6,7 +6,7 @@
 
 use super::{CodecError, scale_i420, to_i420};
 use crate::media::{Frame, I420, MediaTime, Pixels, Portrait};
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType};
+use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType};
 use std::io::Cursor;
 
 /// What a caller accepts.
@@ -107,6 +107,19 @@ pub fn decode_portrait(bytes: &[u8], limits: &PictureLimits) -> Result<Portrait,
     let rgb = flatten(picture).into_rgb8();
     let (width, height) = rgb.dimensions();
     Ok(Portrait { width, height, rgb: rgb.into_raw().into() })
+}
+
+/// A portrait as a PNG file.
+///
+/// # Errors
+/// Pixels that are not as many as the size says.
+pub fn encode_png(portrait: &Portrait) -> Result<Vec<u8>, PictureError> {
+    let mut png = Vec::new();
+    let encoder = image::codecs::png::PngEncoder::new(&mut png);
+    encoder
+        .write_image(&portrait.rgb, portrait.width, portrait.height, image::ExtendedColorType::Rgb8)
+        .map_err(|e| PictureError::Corrupt(plain(&e)))?;
+    Ok(png)
 }
 
 /// Lays transparent pixels on white.

@@ -353,6 +353,7 @@ impl Device {
 
     /// With what the configuration says. Whoever takes an engine's frames encodes them.
     fn fitted(&self, options: OpenOptions) -> OpenOptions {
+        options.direction.usually(self.config.liveliness);
         OpenOptions { steps: options.steps.or(self.config.steps), planar: true, ..options }
     }
 

@@ -58,9 +58,14 @@ pub struct Config {
     pub sessions: usize,
     /// Threads for the arithmetic; 0 = all cores. More than two help only if cores are free.
     pub threads: usize,
+    /// Width and height of the pictures; absent = the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<usize>,
     /// Denoising steps; absent = what the model was judged best with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
+    /// How much presenters move of their own, for engines that can: 0 to 2, 1 is usual.
+    pub liveliness: f32,
     /// What a refused caller is told to wait before trying again, seconds.
     pub retry_after_s: u64,
     /// Blocks made before anyone is admitted, so that the first guest does not pay for cold caches.
@@ -72,7 +77,17 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         let generator = Kind::Pocket;
-        Config { generator, sessions: 1, threads: 2, steps: None, retry_after_s: 5, warm_up_blocks: 3, rebuilds: 3 }
+        Config {
+            generator,
+            sessions: 1,
+            threads: 2,
+            size: None,
+            steps: None,
+            liveliness: 1.0,
+            retry_after_s: 5,
+            warm_up_blocks: 3,
+            rebuilds: 3,
+        }
     }
 }
 
@@ -91,6 +106,9 @@ impl Config {
         within("sessions", self.sessions as u64, 1, 64)?;
         within("threads", self.threads as u64, 0, 1024)?;
         within("steps", self.steps.unwrap_or(1) as u64, 1, 100)?;
+        if !(0.0..=avatar::LIVELIEST).contains(&self.liveliness) {
+            return Err(format!("engine.liveliness = {}: allowed is 0 to {}", self.liveliness, avatar::LIVELIEST));
+        }
         within("retry_after_s", self.retry_after_s, 1, 3600)?;
         within("warm_up_blocks", self.warm_up_blocks, 0, 1000)?;
         within("rebuilds", self.rebuilds.into(), 0, 1000)

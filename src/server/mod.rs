@@ -9,6 +9,7 @@
 //! | `PATCH`, `DELETE /v1/live/{id}` | trickle or ICE restart; the end |
 //! | `POST`, `GET /v1/sessions`; `GET`, `PATCH`, `DELETE /v1/sessions/{id}` | sessions of programs |
 //! | `POST /v1/sessions/{id}/token`, `…/interrupt`, `…/live` | a new token; silence now; a two-way page joins |
+//! | `POST /v1/sessions/{id}/gesture` | look, smile, nod… (`gesture.rs`) |
 //! | `GET /v1/sessions/{id}/ws` | a WebSocket: speech in, events out |
 //! | `POST /v1/sessions/{id}/whip`, `…/whep` | a publisher's or a player's offer (`whip.rs`) |
 //! | `POST /v1/sessions/{id}/publish` | on to another WHIP server (`publish.rs`) |
@@ -17,6 +18,7 @@
 //! | `GET /v1/recordings`, `…/{file}` | all recordings |
 //! | `POST /v1/livekit`, `/v1/session` | a session in a LiveKit room, as agents' plugins ask for one → 201, `session_id` |
 //! | `GET /v1/presenters`, `/v1/presenters/{id}.png` | who can be shown |
+//! | `GET /v1/design`, `/v1/design/{look}.png` | traits of designed presenters, and what they look like (`design.rs`) |
 //! | `POST /v1/portraits` | a picture of one's own → an id for `presenter=portrait:{id}` |
 //! | `GET /v1/status` | how it is, for the page `/status` |
 //! | `GET /healthz`, `/readyz`, `/metrics` | for machines |
@@ -25,7 +27,9 @@
 
 mod access;
 mod config;
+mod design;
 mod error;
+mod gesture;
 mod guard;
 mod health;
 mod info;
@@ -115,6 +119,8 @@ pub struct Service {
     publications: publish::Publications,
     portraits: portraits::Portraits,
     decoders: Semaphore,
+    /// Presenters that may be drawn at once.
+    easel: Semaphore,
     draining: AtomicBool,
     /// What each route wants, known once the router is there.
     rights: OnceLock<access::Rights>,
@@ -131,6 +137,7 @@ impl Service {
         Arc::new(Service {
             portraits: portraits::Portraits::new(config.portraits_kept, ttl),
             decoders: Semaphore::new(DECODERS),
+            easel: Semaphore::new(1),
             draining: AtomicBool::new(false),
             rights: OnceLock::new(),
             keys: keys::Keys::new(&config),
@@ -192,6 +199,7 @@ impl Service {
             .route("/v1/sessions/{id}", Control, get(sessions::one).patch(sessions::change).delete(sessions::end))
             .route("/v1/sessions/{id}/token", Control, post(sessions::token))
             .route("/v1/sessions/{id}/interrupt", Session, post(sessions::interrupt))
+            .route("/v1/sessions/{id}/gesture", Session, post(gesture::route))
             .route(
                 "/v1/sessions/{id}/live",
                 Session,
@@ -221,6 +229,8 @@ impl Service {
             .route("/v1/session", Control, post(livekit::start).layer(DefaultBodyLimit::disable()))
             .route("/v1/presenters", Anyone, get(presenters::list))
             .route("/v1/presenters/{file}", Anyone, get(presenters::picture))
+            .route("/v1/design", Anyone, get(design::traits))
+            .route("/v1/design/{file}", Anyone, get(design::picture))
             .route("/v1/portraits", Visitor, post(presenters::upload))
             .route("/healthz", Anyone, get(health::healthz))
             .route("/readyz", Anyone, get(health::readyz))

@@ -3,6 +3,7 @@
 //! Each route of [`super::Service::router`] has its line in [`paths`]; `tests/it/openapi.rs` compares the two.
 
 use super::{Service, access::Right};
+use crate::avatar::{Act, LIVELIEST, LONGEST_S};
 use axum::{
     Json,
     extract::State,
@@ -169,7 +170,7 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
             "/v1/live",
             offers(
                 op("post", "Begins a two-way conversation of one page", &answer)
-                    .query("presenter", text(), "A presenter's id, or portrait:ID of an uploaded picture")
+                    .query("presenter", text(), "A presenter's id, portrait:ID of an uploaded picture, or design:LOOK")
                     .query(
                         "seed",
                         json!({ "type": "integer", "minimum": 0 }),
@@ -266,6 +267,18 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
             vec![op("post", "Silence now: queued speech is dropped", &[(204, "Done", "", json!(0))]).token()],
         ),
         (
+            "/v1/sessions/{id}/gesture",
+            vec![
+                op(
+                    "post",
+                    "The presenter looks somewhere, smiles, nods…; 422 where the engine takes no gestures",
+                    &[(202, "It will, with its next pictures", "", json!(0))],
+                )
+                .takes(JSON, schema("Gesture"))
+                .token(),
+            ],
+        ),
+        (
             "/v1/sessions/{id}/live",
             offers(op("post", "A two-way page joins; its microphone is heard from now on", &answer).token()),
         ),
@@ -350,6 +363,18 @@ fn paths() -> Vec<(&'static str, Vec<Op>)> {
             vec![op("get", "A presenter's picture: ID.png", &[(200, "The picture", "image/png", json!({}))])],
         ),
         (
+            "/v1/design",
+            vec![op("get", "Traits of designed presenters", &[(200, "All of them", JSON, schema("Traits"))])],
+        ),
+        (
+            "/v1/design/{file}",
+            vec![op(
+                "get",
+                "What a look looks like: SEED,TRAIT=CHOICE,….png",
+                &[(200, "A PNG of 256×256", "image/png", json!({}))],
+            )],
+        ),
+        (
             "/v1/portraits",
             vec![
                 op("post", "Keeps a picture of one's own for a while", &[(201, "Kept", JSON, schema("Portrait"))])
@@ -396,6 +421,8 @@ fn closed(required: &[&str], properties: Value) -> Value {
 fn schemas() -> Value {
     let (string, whole, number) = (text(), json!({ "type": "integer", "minimum": 0 }), json!({ "type": "number" }));
     let maybe = |kind: &str| json!({ "type": [kind, "null"] });
+    let lively = json!({ "type": ["number", "null"], "minimum": 0, "maximum": LIVELIEST });
+    let gestures: Vec<&str> = Act::ALL.iter().map(|a| a.0).collect();
     let limit = json!({ "type": ["integer", "null"], "minimum": 0 });
     let session = json!({
         "id": string, "state": { "enum": ["connecting", "preparing", "idle", "speaking", "draining", "closed"] },
@@ -431,7 +458,7 @@ fn schemas() -> Value {
         })),
         "Wanted": closed(&[], json!({
             "presenter": maybe("string"), "prompt": maybe("string"), "engine": maybe("string"),
-            "profile": maybe("string"), "background": maybe("string"), "seed": limit,
+            "profile": maybe("string"), "background": maybe("string"), "seed": limit, "liveliness": lively,
             "livekit": { "oneOf": [schema("Room"), { "type": "null" }] },
             "limits": closed(&[], json!({ "max_session_s": limit, "idle_timeout_s": limit })),
         })),
@@ -456,6 +483,12 @@ fn schemas() -> Value {
         })),
         "Change": closed(&[], json!({
             "presenter": maybe("string"), "prompt": maybe("string"), "background": maybe("string"),
+            "liveliness": lively,
+        })),
+        "Gesture": closed(&["gesture"], json!({
+            "gesture": { "enum": gestures },
+            "strength": { "type": "number", "minimum": 0, "maximum": 1, "default": 1 },
+            "seconds": { "type": "number", "minimum": 0.1, "maximum": LONGEST_S, "default": 2 },
         })),
         "Session": object(&names, session),
         "Begun": object(&[&names[..], &token_names[..]].concat(), begun),
@@ -475,8 +508,12 @@ fn schemas() -> Value {
         "Presenters": object(&["presenters"], json!({
             "presenters": { "type": "array", "items": presenter }, "default": maybe("string"),
         })),
+        "Traits": object(&["traits", "presenter", "picture"], json!({
+            "traits": { "type": "object", "additionalProperties": { "type": "array", "items": string } },
+            "presenter": string, "picture": string,
+        })),
         "Portrait": object(&["id", "presenter", "width", "height", "expires_after_s", "consent", "consented_at", "warnings"], json!({
-            "warnings": { "type": "array", "items": object(&["code", "message"], json!({ "code": string, "message": string })) }, "consent": string, "consented_at": whole, "id": string, "presenter": string, "width": whole, "height": whole, "expires_after_s": whole,
+            "warnings": { "type": "array", "items": object(&["code", "message"], json!({ "code": string, "message": string })) }, "consent": string, "consented_at": whole, "nearest": string, "id": string, "presenter": string, "width": whole, "height": whole, "expires_after_s": whole,
         })),
         "Info": object(&["version", "engine", "ice_servers", "portrait_max_bytes"], json!({
             "version": string, "engine": { "type": "object" }, "ice_servers": { "type": "array" },

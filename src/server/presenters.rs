@@ -1,6 +1,6 @@
 //! Who can be shown: the built-in presenters, and pictures that visitors bring.
 
-use super::{Service, error::ApiError, portraits::Consent};
+use super::{Service, design, error::ApiError, portraits::Consent};
 use crate::{
     codec::{
         picture::{PictureLimits, decode_portrait},
@@ -90,6 +90,9 @@ struct Stored {
     consented_at: u64,
     /// What speaks against the picture; it is kept all the same, and the engine decides.
     warnings: Vec<serde_json::Value>,
+    /// The designed presenter that is most like it, for when the engine refuses the picture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nearest: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -143,6 +146,7 @@ pub(super) async fn upload(
     let (width, height) = (portrait.width, portrait.height);
     let warning = subject(&portrait).warning();
     let warnings = warning.into_iter().map(|(code, message)| json!({ "code": code, "message": message })).collect();
+    let nearest = design::like(&service, &portrait).await;
     let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let (statement, consented_at) = (consent.statement.clone(), since(consent.at));
     let id = service.portraits.put(portrait, consent, Instant::now());
@@ -156,6 +160,7 @@ pub(super) async fn upload(
         consent: statement,
         consented_at,
         warnings,
+        nearest,
     };
     let mut response = (StatusCode::CREATED, Json(stored)).into_response();
     if let Ok(location) = HeaderValue::from_str(&location) {
@@ -214,6 +219,9 @@ pub(super) async fn portrait(service: &Service, asked: Option<&str>) -> Result<(
         }
         // The id is a secret of whoever uploaded the picture; logs and panels say only what it is.
         return Ok(("portrait".into(), picture));
+    }
+    if let Some(look) = asked.and_then(|a| a.strip_prefix(design::DESIGN)) {
+        return design::portrait(service, look).await;
     }
     let presenter = match asked {
         None | Some("") => service.rooms.presenters.first(),

@@ -13,6 +13,7 @@ use super::{
     Service,
     access::{self, Caller},
     error::ApiError,
+    gesture,
     info::Ice,
     keys, limits, livekit, presenters, resource,
 };
@@ -185,6 +186,8 @@ struct Wanted {
     profile: Option<String>,
     seed: Option<u64>,
     background: Option<String>,
+    /// How much the presenter moves of its own; none is as configured.
+    liveliness: Option<f32>,
     /// A LiveKit room to show it in.
     livekit: Option<livekit::Room>,
     limits: Limits,
@@ -257,6 +260,7 @@ pub(super) async fn begin(
     let mut wanted: Wanted = json(&headers, body).await?;
     possible(&service, &wanted)?;
     let view = wanted.background.as_deref().map(|b| background(&service, b)).transpose()?;
+    let liveliness = wanted.liveliness.map(|l| gesture::liveliness(&service, l)).transpose()?;
     let mut config = limits::bounded(service.rooms.session_config.clone(), &caller);
     config.max_session_s = limited("max_session_s", wanted.limits.max_session_s, config.max_session_s)?;
     config.idle_timeout_s = limited("idle_timeout_s", wanted.limits.idle_timeout_s, config.idle_timeout_s)?;
@@ -273,6 +277,9 @@ pub(super) async fn begin(
     let ttl = Duration::from_secs(service.config.session_token_ttl_s);
     if let Some(view) = view {
         handle.set_view(view);
+    }
+    if let Some(liveliness) = liveliness {
+        handle.direction().set_liveliness(liveliness);
     }
     let mut told = told(&service, &handle.snapshot(), handle.sinks());
     told.token = Some(token.clone());
@@ -447,10 +454,12 @@ pub(super) async fn change(
         presenter: Option<String>,
         prompt: Option<String>,
         background: Option<String>,
+        liveliness: Option<f32>,
     }
     let handle = controlled(&service, &id)?;
-    let Change { presenter, prompt, background: asked } = json(&headers, body).await?;
+    let Change { presenter, prompt, background: asked, liveliness } = json(&headers, body).await?;
     let view = asked.as_deref().map(|b| background(&service, b)).transpose()?;
+    let liveliness = liveliness.map(|l| gesture::liveliness(&service, l)).transpose()?;
     possible(&service, &Wanted { prompt: prompt.clone(), ..Wanted::default() })?;
     let face = match &presenter {
         Some(presenter) => Some(presenters::portrait(&service, Some(presenter)).await?),
@@ -479,6 +488,9 @@ pub(super) async fn change(
     }
     if let Some(view) = view {
         handle.set_view(view);
+    }
+    if let Some(liveliness) = liveliness {
+        handle.direction().set_liveliness(liveliness);
     }
     Ok(Json(told(&service, &handle.snapshot(), handle.sinks())).into_response())
 }

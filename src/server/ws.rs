@@ -7,6 +7,8 @@
 //! | `{"type":"set","rate":24000}` (`start` is the same) | the rate of the sound that follows |
 //! | `{"type":"speak_end"}` | the segment is complete |
 //! | `{"type":"say","text":"…"}` | speaks a text with the configured voice, after those that wait; `error` when it cannot |
+//! | `{"type":"gesture","gesture":"nod","strength":1,"seconds":2}` | what `POST …/gesture` does; `error` when it cannot |
+//! | `{"type":"set","liveliness":0.5}` | how much the presenter moves of its own |
 //! | `{"type":"interrupt"}` | silence now; what follows is new |
 //! | `{"type":"ping","t":1}` | answered by `pong` with the same `t` |
 //!
@@ -36,7 +38,12 @@
 //! An interruption overtakes all sound that was read. A client that sends further ahead than these bounds can use
 //! `POST …/interrupt`, which nothing delays.
 
-use super::{Service, error::ApiError, sessions};
+use super::{
+    Service,
+    error::ApiError,
+    gesture::{self, Asked},
+    sessions,
+};
 use crate::{
     media::{MediaTime, Pcm},
     session::{Handle, Reason, SessionEvent, SpeechClosed, SpeechPort},
@@ -75,8 +82,10 @@ const ALIVE: Duration = Duration::from_secs(20);
 enum Said {
     #[serde(alias = "start")]
     Set {
-        rate: u32,
+        rate: Option<u32>,
+        liveliness: Option<f32>,
     },
+    Gesture(Asked),
     SpeakEnd,
     Interrupt,
     Say {
@@ -136,6 +145,8 @@ enum Then {
     Nothing,
     Reply(serde_json::Value),
     Say(String),
+    Gesture(Asked),
+    Liveliness(f32),
     Complain(&'static str, String),
 }
 
@@ -207,8 +218,20 @@ async fn serve(mut socket: WebSocket, service: Arc<Service>, handle: Handle, rat
                 Then::Nothing
             },
         };
+        // What only the service knows whether it can be done.
+        let asked = match step {
+            Then::Gesture(ref asked) => gesture::give(&service, &handle, asked),
+            Then::Liveliness(asked) => {
+                gesture::liveliness(&service, asked).map(|l| handle.direction().set_liveliness(l))
+            }
+            _ => Ok(()),
+        };
+        let step = match asked {
+            Ok(()) => step,
+            Err(error) => Then::Complain(error.code, error.message),
+        };
         let reply = match step {
-            Then::Nothing => continue,
+            Then::Nothing | Then::Gesture(_) | Then::Liveliness(_) => continue,
             Then::Reply(reply) => reply,
             Then::Say(text) => {
                 let (service, handle, failed) = (service.clone(), handle.clone(), failed.clone());
@@ -266,10 +289,20 @@ impl Talk<'_> {
         };
         metrics().websocket_message("control");
         match said {
-            Said::Set { rate: asked } => match rate(asked) {
-                Some(rate) => self.rate = Some(rate),
-                None => return Then::Complain("wrong_rate", wrong_rate().message),
-            },
+            Said::Set { rate: None, liveliness: None } => {
+                let text = "Set what? There are rate (samples per second) and liveliness.";
+                return Then::Complain("wrong_message", text.into());
+            }
+            Said::Set { rate: asked, liveliness } => {
+                if let Some(asked) = asked {
+                    match rate(asked) {
+                        Some(rate) => self.rate = Some(rate),
+                        None => return Then::Complain("wrong_rate", wrong_rate().message),
+                    }
+                }
+                return liveliness.map_or(Then::Nothing, Then::Liveliness);
+            }
+            Said::Gesture(asked) => return Then::Gesture(asked),
             Said::SpeakEnd => self.waiting.push_back(Sound::End),
             Said::Interrupt => {
                 let gone: usize = self.waiting.drain(..).map(|s| if let Sound::Pcm(_, n) = s { n } else { 0 }).sum();

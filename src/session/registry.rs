@@ -4,7 +4,11 @@
 use super::{
     Attachment, Fan, LinkEvent, LinkOut, Metrics, Reason, SessionEvent, SinkRole, SpeechPort, SpeechQueue, State,
 };
-use crate::{avatar::AvatarError, codec::View, media::Portrait};
+use crate::{
+    avatar::{AvatarError, Direction},
+    codec::View,
+    media::Portrait,
+};
 use std::{
     collections::BTreeMap,
     fmt,
@@ -91,6 +95,8 @@ struct Shared {
     /// A microphone that is to be heard from now on.
     microphone: Mutex<Option<mpsc::Receiver<LinkEvent>>>,
     wish: Mutex<Option<Wish>>,
+    /// What the presenter is told to do, whichever it is.
+    direction: Direction,
     now: Mutex<(State, Metrics, Option<Reason>)>,
 }
 
@@ -173,6 +179,7 @@ impl Registry {
             events: broadcast::Sender::new(EVENTS),
             microphone: Mutex::default(),
             wish: Mutex::default(),
+            direction: Direction::default(),
             wake,
             now: Mutex::new((State::Connecting, Metrics::default(), None)),
         });
@@ -309,6 +316,10 @@ impl Handle {
         self.0.wake.notify_one();
         answer.await.unwrap_or(Err(ChangeError::Overtaken))
     }
+    /// What the presenter does besides speaking.
+    pub fn direction(&self) -> &Direction {
+        &self.0.direction
+    }
     /// Silence now: queued speech is dropped and told as interrupted, and no picture of it is shown any more. What is
     /// pushed after this returns is heard.
     pub fn interrupt(&self) {
@@ -394,6 +405,9 @@ impl SessionControl {
     }
     pub(super) fn change(&self) -> Option<Wish> {
         lock(&self.shared.wish).take()
+    }
+    pub(super) fn direction(&self) -> &Direction {
+        &self.shared.direction
     }
     pub(super) fn shows(&self, presenter: &str) {
         *lock(&self.shared.presenter) = presenter.to_string();

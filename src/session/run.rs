@@ -100,6 +100,7 @@ async fn converse(
         Err(error) => return finish(&spec, &control, begun, None, Reason::CodecFailed(error.to_string())),
     };
     spec.options.matte = fan.matte().clone();
+    spec.options.direction = control.direction().clone();
     let mut face = Face::Opening(Box::pin(slot.open(spec.portrait.clone(), spec.options.clone())));
     let mut change: Option<Changing> = None;
     let mut measured = begun;

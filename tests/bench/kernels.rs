@@ -5,7 +5,7 @@
 use candle_core::{DType, Device, Tensor};
 use loquent::model::{
     kernels::{Conv, Isa, Output, Plane, Pool},
-    vae::patch::{Decoder, Encoder, Memory},
+    vae::patch::{Decoder, Encoder, Grid, Memory},
     weights::{Tensors, Weights},
 };
 use std::{
@@ -85,13 +85,14 @@ fn main() {
         flop_total / 1e9
     );
 
+    let grid = Grid { name: String::new(), factor: 2, blocks: 2, matte: false };
     let weights = Weights::new(Arc::new(random()), &Device::Cpu, DType::F32);
     for threads in [1, 2] {
         let pool = Pool::new(threads);
-        let encoder = Encoder::load(&weights.pp("encoder"), Isa::best()).expect("encoder");
-        let decoder = Decoder::load(&weights.pp("decoder"), Isa::best()).expect("decoder");
+        let encoder = Encoder::load(&weights.pp("encoder"), Isa::best(), 4).expect("encoder");
+        let decoder = Decoder::load(&weights.pp("decoder"), Isa::best(), &grid).expect("decoder");
         let rgb = vec![100u8; 3 * 256 * 256];
-        let mut memory = Memory::new(32, 32);
+        let mut memory = Memory::new(&decoder, 32, 32);
         let z = encoder.encode(&pool, [&rgb; 4], 256, 256);
         let encode = best(|| drop(encoder.encode(&pool, [&rgb; 4], 256, 256)));
         let decode = best(|| drop(decoder.decode(&pool, &z, &mut memory)));

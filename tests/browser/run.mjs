@@ -9,6 +9,7 @@ import {
   BINARY, Checks, OUT, ROOT, TOOLS, browser, bursts, following, gaps, link, onsets, percentile, round, row, serve, shift, sleep,
   speech, start, visit,
 } from './lib.mjs';
+import { design } from './design.mjs';
 import * as guarded from './guarded.mjs';
 import * as pages from './pages.mjs';
 
@@ -473,8 +474,8 @@ const interrupt = (checks) => cuts(checks, { engine: engineOr('card'), count: Nu
 const of = (scenario) => (checks) => scenario(checks, options);
 const SCENARIOS = { talk, timing, places, file, whip, loss, bottleneck, step, dark, interrupt,
   overlay: of(pages.overlay), bot: of(pages.bot), recording: of(pages.recording), looks: of(pages.looks),
-  relay: of(guarded.relay), status: of(guarded.status) };
-const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'recording', 'interrupt', 'overlay', 'dark', 'relay', 'status'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
+  relay: of(guarded.relay), status: of(guarded.status), design };
+const SETS = { ci: ['talk', 'timing', 'places', 'file', 'whip', 'recording', 'interrupt', 'overlay', 'dark', 'relay', 'status', 'design'], network: ['loss', 'bottleneck', 'step', 'dark'], all: Object.keys(SCENARIOS) };
 const asked = words.filter((w) => !w.includes('=')).flatMap((w) => SETS[w] || [w]);
 if (!asked.length || asked.some((w) => !SCENARIOS[w])) {
   console.error(`usage: node ${path.relative(ROOT, process.argv[1])} ${[...Object.keys(SETS), ...Object.keys(SCENARIOS)].join(' | ')} [seconds=N] [engine=card|pocket]`);

@@ -2,7 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use loquent::{
-    avatar::{AvatarError, Generator, OpenOptions, Stream, pocket, presenters},
+    avatar::{
+        Act, AvatarError, Generator, Gesture, OpenOptions, Stream,
+        pocket::{self, design::Design},
+        presenters,
+    },
     codec::picture::{PictureLimits, decode_portrait},
     media::{AudioBlock, FrameBlock, MediaTime, Portrait, SPEECH_RATE},
     model::{
@@ -11,7 +15,7 @@ use loquent::{
         kernels::{Isa, Pool},
         vae::{
             matte::{Bench, Matte},
-            patch::{Decoder, Encoder, Memory},
+            patch::{Decoder, Encoder, Grid, Memory},
         },
         weights::{Safetensors, Source, Weights},
     },
@@ -22,6 +26,11 @@ const BLOCK: usize = 2560;
 
 fn file(name: &str) -> String {
     format!("{}/pocket/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The shipped decoder's fine part.
+fn grid() -> Grid {
+    Grid { name: String::new(), factor: 2, blocks: 2, matte: false }
 }
 
 fn parity() -> Safetensors {
@@ -92,15 +101,15 @@ fn what_it_draws_agrees_with_the_recording_on_every_instruction_set() {
     let recorded_mattes = bytes(&parity, "matte");
     assert_eq!(recorded_mattes.len(), 2 * 65_536);
     for isa in Isa::available() {
-        let encoder = Encoder::load(&cursor(&source).pp("vae.encoder"), isa).unwrap();
-        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa).unwrap();
+        let encoder = Encoder::load(&cursor(&source).pp("vae.encoder"), isa, 4).unwrap();
+        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa, &grid()).unwrap();
         let matte = Matte::load(&cursor(&head).pp("matte"), isa).unwrap();
         let mut seen: Option<Vec<Arc<[u8]>>> = None;
         for threads in [1, 2] {
             let pool = Pool::new(threads);
             let z = encoder.encode(&pool, [&rgb; 4], 256, 256);
             assert!(apart(&z, &values(&parity, "reference_latent")) < 1e-4);
-            let (latents, mut memory) = (values(&parity, "x0.steps2"), Memory::new(32, 32));
+            let (latents, mut memory) = (values(&parity, "x0.steps2"), Memory::new(&decoder, 32, 32));
             let two = latents.chunks_exact(16_384).take(2);
             let (mut mattes, mut bench) = (Vec::new(), Bench::new(32, 32));
             let draw = |z| {
@@ -161,8 +170,8 @@ fn what_it_imagines_agrees_with_the_recording() {
 fn matrix_units_cost_nothing_that_is_seen() {
     let source = weights();
     let draw = |isa: Isa| -> Vec<Arc<[u8]>> {
-        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa).unwrap();
-        let (pool, mut memory) = (Pool::new(2), Memory::new(32, 32));
+        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), isa, &grid()).unwrap();
+        let (pool, mut memory) = (Pool::new(2), Memory::new(&decoder, 32, 32));
         imagined(&source, isa, 2).iter().flat_map(|z| decoder.decode(&pool, z, &mut memory)).collect()
     };
     let (exact, swift) = (draw(Isa::best()), draw(Isa::swift()));
@@ -232,6 +241,26 @@ fn however_the_speech_is_cut_the_face_is_the_same_and_the_seed_matters() {
 }
 
 #[test]
+fn a_gesture_is_seen_in_the_controls_and_in_the_picture() {
+    let mut engine = engine();
+    let silence = vec![0.0; 8 * BLOCK];
+    let still = speak(engine.as_mut(), &silence, &[silence.len()], &OpenOptions::default());
+    let options = OpenOptions::default();
+    options.direction.give(Gesture { act: Act::LookLeft, strength: 1.0, seconds: 5.0 });
+    let looking = speak(engine.as_mut(), &silence, &[silence.len()], &options);
+    let last = |blocks: &[FrameBlock]| blocks.last().map(|b| (b.controls[3][6], b.frames[3].pixels.rgb().unwrap().clone())).unwrap();
+    let ((before, plain), (gaze, turned)) = (last(&still), last(&looking));
+    assert!(gaze < before - 0.4, "{before} {gaze}");
+    // The eyes' rows: where pupils are, dark pixels move to the left.
+    let dark = |rgb: &[u8]| {
+        let rows = (96..116).flat_map(|y| (70..186).map(move |x| (x, y)));
+        let all: Vec<usize> = rows.filter(|(x, y)| rgb[3 * (y * 256 + x)] < 70).map(|(x, _)| x).collect();
+        all.iter().sum::<usize>() as f64 / all.len().max(1) as f64
+    };
+    assert!(dark(&turned) < dark(&plain) - 1.0, "{} {}", dark(&plain), dark(&turned));
+}
+
+#[test]
 fn a_matte_comes_when_it_is_asked_for_and_changes_no_colour() {
     let mut engine = engine();
     assert!(engine.geometry().matte);
@@ -274,6 +303,56 @@ fn silence_storms_and_broken_samples_never_panic() {
 }
 
 #[test]
+fn designed_presenters_are_accepted() {
+    let mut engine = engine();
+    for seed in 1..=24 {
+        let portrait = Design::new(seed).draw(256);
+        engine.open(&portrait, &OpenOptions::default()).map(drop).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+    }
+}
+
+#[test]
+fn a_size_that_the_model_has_not_is_refused_in_words() {
+    let how = pocket::Loading { size: Some(300), ..pocket::Loading::on(1) };
+    let error = pocket::load_as(&how).map(drop).unwrap_err().to_string();
+    assert!(error.contains("300×300") && error.contains("256"), "{error}");
+}
+
+/// Weights in the form that has several sizes, and what its PyTorch form makes of them; on demand, because they are
+/// random and large: `LOQUENT_POCKET_SIZES=DIR` with `pocket384-random*.safetensors`.
+#[test]
+fn sizes_agree_with_the_recording() {
+    let Ok(folder) = std::env::var("LOQUENT_POCKET_SIZES") else { return };
+    let open = |name: &str| Arc::new(Safetensors::open(&[format!("{folder}/{name}.safetensors")]).unwrap());
+    let (source, parity) = (open("pocket384-random"), open("pocket384-random-parity"));
+    let pool = Pool::new(2);
+    let encoder = Encoder::load(&cursor(&source).pp("vae.encoder"), Isa::best(), 6).unwrap();
+    let planar = bytes(&parity, "reference");
+    let rgb: Vec<u8> = (0..planar.len()).map(|i| planar[i % 3 * 147_456 + i / 3]).collect();
+    let z = encoder.encode(&pool, [&rgb; 4], 384, 384);
+    assert!(apart(&z, &values(&parity, "reference_latent")) < 1e-3);
+    for (size, factor) in [(256, 2), (384, 3), (512, 4)] {
+        let grid = Grid { name: size.to_string(), factor, blocks: 3, matte: true };
+        let decoder = Decoder::load(&cursor(&source).pp("vae.decoder"), Isa::best(), &grid).unwrap();
+        let mut memory = Memory::new(&decoder, 32, 32);
+        let (frames, mattes) = (bytes(&parity, &format!("frames.{size}")), bytes(&parity, &format!("matte.{size}")));
+        let area = size * size;
+        for (block, z) in values(&parity, "z").chunks_exact(16_384).enumerate() {
+            let shown = decoder.decode(&pool, z, &mut memory);
+            let cut = decoder.mattes(&pool, &memory).unwrap();
+            for f in 0..4 {
+                let at = block * 4 + f;
+                let theirs = |i: usize| frames[at * 3 * area + i % 3 * area + i / 3];
+                let worst = shown[f].iter().enumerate().map(|(i, v)| v.abs_diff(theirs(i))).max();
+                assert!(worst <= Some(1), "{size}, frame {at}: {worst:?}");
+                let worst = cut[f].iter().zip(&mattes[at * area..]).map(|(a, b)| a.abs_diff(*b)).max();
+                assert!(worst <= Some(1), "{size}, matte {at}: {worst:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn presenters_are_accepted_and_what_it_cannot_draw_is_refused_in_words() {
     let mut engine = engine();
     for p in presenters() {
@@ -295,7 +374,7 @@ fn presenters_are_accepted_and_what_it_cannot_draw_is_refused_in_words() {
     ];
     for (what, picture) in strange {
         let refused = engine.open(&picture, &OpenOptions::default()).map(drop);
-        assert!(matches!(&refused, Err(AvatarError::Portrait(t)) if t.contains("choose")), "{what}: {refused:?}");
+        assert!(matches!(&refused, Err(AvatarError::Portrait(t)) if t.contains("choose") && t.contains("design:")), "{what}: {refused:?}");
     }
     let portrait = engine.sample_portrait();
     let refused = engine.open(&portrait, &OpenOptions { steps: Some(9), ..OpenOptions::default() });

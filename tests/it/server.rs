@@ -73,11 +73,20 @@ pub(crate) async fn house_from(
     all: loquent::config::Config,
     build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
+    house_called("card", all, build).await
+}
+
+/// One whose engine goes by another name than the card's.
+pub(crate) async fn house_called(
+    engine_name: &'static str,
+    all: loquent::config::Config,
+    build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
+) -> House {
     let loquent::config::Config { server: config, net, engine: settings, session: session_config, voice, .. } = all;
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
     let rooms = Rooms {
         engine: engine.await.unwrap().unwrap(),
-        engine_name: "card",
+        engine_name,
         net: Net::new(net).unwrap(),
         sessions: Registry::new(),
         session_config,

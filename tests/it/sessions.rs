@@ -1,9 +1,16 @@
 //! Sessions of programs: the API, tokens, and the WebSocket with a client that is not ours.
 
-use crate::server::{Answer, House, house};
+use crate::server::{Answer, House, house, house_called, settings};
 use futures::{SinkExt, StreamExt};
+use loquent::{
+    avatar::{self, Act, Direction, Generator, OpenOptions, Stream},
+    media::{Geometry, Portrait},
+};
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 use tokio::net::TcpStream;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
@@ -71,6 +78,7 @@ async fn a_session_is_begun_seen_and_ended_by_a_program() {
         (json!({"engine": "other"}), 422, "no_such_engine"),
         (json!({"profile": "fast"}), 422, "no_such_profile"),
         (json!({"prompt": "smile"}), 422, "no_prompt"),
+        (json!({"liveliness": 1}), 422, "no_gestures"),
         (json!({"background": "plaid"}), 422, "no_such_background"),
         (json!({"limits": {"max_session_s": 1_000_000}}), 422, "limit_too_high"),
         (json!({"presentre": "card"}), 400, "wrong_json"),
@@ -250,4 +258,88 @@ async fn the_openapi_document_and_the_router_say_the_same() {
         told.sort();
         assert_eq!(real, told, "{route}");
     }
+}
+
+/// The test card, which remembers the stage directions of the face it opened last.
+struct Watched(Box<dyn Generator>, Arc<Mutex<Option<Direction>>>);
+
+impl Generator for Watched {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+    fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
+        *self.1.lock().unwrap() = Some(options.direction.clone());
+        self.0.open(portrait, options)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gestures_and_liveliness_reach_the_face() {
+    let seen = Arc::new(Mutex::new(None));
+    let kept = seen.clone();
+    let mut all = settings();
+    all.engine.liveliness = 0.4;
+    let house = house_called("pocket", all, move || Ok(Box::new(Watched(avatar::test_card(), kept.clone())))).await;
+    let session = house.begin().await;
+    let direction = async || loop {
+        // The warm-up's face was opened before this session's.
+        let found = seen.lock().unwrap().clone().filter(|d: &Direction| d.liveliness() < 1.0);
+        match found {
+            Some(direction) => return direction,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    let direction = tokio::time::timeout(Duration::from_secs(5), direction()).await.unwrap();
+    assert_eq!(direction.liveliness(), 0.4, "as configured");
+    direction.take();
+
+    let (id, token) = (session["id"].as_str().unwrap(), session["token"].as_str().unwrap());
+    let (at, path) = (format!("/v1/sessions/{id}"), format!("/v1/sessions/{id}/gesture?token={token}"));
+    let nod = house.json("POST", &path, json!({"gesture": "nod"})).await;
+    assert_eq!(nod.status, 202, "{}", nod.text());
+    let left = json!({"gesture": "look_left", "strength": 0.5, "seconds": 7});
+    assert_eq!(house.json("POST", &path, left).await.status, 202);
+    let given = direction.take();
+    assert_eq!((given[0].act, given[1].act, given[1].strength, given[1].seconds), (Act::Nod, Act::LookLeft, 0.5, 7.0));
+    for (body, status, code) in [
+        (json!({"gesture": "dance"}), 422, "no_such_gesture"),
+        (json!({"gesture": "nod", "strength": 2}), 422, "wrong_strength"),
+        (json!({"gesture": "nod", "seconds": 1e9}), 422, "wrong_seconds"),
+        (json!({"gesture": "nod", "why": 1}), 400, "wrong_json"),
+        (json!({}), 400, "wrong_json"),
+    ] {
+        let refused = house.json("POST", &path, body.clone()).await;
+        assert_eq!((refused.status, refused.code()), (status, code.into()), "{body}");
+    }
+    let mut full = 0;
+    while house.json("POST", &path, json!({"gesture": "smile"})).await.status == 202 {
+        full += 1;
+        assert!(full < 100, "the queue of gestures has no end");
+    }
+    assert_eq!(house.json("POST", &path, json!({"gesture": "smile"})).await.code(), "too_many_gestures");
+    direction.take();
+
+    assert_eq!(house.json("PATCH", &at, json!({"liveliness": 1.5})).await.status, 200);
+    assert_eq!(direction.liveliness(), 1.5);
+    assert_eq!(house.json("PATCH", &at, json!({"liveliness": 3})).await.code(), "wrong_liveliness");
+    let mut socket = house.socket(&session).await;
+    socket.say(json!({"type": "gesture", "gesture": "shake"})).await;
+    socket.say(json!({"type": "set", "liveliness": 0})).await;
+    socket.say(json!({"type": "gesture", "gesture": "fly"})).await;
+    assert_eq!(socket.hear("error").await["code"], "no_such_gesture");
+    assert_eq!((direction.take()[0].act, direction.liveliness()), (Act::Shake, 0.0));
+    socket.say(json!({"type": "set"})).await;
+    assert_eq!(socket.hear("error").await["code"], "wrong_message");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_takes_no_gestures_says_so() {
+    let house = house(|_| {}).await;
+    let session = house.begin().await;
+    let (id, token) = (session["id"].as_str().unwrap(), session["token"].as_str().unwrap());
+    let path = format!("/v1/sessions/{id}/gesture?token={token}");
+    assert_eq!(house.json("POST", &path, json!({"gesture": "nod"})).await.code(), "no_gestures");
+    let mut socket = house.socket(&session).await;
+    socket.say(json!({"type": "gesture", "gesture": "nod"})).await;
+    assert_eq!(socket.hear("error").await["code"], "no_gestures");
 }

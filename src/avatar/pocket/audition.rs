@@ -5,9 +5,10 @@
 //! movement of 9.8; photographs, landscapes, faces at another place or size, noise and flat fields all fail one of the
 //! two bounds, most by far.
 
-use super::Shared;
+use super::{Shared, design};
 use crate::{
     avatar::{AvatarError, Result, noise::normal},
+    media::Portrait,
     model::{
         audio::{AHEAD, FEATURES, MelState},
         dit::StreamState,
@@ -53,7 +54,7 @@ impl Audition {
         Audition { vowel, passed: VecDeque::new() }
     }
 
-    /// `picture`: packed RGB of the model's size; `state`: a stream opened on it with one step.
+    /// `picture`: packed RGB of the pictures' size; `state`: a stream opened on it with one step.
     pub(super) fn judge(&mut self, s: &Shared, mut state: StreamState, picture: &[u8]) -> Result<()> {
         let mut hash = DefaultHasher::new();
         picture.hash(&mut hash);
@@ -62,7 +63,7 @@ impl Audition {
             return Ok(());
         }
         let [h, w] = s.grid;
-        let mut memory = Memory::new(h, w);
+        let mut memory = Memory::new(&s.decoder, h, w);
         let mut shown = Vec::new();
         for (b, features) in self.vowel.chunks_exact(FRAMES * FEATURES).enumerate() {
             let noise = normal(1, b as u64, LATENT * h * w);
@@ -94,7 +95,8 @@ impl Audition {
                 "The pocket engine cannot {what} (likeness {likeness:.0} dB of {LEAST_LIKENESS_DB:.0}, mouth movement \
                  {movement:.0} of {LEAST_MOVEMENT:.0}). It knows drawn presenters in the style of the built-in ones, seen \
                  from the front with the face in the middle; photographs need the large model. Please choose one of the \
-                 built-in presenters or a picture like theirs."
+                 built-in presenters, or the designed look that is nearest to this picture: design:{}",
+                nearest(picture, width)?
             )));
         }
         self.passed.push_back(hash);
@@ -103,4 +105,9 @@ impl Audition {
         }
         Ok(())
     }
+}
+
+fn nearest(picture: &[u8], width: usize) -> Result<design::Design> {
+    let side = width as u32;
+    design::nearest(&Portrait { width: side, height: side, rgb: picture.into() })
 }

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! speech → log-mel → audio net ─ features ┐                         25 a second
-//!        └ loudness → liveliness ─ controls ┴→ transformer → latent → decoder → 4 frames
+//!        └ tone ─── → liveliness ─ controls ┴→ transformer → latent → decoder → 4 frames
 //! ```
 //!
 //! One block is one latent is 4 frames is 160 ms. The mouth needs 126 ms of speech beyond a block's end.
 
 mod audition;
+pub mod design;
 mod portrait;
 mod stream;
 
@@ -21,7 +22,7 @@ use crate::{
         kernels::{Isa, Pool},
         vae::{
             matte::Matte,
-            patch::{CELL, Decoder, Encoder, FRAMES, LATENT},
+            patch::{Decoder, Encoder, FRAMES, Grid, LATENT},
         },
         weights::{Safetensors, Source, Weights},
     },
@@ -41,6 +42,17 @@ struct Sizes {
     sample_rate: u32,
     default_steps: usize,
     vae: String,
+    /// Sizes of square pictures that the decoder has a fine part for; absent in files of one size, `size`.
+    #[serde(default)]
+    sizes: Vec<usize>,
+    /// Size that portraits are encoded at; absent = `size`.
+    #[serde(default)]
+    reference_size: Option<usize>,
+    #[serde(default)]
+    fine_blocks: Option<usize>,
+    /// `joint`: the decoder gives the matte; absent: a head of its own does.
+    #[serde(default)]
+    matte: Option<String>,
     audio: String,
     audio_dilation: Vec<usize>,
     audio_ahead: Vec<usize>,
@@ -60,7 +72,10 @@ struct Shared {
     dit: Dit,
     encoder: Encoder,
     decoder: Decoder,
-    matte: Matte,
+    /// Absent where the decoder gives the matte.
+    matte: Option<Matte>,
+    /// Width and height at which portraits are encoded.
+    reference: usize,
     control_scale: [f32; 10],
     control_range: [[f32; 2]; 10],
     /// The pose of the built-in portraits.
@@ -102,48 +117,111 @@ struct Pocket {
     audition: Option<Audition>,
 }
 
+/// How the engine is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loading {
+    /// For the arithmetic, 0 = all cores.
+    pub threads: usize,
+    /// Width and height of the pictures; none = the model's own.
+    pub size: Option<usize>,
+    /// None = the fastest this machine has.
+    pub isa: Option<Isa>,
+}
+
+impl Loading {
+    /// So many threads, everything else as it comes.
+    pub fn on(threads: usize) -> Loading {
+        Loading { threads, size: None, isa: None }
+    }
+}
+
 /// Loads the weights that are part of the binary. `threads`: for the arithmetic, 0 = all cores.
 pub fn load(threads: usize) -> Result<Box<dyn Generator>> {
+    load_as(&Loading::on(threads))
+}
+
+/// The same, with other choices.
+///
+/// # Errors
+/// A size that the weights have no decoder for.
+pub fn load_as(how: &Loading) -> Result<Box<dyn Generator>> {
     let shards = super::embedded::weights();
     let source = Safetensors::from_statics(shards, "the embedded pocket weights").map_err(fits)?;
-    build(source, threads, true)
+    build(source, how, true)
 }
 
 /// Loads weights from files: for trying out a training result. Portraits are not judged, so that weights that are not
 /// trained to the end can be looked at.
-pub fn load_files<P: AsRef<Path>>(paths: &[P], threads: usize) -> Result<Box<dyn Generator>> {
-    build(Safetensors::open(paths).map_err(fits)?, threads, false)
+pub fn load_files<P: AsRef<Path>>(paths: &[P], how: &Loading) -> Result<Box<dyn Generator>> {
+    build(Safetensors::open(paths).map_err(fits)?, how, false)
 }
 
 fn fits(error: model::Error) -> AvatarError {
     AvatarError::Weights(error.to_string())
 }
 
-fn build(source: Safetensors, threads: usize, judge: bool) -> Result<Box<dyn Generator>> {
+fn build(source: Safetensors, how: &Loading, judge: bool) -> Result<Box<dyn Generator>> {
     let json = source
         .metadata("config")
         .ok_or_else(|| AvatarError::Weights("the pocket weights carry no configuration in their header".into()))?
         .to_string();
     let sizes: Sizes = serde_json::from_str(&json)
         .map_err(|e| AvatarError::Weights(format!("the configuration in the pocket weights cannot be read: {e}")))?;
-    let [width, height] = sizes.size;
-    let latent = [LATENT, height / CELL, width / CELL];
-    let known = sizes.vae == "patch" && sizes.audio == "mel" && sizes.sample_rate == SPEECH_RATE;
-    if !known || sizes.latent != latent || sizes.fps as usize * 2 * HOP != SPEECH_RATE as usize {
-        return Err(AvatarError::Weights(format!(
-            "the pocket weights ask for autoencoder `{}` at {width}×{height}, {} fps, latents {:?} and audio `{}` at {} \
-             Hz, which this program does not have",
-            sizes.vae, sizes.fps, sizes.latent, sizes.audio, sizes.sample_rate
+    let size = how.size.unwrap_or(sizes.size[0]);
+    let mut known_sizes = sizes.sizes.clone();
+    if known_sizes.is_empty() {
+        known_sizes.push(sizes.size[0]);
+    }
+    if !known_sizes.contains(&size) {
+        let all: Vec<String> = known_sizes.iter().map(usize::to_string).collect();
+        return Err(AvatarError::Options(format!(
+            "the pocket model has no pictures of {size}×{size}; its sizes are {}",
+            all.join(", ")
         )));
     }
+    let [_, h, w] = sizes.latent;
+    let reference = sizes.reference_size.unwrap_or(sizes.size[0]);
+    let cells = h > 0 && h == w && reference % (2 * h) == 0 && known_sizes.iter().all(|s| s % (4 * h) == 0);
+    let known = sizes.vae == "patch" && sizes.audio == "mel" && sizes.sample_rate == SPEECH_RATE;
+    let square = sizes.size[0] == sizes.size[1] && sizes.latent[0] == LATENT;
+    if !known || !cells || !square || sizes.fps as usize * 2 * HOP != SPEECH_RATE as usize {
+        return Err(AvatarError::Weights(format!(
+            "the pocket weights ask for autoencoder `{}` at {:?} of {:?}, {} fps, latents {:?} and audio `{}` at {} Hz, \
+             which this program does not have",
+            sizes.vae, known_sizes, sizes.size, sizes.fps, sizes.latent, sizes.audio, sizes.sample_rate
+        )));
+    }
+    let plan = Plan {
+        size,
+        reference,
+        grid: Grid {
+            name: if sizes.sizes.is_empty() { String::new() } else { size.to_string() },
+            factor: size / (4 * h),
+            blocks: sizes.fine_blocks.unwrap_or(2),
+            matte: sizes.matte.as_deref() == Some("joint"),
+        },
+    };
     let config = dit::Config::parse(&json).map_err(fits)?;
-    let shared = Arc::new(assemble(source, threads, config, &sizes).map_err(fits)?);
+    let shared = Arc::new(assemble(source, how, config, &sizes, &plan).map_err(fits)?);
     let audition = judge.then(|| Audition::new(&shared));
     Ok(Box::new(Pocket { shared, default_steps: sizes.default_steps, schedules: HashMap::new(), audition }))
 }
 
-fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Sizes) -> model::Result<Shared> {
-    let isa = Isa::swift();
+/// What of the weights is used.
+struct Plan {
+    size: usize,
+    reference: usize,
+    grid: Grid,
+}
+
+fn assemble(
+    source: Safetensors,
+    how: &Loading,
+    config: dit::Config,
+    sizes: &Sizes,
+    plan: &Plan,
+) -> model::Result<Shared> {
+    let isa = how.isa.unwrap_or_else(Isa::swift);
     let weights = Weights::new(Arc::new(source) as Arc<dyn Source>, &Device::Cpu, DType::F32).with_isa(isa);
     let audio = AudioConfig { dilation: sizes.audio_dilation.clone(), ahead: sizes.audio_ahead.clone() };
     let flat = |name: &str, shape: (usize, usize)| -> model::Result<Vec<f32>> {
@@ -155,8 +233,8 @@ fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Si
     let look_ahead = audio.look_ahead() * HOP + AHEAD;
     let shared = Shared {
         geometry: Geometry {
-            width: sizes.size[0] as u32,
-            height: sizes.size[1] as u32,
+            width: plan.size as u32,
+            height: plan.size as u32,
             fps: sizes.fps,
             first_block_frames: FRAMES as u32,
             block_frames: FRAMES as u32,
@@ -164,18 +242,22 @@ fn assemble(source: Safetensors, threads: usize, config: dit::Config, sizes: &Si
             matte: true,
         },
         grid: [sizes.latent[1], sizes.latent[2]],
-        pool: Pool::share(threads),
+        pool: Pool::share(how.threads),
         mel: Mel::new(&filters),
         mel_ahead: audio.look_ahead(),
         net: AudioNet::load(&weights.pp("audio"), isa, &audio)?,
         dit: Dit::load(config, &weights.pp("dit"))?,
-        encoder: Encoder::load(&weights.pp("vae.encoder"), isa)?,
-        decoder: Decoder::load(&weights.pp("vae.decoder"), isa)?,
-        matte: matte(isa)?,
+        encoder: Encoder::load(&weights.pp("vae.encoder"), isa, plan.reference / (2 * sizes.latent[1]))?,
+        decoder: Decoder::load(&weights.pp("vae.decoder"), isa, &plan.grid)?,
+        matte: if plan.grid.matte { None } else { Some(matte(isa)?) },
+        reference: plan.reference,
         control_scale: std::array::from_fn(|i| scale[i]),
         control_range: std::array::from_fn(|i| [range[2 * i], range[2 * i + 1]]),
         control_neutral: sizes.control_neutral,
     };
+    for other in sizes.sizes.iter().filter(|other| **other != plan.size) {
+        weights.pp("vae.decoder").ignore(&format!("{other}."));
+    }
     weights.finish()?;
     Ok(shared)
 }
@@ -204,9 +286,8 @@ impl Generator for Pocket {
 
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> Result<Box<dyn Stream>> {
         let s = self.shared.clone();
-        let (width, height) = (s.geometry.width as usize, s.geometry.height as usize);
-        let picture = portrait::prepare(portrait, width)?;
-        let z = s.encoder.encode(&s.pool, [&picture; FRAMES], width, height);
+        let picture = portrait::prepare(portrait, s.reference)?;
+        let z = s.encoder.encode(&s.pool, [&picture; FRAMES], s.reference, s.reference);
         let device = |stage, e: model::Error| AvatarError::Device { block: 0, stage, source: e.into() };
         let [h, w] = s.grid;
         let reference =
@@ -215,7 +296,9 @@ impl Generator for Pocket {
         if let Some(mut audition) = self.audition.take() {
             let schedule = self.schedule(1)?;
             let state = s.dit.open(&opening, &schedule).map_err(|e| device("portrait", e))?;
-            let verdict = audition.judge(&s, state, &picture);
+            let shown = s.geometry.width as usize;
+            let small = if shown == s.reference { picture } else { portrait::prepare(portrait, shown)? };
+            let verdict = audition.judge(&s, state, &small);
             self.audition = Some(audition);
             verdict?;
         }

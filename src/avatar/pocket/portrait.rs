@@ -25,11 +25,18 @@ pub(super) fn prepare(portrait: &Portrait, size: usize) -> Result<Vec<u8>> {
     if side == size {
         return Ok((top..top + size).flat_map(|y| &portrait.rgb[3 * (y * w + left)..][..3 * size]).copied().collect());
     }
+    let square: Vec<u8> =
+        (top..top + side).flat_map(|y| &portrait.rgb[3 * (y * w + left)..][..3 * side]).copied().collect();
+    Ok(resize(&square, side, size))
+}
+
+/// A square of `side` pixels as one of `size`, packed RGB.
+pub(super) fn resize(square: &[u8], side: usize, size: usize) -> Vec<u8> {
     let weights = kernel(side, size);
     // Columns first, row by row; then rows.
     let mut narrow = vec![0f32; side * size * 3];
     for y in 0..side {
-        let row = &portrait.rgb[3 * ((top + y) * w + left)..][..3 * side];
+        let row = &square[3 * y * side..][..3 * side];
         for (x, (first, taps)) in weights.iter().enumerate() {
             for c in 0..3 {
                 let sum = taps.iter().enumerate().map(|(i, t)| t * f32::from(row[3 * (first + i) + c])).sum();
@@ -44,7 +51,7 @@ pub(super) fn prepare(portrait: &Portrait, size: usize) -> Result<Vec<u8>> {
             out.push(sum.round() as u8);
         }
     }
-    Ok(out)
+    out
 }
 
 /// For each of `to` outputs: the first input and the weights of a triangle as wide as the larger of the two pixels

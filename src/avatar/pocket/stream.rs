@@ -2,7 +2,10 @@
 
 use super::Shared;
 use crate::{
-    avatar::{AvatarError, Controls, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, noise::normal},
+    avatar::{
+        AvatarError, Controls, Direction, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, Tone,
+        intonation::Intonation, noise::normal,
+    },
     media::{AudioBlock, Epoch, Frame, FrameBlock, MediaTime, Pixels, SPEECH_RATE, StageTimes},
     model::{
         self,
@@ -35,11 +38,11 @@ pub(super) struct Face {
     wanted: usize,
     /// Features that are final and not yet used, `[frames][192]`.
     features: VecDeque<f32>,
-    /// Samples of the video frame that is not complete, as their count and sum of squares.
-    partial: (usize, f32),
-    /// Root-mean-square of complete frames that are not yet used.
-    levels: VecDeque<f32>,
+    intonation: Intonation,
+    /// Of complete frames that are not yet used.
+    tones: VecDeque<Tone>,
     life: Liveliness,
+    direction: Direction,
     state: StreamState,
     memory: Memory,
     matte: MatteWish,
@@ -65,11 +68,12 @@ impl Face {
             mel_frames: 0,
             wanted: 2 * FRAMES + shared.mel_ahead,
             features: VecDeque::new(),
-            partial: (0, 0.0),
-            levels: VecDeque::new(),
+            intonation: Intonation::default(),
+            tones: VecDeque::new(),
+            direction: options.direction.clone(),
             life: Liveliness::new(seed, shared.control_range),
             state,
-            memory: Memory::new(h, w),
+            memory: Memory::new(&shared.decoder, h, w),
             matte: options.matte.clone(),
             bench: None,
             index: 0,
@@ -90,15 +94,7 @@ impl Face {
             let blocks = (self.mel_frames - self.shared.mel_ahead) / (2 * FRAMES);
             self.wanted = (blocks + 1) * 2 * FRAMES + self.shared.mel_ahead;
         }
-        let each = (SPEECH_RATE / self.shared.geometry.fps) as usize;
-        for s in speech {
-            self.partial.0 += 1;
-            self.partial.1 += s * s;
-            if self.partial.0 == each {
-                self.levels.push_back((self.partial.1 / each as f32).sqrt());
-                self.partial = (0, 0.0);
-            }
-        }
+        self.tones.extend(self.intonation.push(speech));
         self.listening += began.elapsed();
     }
 
@@ -130,7 +126,9 @@ impl Stream for Face {
         if !ready {
             return Ok(None);
         }
-        let controls: Vec<Controls> = self.levels.drain(..FRAMES).map(|level| self.life.next(level)).collect();
+        self.life.amount(self.direction.liveliness());
+        self.direction.take().into_iter().for_each(|gesture| self.life.act(gesture));
+        let controls: Vec<Controls> = self.tones.drain(..FRAMES).map(|tone| self.life.next(tone)).collect();
         let began = Instant::now();
         let block = self.index;
         let latent = self.generate(&controls).map_err(|e| AvatarError::Device {
@@ -142,10 +140,14 @@ impl Stream for Face {
         let s = &self.shared;
         let pictures = s.decoder.decode(&s.pool, &latent, &mut self.memory);
         let [h, w] = s.grid;
-        let mattes = self.matte.get().then(|| {
-            let bench = self.bench.get_or_insert_with(|| Bench::new(h, w));
-            s.matte.read(&s.pool, &self.memory, bench)
-        });
+        let mattes = match &s.matte {
+            _ if !self.matte.get() => None,
+            Some(matte) => {
+                let bench = self.bench.get_or_insert_with(|| Bench::new(h, w));
+                Some(matte.read(&s.pool, &self.memory, bench))
+            }
+            None => s.decoder.mattes(&s.pool, &self.memory),
+        };
         let stages = StageTimes {
             features: std::mem::take(&mut self.listening),
             generation: generated - began,
@@ -176,8 +178,8 @@ impl Stream for Face {
         (self.mel_frames, self.wanted) = (0, 2 * FRAMES + s.mel_ahead);
         self.waiting.clear();
         self.features.clear();
-        self.partial = (0, 0.0);
-        self.levels.clear();
+        self.intonation = Intonation::default();
+        self.tones.clear();
         let each = u64::from(SPEECH_RATE / s.geometry.fps);
         self.intake.rewind(s.geometry.first_frame(self.index) * each);
         true

@@ -5,7 +5,7 @@
 //! are unfolded into the four frames at 64×64; there they meet the fine features. `pocket/train/model.py` (`Matte`) is
 //! the form that trains.
 
-use super::patch::{FRAMES, Memory, conv};
+use super::patch::{FRAMES, Memory, conv, matte_bytes};
 use crate::model::{
     Result,
     kernels::{Conv, Isa, Output, Plane, Pool},
@@ -56,7 +56,7 @@ impl Bench {
     pub fn new(height: usize, width: usize) -> Bench {
         let near = || Plane::zeros(1, height, width, NEAR, 1);
         let far = || Plane::zeros(1, height / 2, width / 2, FAR, 1);
-        let fine = |channels, border| Plane::zeros(FRAMES, 2 * height, 2 * width, channels, border);
+        let fine = |channels, border| Plane::zeros(1, 2 * height, 2 * width, channels, border);
         Bench {
             near: [near(), near()],
             near_raw: Plane::zeros(1, height, width, NEAR, 0),
@@ -112,8 +112,7 @@ impl Matte {
     /// The mattes of the four frames that were decoded last into `memory`: `8h × 8w` bytes each, 255 where nothing of
     /// the background is seen.
     pub fn read(&self, pool: &Pool, memory: &Memory, bench: &mut Bench) -> [Arc<[u8]>; FRAMES] {
-        let (coarse, fine) = memory.features();
-        let b = bench;
+        let (coarse, b) = (memory.coarse(), bench);
         let (h, w) = (coarse.height, coarse.width);
         let [n0, n1] = &mut b.near;
         let [f0, f1] = &mut b.far;
@@ -133,30 +132,22 @@ impl Matte {
         }
         self.join.run(pool, n0, relu(n1));
         self.frames.run(pool, n1, raw(&mut b.flat));
-        for f in 0..FRAMES {
+        std::array::from_fn(|f| {
             for y in 0..2 * h {
                 let from = b.flat.row(0, y / 2);
                 let group = (f * 2 + y % 2) * 2 * FRAME;
-                for (x, to) in b.frames.row_mut(f, y).chunks_exact_mut(2 * FRAME).enumerate() {
+                for (x, to) in b.frames.row_mut(0, y).chunks_exact_mut(2 * FRAME).enumerate() {
                     // Two neighbouring pixels lie side by side, here as there.
                     let pair = &from[x * FRAMES * 4 * FRAME + group..][..2 * FRAME];
                     to.iter_mut().zip(pair).for_each(|(to, v)| *to = v.max(0.0));
                 }
             }
-        }
-        let [l0, l1] = &mut b.last;
-        self.fine.run(pool, fine, raw(&mut b.sum));
-        self.unfolded.run(pool, &b.frames, Output { residual: Some(&b.sum), relu: Some(l0), ..Output::default() });
-        self.fine2.run(pool, l0, relu(l1));
-        self.out.run(pool, l1, raw(&mut b.out));
-        std::array::from_fn(|f| {
-            let mut matte = Vec::with_capacity(64 * h * w);
-            for y in 0..8 * h {
-                let cells = b.out.row(f, y / 4).chunks_exact(16);
-                // `as` cuts off the fraction and saturates.
-                matte.extend(cells.flat_map(|c| &c[y % 4 * 4..][..4]).map(|v| (v * 255.0 + 0.5) as u8));
-            }
-            matte.into()
+            let [l0, l1] = &mut b.last;
+            memory.fine(f, |fine| self.fine.run(pool, fine, raw(&mut b.sum)));
+            self.unfolded.run(pool, &b.frames, Output { residual: Some(&b.sum), relu: Some(l0), ..Output::default() });
+            self.fine2.run(pool, l0, relu(l1));
+            self.out.run(pool, l1, raw(&mut b.out));
+            matte_bytes(&b.out, 0)
         })
     }
 }
