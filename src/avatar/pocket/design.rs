@@ -214,7 +214,9 @@ impl Design {
         p[39] = r.unit();
         p[40] = either([0.1, 0.9], [0.0, 0.35], &mut r);
         p[41] = if r.unit() < 0.5 { -1.0 } else { 1.0 };
-        let covered = r.weighted(&[83, 12, 3, 2]);
+        let drawn = r.weighted(&[83, 12, 3, 2]);
+        // Who names hair wants to see it.
+        let covered = if self.traits[HAIR].is_some() { 0 } else { drawn };
         p[42] = named(HEAD, [0, if woman { 1 } else { 2 }, 3, 4][covered]) as f32;
         p[43..46].copy_from_slice(&hsv(r.unit(), r.between(0.05, 0.7), r.between(0.2, 0.9)));
         p[46] = match age {
