@@ -557,12 +557,16 @@ mod tests {
                         (0..4 * 60 * 25).map(|f| life.next(if speaking { voice(f) } else { 0.0 })).collect();
                     for (at, window) in all.windows(50).enumerate() {
                         let moved = (0..5).any(|i| {
-                            let range = window.iter().map(|c| seen(c)[i]).fold([f32::MAX, f32::MIN], |r, v| {
-                                [r[0].min(v), r[1].max(v)]
-                            });
+                            let range = window
+                                .iter()
+                                .map(|c| seen(c)[i])
+                                .fold([f32::MAX, f32::MIN], |r, v| [r[0].min(v), r[1].max(v)]);
                             range[1] - range[0] >= 0.5
                         });
-                        assert!(moved, "frozen for two seconds at frame {at}, liveliness {amount}, speaking {speaking}");
+                        assert!(
+                            moved,
+                            "frozen for two seconds at frame {at}, liveliness {amount}, speaking {speaking}"
+                        );
                     }
                     for c in &all {
                         for (value, bound) in c.iter().zip(BOUNDS) {

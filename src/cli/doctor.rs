@@ -175,7 +175,15 @@ fn engines(config: &Config, seconds: u32, machine: &Machine, findings: &mut Find
     for choice in [Choice::Pocket, Choice::Card].into_iter().chain(large.then_some(Choice::S2v)) {
         let chosen = choice.name() == engine_name(config.engine.generator);
         let threads = config.engine.threads;
-        let wanted = Wanted { choice, threads, size: config.engine.size, weights: None, large: config.s2v.clone(), watcher: loading::shown(), silent: false };
+        let wanted = Wanted {
+            choice,
+            threads,
+            size: config.engine.size,
+            weights: None,
+            large: config.s2v.clone(),
+            watcher: loading::shown(),
+            silent: false,
+        };
         match measure(&wanted, config.engine.steps, seconds) {
             Ok(m) => {
                 let threads = if m.threads == 0 { machine.cores } else { m.threads.min(machine.cores) };

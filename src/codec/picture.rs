@@ -6,7 +6,9 @@
 
 use super::{CodecError, scale_i420, to_i420};
 use crate::media::{Frame, I420, MediaTime, Pixels, Portrait};
-use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType};
+use image::{
+    DynamicImage, ImageDecoder, ImageEncoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType,
+};
 use std::io::Cursor;
 
 /// What a caller accepts.

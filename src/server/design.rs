@@ -77,10 +77,7 @@ pub(super) async fn like(service: &Service, portrait: &Portrait) -> Option<Strin
 }
 
 /// Draws on a thread that may take its time.
-async fn work<T: Send + 'static>(
-    service: &Service,
-    draw: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, ApiError> {
+async fn work<T: Send + 'static>(service: &Service, draw: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
     let Ok(Ok(_place)) = tokio::time::timeout(Duration::from_secs(5), service.easel.acquire()).await else {
         let text = "Other presenters are being drawn just now. Try again in a moment.";
         return Err(ApiError::unavailable("busy", text, Duration::from_secs(2)));

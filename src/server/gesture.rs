@@ -76,7 +76,8 @@ pub(super) fn possible(service: &Service) -> Result<(), ApiError> {
     match service.rooms.engine_name {
         "pocket" => Ok(()),
         name => {
-            let text = format!("The engine `{name}` moves its presenter by itself and takes no gestures or liveliness.");
+            let text =
+                format!("The engine `{name}` moves its presenter by itself and takes no gestures or liveliness.");
             Err(ApiError::unusable("no_gestures", text))
         }
     }

@@ -248,7 +248,9 @@ fn a_gesture_is_seen_in_the_controls_and_in_the_picture() {
     let options = OpenOptions::default();
     options.direction.give(Gesture { act: Act::LookLeft, strength: 1.0, seconds: 5.0 });
     let looking = speak(engine.as_mut(), &silence, &[silence.len()], &options);
-    let last = |blocks: &[FrameBlock]| blocks.last().map(|b| (b.controls[3][6], b.frames[3].pixels.rgb().unwrap().clone())).unwrap();
+    let last = |blocks: &[FrameBlock]| {
+        blocks.last().map(|b| (b.controls[3][6], b.frames[3].pixels.rgb().unwrap().clone())).unwrap()
+    };
     let ((before, plain), (gaze, turned)) = (last(&still), last(&looking));
     assert!(gaze < before - 0.4, "{before} {gaze}");
     // The eyes' rows: where pupils are, dark pixels move to the left.
@@ -374,7 +376,10 @@ fn presenters_are_accepted_and_what_it_cannot_draw_is_refused_in_words() {
     ];
     for (what, picture) in strange {
         let refused = engine.open(&picture, &OpenOptions::default()).map(drop);
-        assert!(matches!(&refused, Err(AvatarError::Portrait(t)) if t.contains("choose") && t.contains("design:")), "{what}: {refused:?}");
+        assert!(
+            matches!(&refused, Err(AvatarError::Portrait(t)) if t.contains("choose") && t.contains("design:")),
+            "{what}: {refused:?}"
+        );
     }
     let portrait = engine.sample_portrait();
     let refused = engine.open(&portrait, &OpenOptions { steps: Some(9), ..OpenOptions::default() });

@@ -5,10 +5,7 @@
 //! seed, as in training (`identity` in `pocket/train/presenters.py`). The same text is the same face for ever.
 
 use super::portrait::{prepare, resize};
-use crate::{
-    avatar::Result,
-    media::Portrait,
-};
+use crate::{avatar::Result, media::Portrait};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},

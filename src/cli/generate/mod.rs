@@ -188,7 +188,8 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         args.marking.warn();
     }
     let watcher = if args.quiet { loading::unwatched() } else { loading::shown() };
-    let wanted = Wanted { choice: engine, threads: args.threads, size: None, weights: None, large: config, watcher, silent };
+    let wanted =
+        Wanted { choice: engine, threads: args.threads, size: None, weights: None, large: config, watcher, silent };
     let several = args.manifest.is_some()
         || args.audio.len() > 1
         || args.out.as_ref().is_some_and(|out| out.as_os_str().to_string_lossy().ends_with('/'));
