@@ -41,7 +41,9 @@ parser.add_argument("--max-steps", type=int, default=10 ** 9 if GPU else 4)
 args = parser.parse_args()
 
 PARTS = 2
-REFRESH_EVERY, REFRESH = 4, 24 if GPU else 2
+REFRESH_EVERY, REFRESH = 4, 16 if GPU else 2
+# sizes of the decoded pixels; 512 only when the decoder learns too, so that its part follows the coarse one
+DRAWN = (256, 256, 384, 384, 384, 512) if args.together else (256, 384)
 
 
 class Muon:
@@ -173,7 +175,7 @@ def main():
         torch.cuda.synchronize()
     log(f"bank of {args.clips} clips, latent std {bank.z[:64].float().std().item():.3f}, speech {speech.frames / 1500:.0f} min")
     weight, same = latent_weights(), random.Random(args.seed)
-    pixel_weight = {size: pixel_weights(size, 4.0 if args.together else 2.2) for size in (256, 384)}
+    pixel_weight = {size: pixel_weights(size, 4.0 if args.together else 2.2) for size in set(DRAWN)}
     scale = torch.tensor(ps.CONTROL_SCALE, device=DEVICE)
     b, length, step, start, saved = args.batch, args.length, 0, None, 0
     sums = {}
@@ -224,7 +226,7 @@ def main():
             first = int(torch.randint(0, length - t + 1, (1,)))
             high = n * 3 // 4 if args.together else n // 2    # most at sigma 1, some at the lowest of this batch
             rows = torch.cat([torch.argsort(sigma, descending=True)[:high], torch.argsort(sigma)[:n - high]])
-            size, shown = same.choice((256, 384)), params[rows, 4 * first:4 * (first + t)].flatten(0, 1)
+            size, shown = same.choice(DRAWN), params[rows, 4 * first:4 * (first + t)].flatten(0, 1)
             with half_precision():
                 y = decoder(x0[rows, first:first + t], size)
             y = y.float().flatten(0, 1)
