@@ -18,7 +18,8 @@ sys.path.insert(0, os.path.join(HERE, "..", "train"))
 import presenters as ps                # noqa: E402
 import weights                         # noqa: E402
 from data import loudness              # noqa: E402
-from evaluate import FACES_SEED, read_wav  # noqa: E402
+from audio import read_wave            # noqa: E402
+from evaluate import FACES_SEED        # noqa: E402
 from model import Matte                # noqa: E402
 from streaming import Pocket           # noqa: E402
 
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     os.makedirs(args.out, exist_ok=True)
     net, head = Pocket(*weights.read(args.pocket)), Matte.load(weights.read(args.matte)[0])
     faces = torch.from_numpy(ps.identity(np.random.default_rng(FACES_SEED), args.faces))
-    _, features, visemes = net.features(read_wav(args.speech)[:args.blocks * 2560 + 3200])
+    _, features, visemes = net.features(read_wave(args.speech)[0][:args.blocks * 2560 + 3200])
     visemes = visemes[:4 * args.blocks].clamp(0, 1)
     rows, sheet = [], []
     for i, face in enumerate(faces):
