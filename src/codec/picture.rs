@@ -80,6 +80,9 @@ pub fn decode_portrait(bytes: &[u8], limits: &PictureLimits) -> Result<Portrait,
         Err(_) => return Err(PictureError::Unknown),
     };
     let corrupt = |e: ImageError| PictureError::Corrupt(plain(&e));
+    if format == ImageFormat::Png && !whole_palette(bytes) {
+        return Err(PictureError::Corrupt("its palette ends within a colour".into()));
+    }
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut allowed = image::Limits::no_limits();
     // Room for 16 bits × 4 channels of the largest picture and a decoder's own buffers.
@@ -109,6 +112,20 @@ pub fn decode_portrait(bytes: &[u8], limits: &PictureLimits) -> Result<Portrait,
     let rgb = flatten(picture).into_rgb8();
     let (width, height) = rgb.dimensions();
     Ok(Portrait { width, height, rgb: rgb.into_raw().into() })
+}
+
+/// Whether the palette of a PNG, if it has one, is of whole colours: the decoder (png 0.18.1) panics where it is not.
+fn whole_palette(png: &[u8]) -> bool {
+    let mut rest = png.get(8..).unwrap_or_default();
+    while let [a, b, c, d, kind @ ..] = rest {
+        let length = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+        if kind.starts_with(b"PLTE") {
+            return length.is_multiple_of(3);
+        }
+        // Length, kind, data, checksum.
+        rest = rest.get(length.saturating_add(12)..).unwrap_or_default();
+    }
+    true
 }
 
 /// A portrait as a PNG file.
@@ -181,6 +198,13 @@ pub fn cover(portrait: &Portrait, width: u32, height: u32) -> Result<I420, Codec
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_palette_that_ends_within_a_colour_is_refused() {
+        let png = include_bytes!("../../tests/it/data/palette.png");
+        let error = decode_portrait(png, &PictureLimits { smallest_side: 16, ..PictureLimits::default() }).unwrap_err();
+        assert!(matches!(&error, PictureError::Corrupt(why) if why.contains("palette")), "{error}");
+    }
 
     fn png(picture: &DynamicImage) -> Vec<u8> {
         let mut bytes = Cursor::new(Vec::new());

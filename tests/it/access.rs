@@ -365,11 +365,13 @@ async fn a_crowd_at_two_places() {
             metrics.frames_sent, metrics.frames_held, metrics.frames_skipped
         );
         let videos = sink.videos.lock().unwrap();
-        // Each picture has its own time, and none is missing between the first and the last.
+        // Each picture has its own time, and none is missing between the first and the last but those that were counted
+        // because the machine had other things to do.
         let times: Vec<i64> = videos.iter().map(|v| (v.0.at.as_millis_f64() / 40.0).round() as i64).collect();
         assert!(times.len() > 25, "{}", times.len());
         let gaps = times.windows(2).filter(|t| t[1] - t[0] != 1).count();
-        assert!(gaps <= 2, "{gaps} gaps in {} pictures", times.len());
+        let counted = (metrics.frames_held + metrics.frames_skipped) as usize;
+        assert!(gaps <= 2 + counted, "{gaps} gaps in {} pictures, {counted} counted", times.len());
         let voices = sink.audios.lock().unwrap();
         assert!(voices.windows(2).all(|v| (v[1].0.at - v[0].0.at).as_millis_f64() == 20.0), "the voice has a gap");
     }

@@ -103,6 +103,9 @@ fn bombs() -> Vec<(&'static str, Vec<u8>)> {
     // A name of a megabyte, recalled for every one of many tensors.
     let named: Vec<u8> = [&b"\x80\x02}("[..], &text(&vec![b'n'; 1 << 20]), b"q\0", TENSOR, b"q\x01"].concat();
     let named = [named, b"h\0h\x01".repeat(200_000), b"u.".to_vec()].concat();
+    let mut empty = huge.to_le_bytes().repeat(8);
+    empty[..8].fill(0);
+    let empty = [&key[..], &8u32.to_le_bytes(), &empty, &[0; 12]].concat();
     let axes = [&key[..], &8u32.to_le_bytes(), &huge.to_le_bytes().repeat(8), &[0; 12]].concat();
     vec![
         ("a pickle of empty tuples", archive(&[b"\x80\x02".to_vec(), vec![b')'; n], vec![b'.']].concat())),
@@ -117,10 +120,18 @@ fn bombs() -> Vec<(&'static str, Vec<u8>)> {
         ("GGUF with an endless list", gguf(0, 1, &[&key[..], &list, &[0; 64]].concat())),
         ("GGUF with an endless name", gguf(1, 0, &huge.to_le_bytes())),
         ("GGUF with endless axes", gguf(1, 0, &axes)),
+        ("GGUF that is empty and endless", gguf(1, 0, &[&empty[..], &[0; 64]].concat())),
         ("safetensors with an endless header", [&huge.to_le_bytes()[..], b"{\"a\":"].concat()),
         (
             "safetensors with an endless shape",
             header(r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4,4],"data_offsets":[0,16]}}"#),
+        ),
+        (
+            "safetensors that is empty and endless",
+            {
+                let json = r#"{"a":{"dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0]}}"#;
+                [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat()
+            },
         ),
         (
             "safetensors beyond its end",

@@ -10,7 +10,7 @@ use candle_core::{
 };
 use memmap2::Mmap;
 
-use super::{Source, Stored, archive::number};
+use super::{Source, Stored, archive::number, elements};
 use crate::model::{
     Error, Result,
     nn::{Numbers, quantised},
@@ -156,7 +156,7 @@ impl Gguf {
         let base = r.at.next_multiple_of(alignment);
         let mut out = BTreeMap::new();
         for (name, shape, kind, offset) in found {
-            let count = shape.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
+            let count = elements(&shape);
             let place = || {
                 let count = count?;
                 let start = base.checked_add(offset)?;
@@ -166,7 +166,7 @@ impl Gguf {
             let (start, end, count) =
                 place().ok_or_else(|| wrong(&format!("{name} lies outside the file; it is truncated or damaged")))?;
             let shape = match shapes.remove(&name) {
-                Some(s) if s.iter().try_fold(1usize, |n, &v| n.checked_mul(v)) == Some(count) => s,
+                Some(s) if elements(&s) == Some(count) => s,
                 _ => shape,
             };
             out.insert(name, Entry { kind, shape, start, end });

@@ -64,6 +64,13 @@ pub trait Source: Send + Sync {
     }
 }
 
+/// Numbers in a tensor of this shape. None where they cannot be counted, or where the strides of a tensor that is empty
+/// cannot: they are products of its other axes.
+fn elements(shape: &[usize]) -> Option<usize> {
+    let full = shape.iter().try_fold(1usize, |n, &axis| n.checked_mul(axis.max(1)))?;
+    Some(if shape.contains(&0) { 0 } else { full })
+}
+
 /// A quantised matrix and the adapters that go beside it.
 pub struct Stored {
     /// The numbers.

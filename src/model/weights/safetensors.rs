@@ -13,7 +13,7 @@ use ::safetensors::{Dtype, SafeTensors};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
-use super::{Int8Rows, Source, Stored};
+use super::{Int8Rows, Source, Stored, elements};
 use crate::model::{Error, Result, nn::Numbers};
 
 enum Bytes {
@@ -92,7 +92,7 @@ impl Safetensors {
             }
             for (name, info) in meta.tensors() {
                 let (start, end) = (base + info.data_offsets.0, base + info.data_offsets.1);
-                if end > bytes.len() || start > end {
+                if end > bytes.len() || start > end || elements(&info.shape).is_none() {
                     return Err(Error::Weights(format!("{origin}: {name} lies outside the file; it is truncated")));
                 }
                 let entry = Entry { shard, start, end, dtype: info.dtype, shape: info.shape.clone() };

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use memmap2::Mmap;
 
 use super::{
-    Source, archive,
+    Source, archive, elements,
     pickle::{self, Pickled},
 };
 use crate::model::{Error, Result};
@@ -24,10 +24,9 @@ fn reach(t: &Pickled) -> Option<usize> {
     if t.shape.len() != t.stride.len() {
         return None;
     }
+    let count = elements(&t.shape)?;
     let mut last = t.offset;
-    let mut count = 1usize;
     for (&n, &s) in t.shape.iter().zip(&t.stride) {
-        count = count.checked_mul(n)?;
         last = last.checked_add(n.saturating_sub(1).checked_mul(s)?)?;
     }
     // a stride of zero would give more numbers than there are bytes

@@ -1,0 +1,159 @@
+//! A whole service with the test card, on a socket of this machine: what is sent to it is what a stranger could send.
+
+use crate::Cut;
+use futures::SinkExt as _;
+use loquent::{
+    avatar,
+    config::Config,
+    engine::Engine,
+    net::Net,
+    server::{Presenter, Rooms, Server, Service},
+    session::Registry,
+    voice::Voice,
+};
+use std::{
+    net::SocketAddr,
+    sync::{Mutex, OnceLock},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    runtime::Runtime,
+};
+use tokio_tungstenite::tungstenite::Message;
+
+pub struct House {
+    pub runtime: Runtime,
+    pub address: SocketAddr,
+    /// Of the session that is spoken to: its WebSocket's address.
+    talk: Mutex<Option<String>>,
+}
+
+/// Begun once; every panic anywhere in it ends the process, which is a finding.
+pub fn house() -> &'static House {
+    static HOUSE: OnceLock<House> = OnceLock::new();
+    HOUSE.get_or_init(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let mut all = Config::default();
+        all.server.listen = "127.0.0.1:0".into();
+        all.net.bind = vec!["127.0.0.1".parse().unwrap()];
+        all.engine.sessions = 2;
+        // What is tried is what requests do, not how many there may be.
+        all.server.requests_per_second = 0;
+        all.server.sessions_per_address = 0;
+        all.session.connect_timeout_s = 1;
+        all.session.idle_timeout_s = 2;
+        let engine = Engine::start("card", &all.engine, || Ok(avatar::test_card())).unwrap();
+        let address = runtime.block_on(async {
+            let rooms = Rooms {
+                engine,
+                engine_name: "card",
+                net: Net::new(all.net).unwrap(),
+                sessions: Registry::new(),
+                session_config: all.session,
+                livekit: Default::default(),
+                steps: None,
+                presenters: vec![Presenter {
+                    id: "card".into(),
+                    name: "Test card".into(),
+                    description: "Bars".into(),
+                    png: bytes::Bytes::from_static(include_bytes!("../../../web/card.png")),
+                }],
+                voice: Voice::new(all.voice, None).unwrap(),
+            };
+            let server = Server::bind(Service::new(all.server, rooms)).await.unwrap();
+            let address = server.local_addr().unwrap();
+            tokio::spawn(server.run(Default::default()));
+            address
+        });
+        House { runtime, address, talk: Mutex::default() }
+    })
+}
+
+const CASES: &[(&str, &str, &str)] = &[
+    ("POST", "/v1/live", "application/sdp"),
+    ("POST", "/v1/sessions", "application/json"),
+    ("POST", "/v1/portraits", "image/png"),
+    ("POST", "/v1/portraits", "multipart/form-data; boundary=b"),
+    ("PATCH", "/v1/sessions/none", "application/json"),
+    ("GET", "", ""),
+];
+
+impl House {
+    /// The first byte says what is asked; the rest is the body, or for the last of [`CASES`] everything on the wire.
+    pub fn ask(&self, bytes: &[u8]) {
+        let [which, body @ ..] = bytes else { return };
+        let (method, path, kind) = CASES[usize::from(*which) % CASES.len()];
+        let mut wire = Vec::new();
+        if !path.is_empty() {
+            let head = format!(
+                "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
+                self.address,
+                body.len()
+            );
+            wire.extend_from_slice(head.as_bytes());
+        }
+        wire.extend_from_slice(body);
+        let answer = self.exchange(&wire);
+        let status = answer.get(9..12).and_then(|s| std::str::from_utf8(s).ok()).unwrap_or("").to_string();
+        assert!(!status.starts_with('5') || status == "503" || status == "501", "{}", String::from_utf8_lossy(&answer));
+    }
+
+    fn exchange(&self, wire: &[u8]) -> Vec<u8> {
+        self.runtime.block_on(async {
+            let mut answer = Vec::new();
+            let Ok(mut socket) = TcpStream::connect(self.address).await else { return answer };
+            // It may answer and close before everything was sent.
+            let _ = socket.write_all(wire).await;
+            let _ = socket.shutdown().await;
+            let _ = socket.read_to_end(&mut answer).await;
+            answer
+        })
+    }
+
+    /// Messages to the WebSocket of a session, each with its kind and a length before it.
+    pub fn talk(&self, bytes: &[u8]) {
+        let mut talk = self.talk.lock().unwrap();
+        let url = talk.get_or_insert_with(|| self.begin()).clone();
+        let said = self.runtime.block_on(async {
+            let (mut socket, _) = tokio_tungstenite::connect_async(url.as_str()).await.ok()?;
+            let mut cut = Cut(bytes);
+            while !cut.done() {
+                let (kind, n) = (cut.u8(), usize::from(cut.u16()));
+                let raw = cut.take(n);
+                let message = match kind % 4 {
+                    0 => Message::Binary(raw.to_vec().into()),
+                    1 => Message::Ping(raw[..raw.len().min(125)].to_vec().into()),
+                    _ => Message::Text(String::from_utf8_lossy(raw).into_owned().into()),
+                };
+                // A client that was given up is told so; that is an outcome.
+                if socket.send(message).await.is_err() {
+                    break;
+                }
+            }
+            let _ = socket.close(None).await;
+            Some(())
+        });
+        if said.is_none() {
+            // It has idled out; the next input begins another.
+            *talk = None;
+        }
+    }
+
+    fn begin(&self) -> String {
+        let head = format!("POST /v1/sessions HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n", self.address);
+        let wire = format!("{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}");
+        for _ in 0..100 {
+            let answer = String::from_utf8(self.exchange(wire.as_bytes())).unwrap();
+            let body = answer.split_once("\r\n\r\n").map_or("", |a| a.1);
+            if let Ok(begun) = serde_json::from_str::<serde_json::Value>(body)
+                && let (Some(path), Some(token)) = (begun["urls"]["websocket"].as_str(), begun["token"].as_str())
+            {
+                let path = path.find("/v1/").map_or(path, |at| &path[at..]);
+                return format!("ws://{}{path}?token={token}", self.address);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        panic!("no session could be begun")
+    }
+}

@@ -1,0 +1,8 @@
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use loquent_fuzz as _;
+
+fuzz_target!(|input: &[u8]| {
+    let _ = loquent::codec::picture::decode_portrait(input, &Default::default());
+});
