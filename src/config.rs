@@ -4,7 +4,7 @@
 //! file and a list of [`Change`]s, so that everything below works from one value that was complete before anything
 //! started.
 
-use crate::{avatar::s2v, engine, livekit, net, server, session, telemetry, voice};
+use crate::{avatar::s2v, cluster, engine, livekit, net, server, session, telemetry, voice};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -19,6 +19,7 @@ pub struct Config {
     pub voice: voice::Config,
     pub net: net::Config,
     pub livekit: livekit::Config,
+    pub cluster: cluster::Config,
     pub log: telemetry::Config,
 }
 
@@ -107,6 +108,11 @@ impl Config {
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.server.validate().map_err(ConfigError::Invalid)?;
         self.engine.validate().map_err(ConfigError::Invalid)?;
+        if self.engine.sessions == 0 && !self.cluster.on() {
+            let text = "engine.sessions = 0: allowed is 1 to 64; 0 is for nodes of a cluster that hand everything on";
+            return Err(ConfigError::Invalid(text.into()));
+        }
+        self.cluster.validate().map_err(ConfigError::Invalid)?;
         self.voice.validate().map_err(ConfigError::Invalid)?;
         self.net.check().map_err(|e| ConfigError::Invalid(format!("[net] {e}")))?;
         self.s2v.validate().map_err(ConfigError::Invalid)?;

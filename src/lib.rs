@@ -13,7 +13,8 @@
 //! | --- | --- | --- |
 //! | [`cli`] | the commands; the only place with `anyhow`, the environment, exit codes | everything |
 //! | [`config`] | composes each room's `Config`; load, validate, print | their `Config` types |
-//! | [`server`] | axum: who may do what, limits, API, pages, TLS, health, metrics, shutdown | livekit, net, session, voice, engine, avatar, codec, media, edge, telemetry |
+//! | [`server`] | axum: who may do what, limits, API, pages, TLS, health, metrics, shutdown | cluster, livekit, net, session, voice, engine, avatar, codec, media, edge, telemetry |
+//! | [`cluster`] | several processes as one service: who is there, who has room, requests between them, over NATS | telemetry |
 //! | [`livekit`] | a worker in LiveKit rooms: signalling, speech by byte streams, calls | net, session, media, edge, telemetry |
 //! | [`net`] | WebRTC: peers, SDP, ICE, tracks, data channel, congestion | session, media, edge, telemetry |
 //! | [`session`] | one conversation: state machine, ingest, playout | engine, avatar, codec, media, edge, telemetry |
@@ -37,7 +38,7 @@
 //! # Invariants
 //!
 //! 1. `media` imports nothing of ours. `model` has no tokio, no clock, no sockets; files only in `model::weights`.
-//! 2. candle is named only in `model` and `avatar`; webrtc only in `net`; axum only in `server`; opus, openh264, rubato
+//! 2. candle is named only in `model` and `avatar`; webrtc only in `net`; axum only in `server`; NATS only in `cluster`; opus, openh264, rubato
 //!    only in `codec`.
 //! 3. `Instant::now()` is called only at edges; all decisions take `now`.
 //! 4. The voice is the clock: video follows audio, and only video is held or skipped, before encoding.
@@ -49,7 +50,7 @@
 //! 10. The whole service runs without a GPU.
 //! 11. Offline and live are one pipeline with two clocks.
 //! 12. Configuration is read once, complete, before anything starts.
-//! 13. Wire types (serde, protobuf) live in `server`, `net` and `livekit`; inner types are free to change.
+//! 13. Wire types (serde, protobuf) live in `server`, `net`, `livekit` and `cluster`; inner types are free to change.
 //! 14. The pocket model and the 14B model are two configurations of one implementation.
 //!
 //! # Where do I go if…
@@ -66,12 +67,14 @@
 //! | share a face's work among several devices | `model::ranks` (who does what, what is sent), `avatar::crew` (the threads) |
 //! | fix connection trouble | `net` |
 //! | change how agents in LiveKit rooms are served | `livekit`, `server::livekit` for the calls that start it |
+//! | change where a new session goes, or what a dead machine means | `cluster`; which requests travel: `server::spread` |
 //! | add an HTTP route | `server`; its right stands beside it (`server::access`) |
 //! | add a setting | the room's own `Config`, then `config/loquent.toml` (a test reminds you) |
 //! | retrain or judge the pocket model | `pocket/` outside `src` |
 
 pub mod avatar;
 pub mod cli;
+pub mod cluster;
 pub mod codec;
 pub mod config;
 pub mod edge;

@@ -107,6 +107,12 @@ pub struct Metrics {
     pub websockets: IntGauge,
     /// Their messages by `kind`: `sound`, `control`, `refused`.
     pub websocket_messages: IntCounterVec,
+    /// Requests that other nodes were asked to answer, by `outcome`: `answered`, `late`, `absent`, `unreachable`.
+    pub cluster_asks: IntCounterVec,
+    /// Things begun in a cluster, by `at`: `own` node, `other`, `nobody` (there was no room).
+    pub cluster_placements: IntCounterVec,
+    /// Messages of the bus that were not believed, by `why`: `foreign` (wrong signature or time), `again` (repeated).
+    pub cluster_messages_refused: IntCounterVec,
 }
 
 impl Metrics {
@@ -157,6 +163,18 @@ impl Metrics {
                 Opts::new("websocket_messages_total", "Messages that programs sent over WebSockets, by kind"),
                 &["kind"],
             )?,
+            cluster_asks: IntCounterVec::new(
+                Opts::new("cluster_asks_total", "Requests that other nodes were asked to answer"),
+                &["outcome"],
+            )?,
+            cluster_placements: IntCounterVec::new(
+                Opts::new("cluster_placements_total", "Sessions that this node found a place for, by whose it is"),
+                &["at"],
+            )?,
+            cluster_messages_refused: IntCounterVec::new(
+                Opts::new("cluster_messages_refused_total", "Messages of the bus that were not believed"),
+                &["why"],
+            )?,
             connections: IntGauge::new("http_connections", "HTTP connections open now")?,
             registry: registry.clone(),
         };
@@ -171,8 +189,20 @@ impl Metrics {
         registry.register(Box::new(m.connections.clone()))?;
         registry.register(Box::new(m.websockets.clone()))?;
         registry.register(Box::new(m.websocket_messages.clone()))?;
+        registry.register(Box::new(m.cluster_asks.clone()))?;
+        registry.register(Box::new(m.cluster_placements.clone()))?;
+        registry.register(Box::new(m.cluster_messages_refused.clone()))?;
         for kind in ["sound", "control", "refused"] {
             m.websocket_messages.with_label_values(&[kind]);
+        }
+        for outcome in ["answered", "late", "absent", "unreachable"] {
+            m.cluster_asks.with_label_values(&[outcome]);
+        }
+        for at in ["own", "other", "nobody"] {
+            m.cluster_placements.with_label_values(&[at]);
+        }
+        for why in ["foreign", "again"] {
+            m.cluster_messages_refused.with_label_values(&[why]);
         }
         // A series that does not exist yet reads as "no data"; one that exists reads as zero.
         for stage in ["features", "generation", "decode", "encode", "total"] {
@@ -209,6 +239,21 @@ impl Metrics {
     /// Notes a request that was turned away.
     pub fn refused(&self, why: &str) {
         self.refusals.with_label_values(&[why]).inc();
+    }
+
+    /// Notes a request to another node.
+    pub fn cluster_ask(&self, outcome: &str) {
+        self.cluster_asks.with_label_values(&[outcome]).inc();
+    }
+
+    /// Notes where something was begun.
+    pub fn cluster_placement(&self, at: &str) {
+        self.cluster_placements.with_label_values(&[at]).inc();
+    }
+
+    /// Notes a message of the bus that was not believed.
+    pub fn cluster_message(&self, why: &str) {
+        self.cluster_messages_refused.with_label_values(&[why]).inc();
     }
 
     /// Notes a message of a WebSocket.

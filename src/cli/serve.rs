@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     avatar,
+    cluster::Node,
     codec::BadgePlace,
     config::{Change, Config},
     engine::{self, Engine, Health, Kind},
@@ -36,6 +37,9 @@ pub(super) struct Args {
     /// Conversations at once [default: 1].
     #[arg(long, value_name = "N")]
     sessions: Option<usize>,
+    /// Be a node of a cluster: its NATS servers. With --sessions 0, one that hands everything on to others.
+    #[arg(long, value_name = "URL,…")]
+    cluster: Option<String>,
     /// Serve the page from this folder instead of from the program.
     #[arg(long, value_name = "DIR")]
     web_dir: Option<String>,
@@ -58,6 +62,7 @@ impl Args {
             flag("keys-file", "server.keys_file", self.keys_file.clone()),
             flag("engine", "engine.generator", self.engine.clone()),
             flag("sessions", "engine.sessions", self.sessions.map(|n| n.to_string())),
+            flag("cluster", "cluster.nats", self.cluster.clone()),
             flag("web-dir", "server.web_dir", self.web_dir.clone()),
         ];
         all.into_iter().flatten().collect()
@@ -118,6 +123,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
             steps: config.engine.steps,
             presenters,
             voice,
+            cluster: config.cluster.on().then(|| Node::new(config.cluster.clone())),
         },
     );
     let server = Server::bind(service.clone()).await?;
@@ -171,7 +177,11 @@ fn choice(kind: Kind) -> engines::Choice {
 
 /// Loads and warms up the generator on its own thread; takes seconds, with the large model minutes.
 fn build(config: &Config) -> Result<Engine, engine::EngineError> {
-    let choice = choice(config.engine.generator);
+    // A node that hands everything on draws nothing: it needs no model.
+    let choice = match config.engine.sessions {
+        0 => engines::Choice::Card,
+        _ => choice(config.engine.generator),
+    };
     let (threads, large) = (config.engine.threads, config.s2v.clone());
     let wanted = Wanted {
         choice,

@@ -54,7 +54,8 @@ pub enum Kind {
 pub struct Config {
     /// Which generator is run: `pocket`, `card` or `s2v`.
     pub generator: Kind,
-    /// Faces served at once, as far as the device's memory holds them; more people are told "full" at once.
+    /// Faces served at once, as far as the device's memory holds them; more people are told "full" at once. 0 only for
+    /// a node that hands everything on.
     pub sessions: usize,
     /// Threads for the arithmetic; 0 = all cores. More than two help only if cores are free.
     pub threads: usize,
@@ -103,7 +104,7 @@ impl Config {
             }
             Err(format!("engine.{key} = {value}: allowed is {low} to {high}"))
         };
-        within("sessions", self.sessions as u64, 1, 64)?;
+        within("sessions", self.sessions as u64, 0, 64)?;
         within("threads", self.threads as u64, 0, 1024)?;
         within("steps", self.steps.unwrap_or(1) as u64, 1, 100)?;
         if !(0.0..=avatar::LIVELIEST).contains(&self.liveliness) {

@@ -18,9 +18,10 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header, request},
     routing::MethodRouter,
 };
+use serde::{Deserialize, Serialize};
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -68,7 +69,7 @@ impl Routes {
 }
 
 /// Who asks, as far as it is known.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Caller {
     /// The key that was shown, if the route wanted one.
     pub(super) key: Option<Key>,
@@ -80,6 +81,9 @@ pub(super) struct Caller {
 pub(super) fn admit(service: &Service, route: Option<&str>, request: &request::Parts) -> Result<Caller, ApiError> {
     let (headers, now) = (&request.headers, Instant::now());
     let peer = request.extensions.get::<SocketAddr>().map(SocketAddr::ip);
+    // What another node says of its visitors is believed, as what this machine's own programs say.
+    let node = |ip: IpAddr| service.rooms.cluster.as_ref().is_some_and(|cluster| cluster.is_node(ip.to_canonical()));
+    let peer = peer.map(|ip| if node(ip) { Ipv4Addr::LOCALHOST.into() } else { ip });
     let address = limits::address(&service.config, peer, headers);
     let nobody = Caller { key: None, address };
     service.limits.request(address, now)?;

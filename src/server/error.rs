@@ -17,6 +17,8 @@ pub(super) struct ApiError {
     /// A sentence for people: what was wrong and what to do.
     pub(super) message: String,
     pub(super) retry_after: Option<Duration>,
+    /// Where to begin anew.
+    pub(super) reconnect: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -33,11 +35,13 @@ struct Body<'a> {
 struct Told<'a> {
     code: &'a str,
     message: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reconnect: Option<&'a str>,
 }
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> ApiError {
-        ApiError { status, code, message: message.into(), retry_after: None }
+        ApiError { status, code, message: message.into(), retry_after: None, reconnect: None }
     }
     pub(super) fn bad_request(code: &'static str, message: impl Into<String>) -> ApiError {
         Self::new(StatusCode::BAD_REQUEST, code, message)
@@ -64,7 +68,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let refusal = self.status == StatusCode::SERVICE_UNAVAILABLE;
         let body = Body {
-            error: Told { code: self.code, message: &self.message },
+            error: Told { code: self.code, message: &self.message, reconnect: self.reconnect.as_deref() },
             reason: refusal.then_some(self.code),
             message: refusal.then_some(self.message.as_str()),
         };

@@ -1,6 +1,6 @@
 //! What wraps every route: deadlines, panics turned into answers, security headers, CORS, counts.
 
-use super::{Service, access, error::ApiError};
+use super::{Service, access, error::ApiError, spread};
 use crate::telemetry::metrics;
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use futures::FutureExt;
-use std::{panic::AssertUnwindSafe, sync::Arc};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 /// Nothing but our own files; no inline script or style; nobody may put the page in a frame.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; \
@@ -32,8 +32,10 @@ pub(super) async fn outer(State(service): State<Arc<Service>>, request: Request,
             let (mut parts, body) = request.into_parts();
             match access::admit(&service, route.as_deref(), &parts) {
                 Ok(caller) => {
-                    parts.extensions.insert(caller);
-                    bounded(&service, Request::from_parts(parts, body), next).await
+                    parts.extensions.insert(caller.clone());
+                    let request = Request::from_parts(parts, body);
+                    let answer = spread::reach(&service, route.as_deref(), caller, request, next);
+                    bounded(service.config.request_timeout(), answer).await
                 }
                 Err(refused) => refused.into_response(),
             }
@@ -82,9 +84,8 @@ fn is_common(method: &Method) -> bool {
 }
 
 /// Runs the handler under the request's deadline; a panic becomes a 500 of this request alone.
-async fn bounded(service: &Service, request: Request, next: Next) -> Response {
-    let limit = service.config.request_timeout();
-    match tokio::time::timeout(limit, AssertUnwindSafe(next.run(request)).catch_unwind()).await {
+pub(super) async fn bounded(limit: Duration, answer: impl Future<Output = Response>) -> Response {
+    match tokio::time::timeout(limit, AssertUnwindSafe(answer).catch_unwind()).await {
         Ok(Ok(response)) => response,
         Ok(Err(_)) => {
             tracing::error!("a request handler panicked; this is a bug");

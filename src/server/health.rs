@@ -2,13 +2,14 @@
 
 use super::Service;
 use crate::{
+    cluster::{Beat, State},
     engine::{BLOCK_BUCKETS, Health},
     session,
     telemetry::metrics,
 };
 use axum::{
     Json,
-    extract::State,
+    extract::State as Shared,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -22,6 +23,16 @@ pub(super) async fn healthz() -> Response {
 
 /// Whether new conversations can be had, the word for it, and what happened if not.
 pub(super) fn state(service: &Service) -> (StatusCode, &'static str, Option<String>) {
+    let alone = service.rooms.engine.stats().slots == 0
+        && service.rooms.cluster.as_ref().is_some_and(|cluster| !cluster.reachable());
+    match own(service) {
+        (StatusCode::OK, ..) if alone => (StatusCode::SERVICE_UNAVAILABLE, "cluster_unreachable", None),
+        own => own,
+    }
+}
+
+/// The same of this process alone, whatever becomes of others.
+pub(super) fn own(service: &Service) -> (StatusCode, &'static str, Option<String>) {
     let health = service.rooms.engine.health().borrow().clone();
     match health {
         Health::Failed(why) => (StatusCode::SERVICE_UNAVAILABLE, "engine_failed", Some(why)),
@@ -36,7 +47,7 @@ pub(super) fn state(service: &Service) -> (StatusCode, &'static str, Option<Stri
 #[derive(Serialize)]
 struct Ready {
     ready: bool,
-    /// `ready`, `draining`, `engine_restarting` or `engine_failed`.
+    /// `ready`, `draining`, `engine_restarting`, `engine_failed`, or `cluster_unreachable` where no face is made.
     state: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
@@ -45,7 +56,7 @@ struct Ready {
 }
 
 /// `GET /readyz`: new conversations can be had (a full house is still ready; it answers 503 by itself).
-pub(super) async fn readyz(State(service): State<Arc<Service>>) -> Response {
+pub(super) async fn readyz(Shared(service): Shared<Arc<Service>>) -> Response {
     let stats = service.rooms.engine.stats();
     let (status, state, why) = state(&service);
     // What failed is the operator's business: /status and the log say it.
@@ -55,7 +66,7 @@ pub(super) async fn readyz(State(service): State<Arc<Service>>) -> Response {
 }
 
 /// `GET /metrics`: Prometheus text format.
-pub(super) async fn prometheus(State(service): State<Arc<Service>>) -> Response {
+pub(super) async fn prometheus(Shared(service): Shared<Arc<Service>>) -> Response {
     let mut text = metrics().text();
     sampled(&service, &mut text);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
@@ -112,6 +123,19 @@ fn sampled(service: &Service, text: &mut String) {
     page.one("video_bitrate", "gauge", help, &[], sum(|m| m.bitrate as f64));
     let help = "Bits per second that the estimates of all visitors' lines allow";
     page.one("target_bitrate", "gauge", help, &[], sum(|m| f64::from(m.target_bitrate)));
+    if let Some(cluster) = &service.rooms.cluster {
+        let help = "1 while other nodes of the cluster can be asked";
+        page.one("cluster_reachable", "gauge", help, &[], f64::from(u8::from(cluster.reachable())));
+        let nodes = cluster.nodes();
+        page.head("cluster_nodes", "gauge", "Living nodes that this one hears, by state");
+        for (word, state) in [("ready", State::Ready), ("draining", State::Draining), ("failed", State::Failed)] {
+            let n = nodes.iter().filter(|node| node.beat.state == state).count();
+            page.line("cluster_nodes", &[("state", word)], n as f64);
+        }
+        let sum = |f: fn(&Beat) -> usize| nodes.iter().map(|node| f(&node.beat)).sum::<usize>() as f64;
+        page.one("cluster_slots", "gauge", "Faces that can be had at once, of all nodes", &[], sum(|b| b.slots));
+        page.one("cluster_slots_used", "gauge", "Faces taken now, of all nodes", &[], sum(|b| b.used));
+    }
     let (pictures, bytes) = service.portraits.size();
     page.one("portraits", "gauge", "Uploaded pictures kept in memory", &[], pictures as f64);
     page.one("portrait_bytes", "gauge", "Memory that uploaded pictures take", &[], bytes as f64);

@@ -1,7 +1,7 @@
 //! `GET /v1/info`: what a page needs to know before it starts.
 
 use super::{Service, access};
-use crate::{codec::BadgePlace, net::IceServer};
+use crate::{cluster::Facts, codec::BadgePlace, net::IceServer};
 use axum::{
     Json,
     extract::State,
@@ -53,16 +53,27 @@ impl From<IceServer> for Ice {
 
 pub(super) async fn info(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response {
     let g = service.rooms.engine.geometry();
+    // A node that makes no pictures tells what those of the others are like.
+    let own = service.rooms.engine.stats().slots;
+    let facts = service.rooms.cluster.as_ref().filter(|_| own == 0).and_then(|cluster| cluster.facts());
+    let facts = facts.unwrap_or_else(|| Facts {
+        engine: service.rooms.engine_name.into(),
+        width: g.width,
+        height: g.height,
+        fps: g.fps,
+        block_ms: g.block_span(1).as_millis_f64(),
+        matte: g.matte,
+    });
     Json(Info {
         version: env!("CARGO_PKG_VERSION"),
         engine: EngineInfo {
-            name: service.rooms.engine_name,
-            width: g.width,
-            height: g.height,
-            fps: g.fps,
-            block_ms: g.block_span(1).as_millis_f64(),
-            slots: service.rooms.engine.stats().slots,
-            matte: g.matte,
+            name: &facts.engine,
+            width: facts.width,
+            height: facts.height,
+            fps: facts.fps,
+            block_ms: facts.block_ms,
+            slots: service.rooms.cluster.as_ref().map_or(own, |c| c.nodes().iter().map(|n| n.beat.slots).sum()),
+            matte: facts.matte,
             badge: service.rooms.session_config.badge != BadgePlace::Off,
         },
         ice_servers: access::ice_servers(&service, &headers).into_iter().map(Ice::from).collect(),

@@ -9,6 +9,7 @@
 //! when it changes. A file that cannot be understood any more changes nothing; the log says so.
 
 use super::Config;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
     fmt,
@@ -21,7 +22,7 @@ use std::{
 const PREFIX: &str = "lq_";
 
 /// What a key allows. None of them includes another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scope {
     /// Begin, list, change and end sessions; recordings; sessions in LiveKit rooms.
     Control,
@@ -49,19 +50,21 @@ impl FromStr for Scope {
 }
 
 /// One key as it is kept: not the key itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
     /// 8 hexadecimal digits, part of the key; names it in logs.
     pub id: String,
     /// Whose it is.
     pub name: String,
     pub scopes: Vec<Scope>,
+    /// Stays where it is when other nodes are told of a caller.
+    #[serde(skip)]
     hash: [u8; 32],
     pub(super) allowance: Allowance,
 }
 
 /// A key's own limits, within those of the service.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Allowance {
     /// Sessions at once.
     pub(super) sessions: Option<usize>,

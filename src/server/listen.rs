@@ -57,7 +57,8 @@ pub(super) async fn serve(
         };
         // Proxies bring many people, and this machine's own programs are not counted.
         let ip = peer.ip().to_canonical();
-        let counted = !ip.is_loopback() && !config.proxies.contains(&ip);
+        let node = || service.rooms.cluster.as_ref().is_some_and(|cluster| cluster.is_node(ip));
+        let counted = !ip.is_loopback() && !config.proxies.contains(&ip) && !node();
         let ticket = counted.then(|| service.limits.connection(ip, config.connections_per_address));
         if let Some(None) = ticket {
             metrics().connections_refused.inc();

@@ -47,7 +47,7 @@ pub(super) async fn offer(
     let (presenter, portrait) = portrait(&service, asked.presenter.as_deref()).await?;
     let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(resource::net_error)?;
 
-    let id = SessionId::random();
+    let id = SessionId::from(service.unguessable().as_str());
     let path = format!("/v1/live/{}", id.as_str());
     let peer = Arc::new(peer);
     let etag = peer.etag();

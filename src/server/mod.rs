@@ -48,8 +48,10 @@ mod recording;
 mod resource;
 mod say;
 mod sessions;
+mod spread;
 mod status;
 mod tls;
+mod tunnel;
 mod whip;
 mod ws;
 
@@ -58,6 +60,7 @@ pub use keys::{Key, Scope, parse_keys};
 pub use presenters::Presenter;
 
 use crate::{
+    cluster::Node,
     engine::Engine,
     net::Net,
     session::{self, Registry, SessionId},
@@ -101,6 +104,8 @@ pub struct Rooms {
     pub presenters: Vec<Presenter>,
     /// What speaks the text of `say`.
     pub voice: Voice,
+    /// This process among others; `None` when it is alone.
+    pub cluster: Option<Arc<Node>>,
 }
 
 /// Everything the routes share.
@@ -161,6 +166,9 @@ impl Service {
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
         self.rooms.engine.drain();
+        if let Some(cluster) = &self.rooms.cluster {
+            cluster.changed();
+        }
     }
 
     /// A session, for programs that hold the service itself.
@@ -176,6 +184,14 @@ impl Service {
         }
     }
 
+    /// A new id that cannot be guessed, and that says where in a cluster what it names lives.
+    fn unguessable(&self) -> String {
+        match &self.rooms.cluster {
+            Some(cluster) => cluster.id().unguessable(),
+            None => SessionId::random().to_string(),
+        }
+    }
+
     fn presenter(&self, id: &str) -> Option<&Presenter> {
         self.rooms.presenters.iter().find(|p| p.id == id)
     }
@@ -184,7 +200,8 @@ impl Service {
         self.config.cors_origins.iter().any(|o| o == "*" || o.as_bytes() == origin.as_bytes())
     }
 
-    fn router(self: &Arc<Self>) -> Router {
+    /// All routes, as the world reaches them, and as other nodes do, who let their callers in themselves.
+    fn router(self: &Arc<Self>) -> (Router, Router) {
         let one =
             patch(resource::patch).delete(resource::delete).options(resource::options_of_one).get(resource::nothing);
         let offers = |route: MethodRouter<Arc<Service>>| route.options(resource::options).get(whip::nothing);
@@ -238,11 +255,11 @@ impl Service {
             .route("/metrics", Metrics, get(health::prometheus))
             .done();
         let _ = self.rights.set(rights);
-        routes
+        let inner = routes
             .fallback(guard::no_route)
             .method_not_allowed_fallback(guard::no_method)
-            .layer(middleware::from_fn_with_state(self.clone(), guard::outer))
-            .with_state(self.clone())
+            .with_state(self.clone());
+        (inner.clone().layer(middleware::from_fn_with_state(self.clone(), guard::outer)), inner)
     }
 }
 
@@ -285,8 +302,18 @@ impl Server {
 
     /// Answers until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        let app = self.service.router();
-        listen::serve(self.listener, app, &self.service, stop, Duration::from_secs(1)).await;
+        let (app, inner) = self.service.router();
+        let http = self.local_addr();
+        let node = async {
+            if let (Some(cluster), Ok(http)) = (&self.service.rooms.cluster, http) {
+                let local = Arc::new(spread::Doors { service: self.service.clone(), inner });
+                if let Err(e) = cluster.clone().run(local, http, stop.clone()).await {
+                    tracing::error!("this node stays alone: {e}");
+                }
+            }
+        };
+        let local = listen::serve(self.listener, app, &self.service, stop.clone(), Duration::from_secs(1));
+        tokio::join!(local, node);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who can be shown: the built-in presenters, and pictures that visitors bring.
 
-use super::{Service, design, error::ApiError, portraits::Consent};
+use super::{Service, design, error::ApiError, portraits::Consent, spread};
 use crate::{
     codec::{
         picture::{PictureLimits, decode_portrait},
@@ -149,7 +149,7 @@ pub(super) async fn upload(
     let nearest = design::like(&service, &portrait).await;
     let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let (statement, consented_at) = (consent.statement.clone(), since(consent.at));
-    let id = service.portraits.put(portrait, consent, Instant::now());
+    let id = service.portraits.put(service.unguessable(), portrait, consent, Instant::now());
     let location = format!("/v1/portraits/{id}");
     let stored = Stored {
         presenter: format!("{PORTRAIT}{id}"),
@@ -207,7 +207,11 @@ pub(super) fn sentence(text: &str) -> String {
 /// 404 with a sentence when there is no such presenter or picture.
 pub(super) async fn portrait(service: &Service, asked: Option<&str>) -> Result<(String, Portrait), ApiError> {
     if let Some(id) = asked.and_then(|a| a.strip_prefix(PORTRAIT)) {
-        let picture = service.portraits.get(id, Instant::now()).ok_or_else(|| {
+        let kept = match service.portraits.get(id, Instant::now()) {
+            None => spread::portrait(service, id).await,
+            kept => kept,
+        };
+        let picture = kept.ok_or_else(|| {
             ApiError::not_found(
                 "no_such_portrait",
                 "This uploaded picture is not kept any more. Upload it again and start anew.",

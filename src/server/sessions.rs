@@ -327,7 +327,7 @@ pub(super) fn host(
     config: session::Config,
     room: Option<Joined>,
 ) -> Result<(Handle, String), ApiError> {
-    let id = SessionId::random();
+    let id = SessionId::from(service.unguessable().as_str());
     let geometry = service.rooms.engine.geometry().clone();
     let (width, height) = (geometry.width, geometry.height);
     let now = Instant::now();
@@ -527,7 +527,7 @@ pub(super) async fn join(
     let handle = access(&service, &headers, query.as_deref(), &id)?;
     let offer = resource::offer(&headers, body).await?;
     let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(resource::net_error)?;
-    let path = format!("/v1/live/{}", SessionId::random().as_str());
+    let path = format!("/v1/live/{}", service.unguessable());
     let peer = Arc::new(peer);
     let etag = peer.etag();
     let listed = service.peers.enter(&path, &peer, None);

@@ -5,6 +5,7 @@ mod base;
 mod batch;
 mod bounds;
 mod checkpoints;
+mod cluster;
 mod codec;
 mod config;
 mod conformance;

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use loquent::{
+    cluster::Node,
     avatar::{self, AvatarError, Generator, OpenOptions, Stream},
     engine::Engine,
     media::{Geometry, Portrait},
@@ -29,6 +30,7 @@ const CARD: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/web/car
 pub(crate) struct House {
     pub(crate) address: SocketAddr,
     pub(crate) service: Arc<Service>,
+    engine: Engine,
     stop: CancellationToken,
     http: Option<JoinHandle<()>>,
 }
@@ -82,10 +84,11 @@ pub(crate) async fn house_called(
     all: loquent::config::Config,
     build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
-    let loquent::config::Config { server: config, net, engine: settings, session: session_config, voice, .. } = all;
+    let loquent::config::Config { server: config, net, engine: settings, session: session_config, voice, cluster, .. } = all;
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
+    let engine = engine.await.unwrap().unwrap();
     let rooms = Rooms {
-        engine: engine.await.unwrap().unwrap(),
+        engine: engine.clone(),
         engine_name,
         net: Net::new(net).unwrap(),
         sessions: Registry::new(),
@@ -100,13 +103,14 @@ pub(crate) async fn house_called(
         }],
         // A key for the endpoint that tests bring.
         voice: Voice::new(voice, Some("secret".into())).unwrap(),
+        cluster: cluster.on().then(|| Node::new(cluster)),
     };
     let service = Service::new(config, rooms);
     let server = Server::bind(service.clone()).await.unwrap();
     let address = server.local_addr().unwrap();
     let stop = CancellationToken::new();
     let http = Some(tokio::spawn(server.run(stop.clone())));
-    House { address, service, stop, http }
+    House { address, service, engine, stop, http }
 }
 
 pub(crate) struct Answer {
@@ -135,6 +139,10 @@ impl Answer {
 }
 
 impl House {
+    /// Places that are taken.
+    pub(crate) fn used(&self) -> usize {
+        self.engine.stats().used
+    }
     pub(crate) async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
         let mut head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
         if !body.is_empty() {
