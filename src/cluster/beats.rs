@@ -1,11 +1,10 @@
 //! The connection to the bus: kept up, listened on, and beaten over.
 
 use super::{
-    BEAT, DEAD,
+    BEAT, DEAD, NodeId,
     config::Config,
     node::{ClusterError, Local, Node, lock},
     table::Standing,
-    NodeId,
 };
 use async_nats::{Client, ConnectOptions, Event};
 use futures::StreamExt;
@@ -124,10 +123,7 @@ async fn connect(config: &Config, node: Weak<Node>) -> Result<Client, ClusterErr
     }
     if !config.credentials_file.is_empty() {
         let file = config.credentials_file.clone();
-        options = options
-            .credentials_file(&file)
-            .await
-            .map_err(|source| ClusterError::Credentials { file, source })?;
+        options = options.credentials_file(&file).await.map_err(|source| ClusterError::Credentials { file, source })?;
     }
     if !config.tls_ca.is_empty() {
         options = options.add_root_certificates(config.tls_ca.clone().into()).require_tls(true);

@@ -82,10 +82,12 @@ impl Config {
             return Err(format!("cluster.name = \"{}\": allowed are letters, digits, - and _", self.name));
         }
         if self.secret.is_empty() && !local {
-            return Err("cluster.secret is empty: whoever reaches the NATS server could order sessions and end them. Give \
+            return Err(
+                "cluster.secret is empty: whoever reaches the NATS server could order sessions and end them. Give \
                         all nodes the same long random text, such as what `openssl rand -hex 32` prints \
                         (LOQUENT__CLUSTER__SECRET keeps it out of files)"
-                .into());
+                    .into(),
+            );
         }
         if !self.secret.is_empty() && self.secret.len() < SECRET {
             return Err(format!("cluster.secret is too short: allowed are {SECRET} characters or more"));

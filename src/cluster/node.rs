@@ -26,6 +26,8 @@ const ANSWERED: usize = 256;
 const TRIES: usize = 8;
 /// How long an asker may take to say that it got what it asked for.
 const CLAIMED: Duration = Duration::from_secs(10);
+/// How often a question that waits looks whether it is worth waiting.
+const LOOK: Duration = Duration::from_millis(250);
 /// What a message has besides a body.
 const OVERHEAD: usize = 64 * 1024;
 
@@ -196,12 +198,15 @@ impl Node {
         let (number, to) = (rand::random(), self.subjects.of(id));
         let sealed = self.seal.close(For::Node(id), now_ms(), number, &letter);
         let request = async_nats::Request::new().payload(sealed).timeout(Some(patience));
-        let message = client.send_request(to.clone(), request).await.map_err(|e| match e.kind() {
-            RequestErrorKind::TimedOut if !self.reachable() => Unanswered::Unreachable,
-            RequestErrorKind::TimedOut => Unanswered::Late,
-            _ if self.standing(id) == Standing::Dead => Unanswered::Gone,
-            _ => Unanswered::Absent,
-        })?;
+        let answer = client.send_request(to, request);
+        let message = tokio::select! {
+            answer = answer => answer.map_err(|e| match e.kind() {
+                RequestErrorKind::TimedOut => Unanswered::Late,
+                _ if self.standing(id) == Standing::Dead => Unanswered::Gone,
+                _ => Unanswered::Absent,
+            })?,
+            why = self.lost(id) => return Err(why),
+        };
         let opened = self.seal.open(For::Question(number), now_ms(), message.payload);
         let (_, payload) = opened.map_err(|why| self.complain("an answer", &why)).map_err(|()| Unanswered::Late)?;
         let (mut reply, body) = wire::read::<Reply>(payload).ok_or(Unanswered::Late)?;
@@ -211,6 +216,19 @@ impl Node {
             self.send(id, &Letter::Got(number)).await;
         }
         Ok(reply)
+    }
+
+    /// Waits until there is no answer to be expected from a node.
+    async fn lost(&self, id: NodeId) -> Unanswered {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if !self.reachable() {
+                return Unanswered::Unreachable;
+            }
+            if self.standing(id) == Standing::Dead {
+                return Unanswered::Gone;
+            }
+        }
     }
 
     async fn send(&self, id: NodeId, letter: &Letter) {
@@ -308,7 +326,8 @@ impl Node {
                 }
                 None => busy(),
             };
-            let sealed = wire::write(&reply, &reply.body).map(|r| node.seal.close(For::Question(number), now_ms(), rand::random(), &r));
+            let sealed = wire::write(&reply, &reply.body)
+                .map(|r| node.seal.close(For::Question(number), now_ms(), rand::random(), &r));
             let claimed = (claim && reply.status == 201).then(|| node.claim(number));
             let Some(client) = node.client.get() else { return };
             let sent = match sealed {
@@ -322,7 +341,9 @@ impl Node {
             if let Some(claimed) = claimed {
                 if !matches!(tokio::time::timeout(CLAIMED, claimed).await, Ok(Ok(()))) {
                     lock(&node.claims).remove(&number);
-                    tracing::warn!("a session was begun for another node, which never got to know; it ends unless it is used");
+                    tracing::warn!(
+                        "a session was begun for another node, which never got to know; it ends unless it is used"
+                    );
                     local.undo(&reply);
                 }
             }
@@ -385,7 +406,8 @@ impl Node {
 }
 
 fn busy() -> Reply {
-    let body = r#"{"error":{"code":"busy","message":"This node answers as many others as it can. Try again in a moment."}}"#;
+    let body =
+        r#"{"error":{"code":"busy","message":"This node answers as many others as it can. Try again in a moment."}}"#;
     Reply {
         status: 503,
         headers: vec![("content-type".into(), "application/json".into()), ("retry-after".into(), "1".into())],

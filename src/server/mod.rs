@@ -255,10 +255,8 @@ impl Service {
             .route("/metrics", Metrics, get(health::prometheus))
             .done();
         let _ = self.rights.set(rights);
-        let inner = routes
-            .fallback(guard::no_route)
-            .method_not_allowed_fallback(guard::no_method)
-            .with_state(self.clone());
+        let inner =
+            routes.fallback(guard::no_route).method_not_allowed_fallback(guard::no_method).with_state(self.clone());
         (inner.clone().layer(middleware::from_fn_with_state(self.clone(), guard::outer)), inner)
     }
 }

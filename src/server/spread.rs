@@ -56,7 +56,8 @@ enum Place {
 
 fn place(route: Option<&str>, method: &Method, path: &str) -> Place {
     let Some(route) = route else { return Place::Here };
-    let begins = ["/v1/live", "/v1/sessions", "/v1/livekit", "/v1/livekit/v1/sessions", "/v1/livekit/v1/session", "/v1/session"];
+    let begins =
+        ["/v1/live", "/v1/sessions", "/v1/livekit", "/v1/livekit/v1/sessions", "/v1/livekit/v1/session", "/v1/session"];
     if begins.contains(&route) {
         return match *method {
             Method::POST => Place::Anywhere,
@@ -132,8 +133,7 @@ async fn of_another(
 async fn list(cluster: &Node, caller: Caller, request: Request, next: Next) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let ask = letter(&caller, Request::from_parts(parts.clone(), Body::empty()), false).await?;
-    let (own, others) =
-        tokio::join!(next.run(Request::from_parts(parts, body)), cluster.everybody(&ask, LIST));
+    let (own, others) = tokio::join!(next.run(Request::from_parts(parts, body)), cluster.everybody(&ask, LIST));
     let (parts, body) = own.into_parts();
     let own = super::read_body(body, usize::MAX, String::new).await?;
     let read = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).ok();
@@ -192,7 +192,9 @@ pub(super) fn unanswered(why: Unanswered, again: String) -> ApiError {
         Unanswered::Gone => ApiError::new(
             StatusCode::GONE,
             "worker_gone",
-            format!("The machine that held this session is gone, and the session with it. Begin a new one: POST {again}."),
+            format!(
+                "The machine that held this session is gone, and the session with it. Begin a new one: POST {again}."
+            ),
         ),
         Unanswered::Unreachable => {
             let text = "The machines of this service cannot reach each other just now. What stands goes on; try again in \

@@ -31,7 +31,8 @@ impl Bus {
     }
 
     fn up(&mut self) {
-        let program = ["/usr/sbin/nats-server", "/usr/bin/nats-server"].into_iter().find(|p| std::fs::exists(p).unwrap());
+        let program =
+            ["/usr/sbin/nats-server", "/usr/bin/nats-server"].into_iter().find(|p| std::fs::exists(p).unwrap());
         let mut command = Command::new(program.unwrap_or("nats-server"));
         command.args(["--addr", "127.0.0.1", "--port", &self.port.to_string()]);
         command.stdout(Stdio::null()).stderr(Stdio::null());
@@ -100,7 +101,9 @@ async fn post(house: &House, path: &str, token: &str, kind: &str, body: &[u8]) -
 async fn any_node_places_a_session_and_finds_it_again() {
     let bus = Bus::start();
     let (front, one, two) = (bus.node(0).await, bus.node(2).await, bus.node(2).await);
-    sees(&front, 4, 0).await;
+    for house in [&front, &one, &two] {
+        sees(house, 4, 0).await;
+    }
     assert_eq!(front.get("/readyz").await.status, 200);
     assert_eq!(front.get("/v1/info").await.json()["engine"]["slots"], 4);
     let mut all = Vec::new();
@@ -186,7 +189,10 @@ async fn a_dead_node_is_told_and_a_draining_one_is_spared() {
     worker.child.wait().unwrap();
     // Whoever listens is told at once where to begin anew; whoever asks, as soon as three beats were missed.
     let closed = socket.hear("closed").await;
-    assert_eq!((&closed["reason"], &closed["reconnect"]), (&json!("worker_gone"), &json!("https://avatars.example/v1/sessions")));
+    assert_eq!(
+        (&closed["reason"], &closed["reconnect"]),
+        (&json!("worker_gone"), &json!("https://avatars.example/v1/sessions"))
+    );
     assert_eq!(u16::from(socket.code().await), 1012);
     let began = Instant::now();
     let gone = loop {
@@ -244,7 +250,10 @@ async fn without_the_bus_everybody_has_what_is_theirs_and_it_comes_back() {
     }
     assert_eq!(front.get("/readyz").await.json()["state"], "cluster_unreachable");
     let refused = front.json("POST", "/v1/sessions", json!({})).await;
-    assert_eq!((refused.status, refused.code(), refused.header("retry-after")), (503, "cluster_unreachable".into(), "2"));
+    assert_eq!(
+        (refused.status, refused.code(), refused.header("retry-after")),
+        (503, "cluster_unreachable".into(), "2")
+    );
     assert_eq!(front.get(&at(&own)).await.code(), "cluster_unreachable");
     // What stands goes on, and a worker serves those who come to it.
     socket.say(json!({"type": "set", "rate": 16_000})).await;

@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use loquent::{
-    cluster::Node,
     avatar::{self, AvatarError, Generator, OpenOptions, Stream},
+    cluster::Node,
     engine::Engine,
     media::{Geometry, Portrait},
     net::{self, Net},
@@ -84,7 +84,9 @@ pub(crate) async fn house_called(
     all: loquent::config::Config,
     build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
-    let loquent::config::Config { server: config, net, engine: settings, session: session_config, voice, cluster, .. } = all;
+    let loquent::config::Config {
+        server: config, net, engine: settings, session: session_config, voice, cluster, ..
+    } = all;
     let engine = tokio::task::spawn_blocking(move || Engine::start("card", &settings, build));
     let engine = engine.await.unwrap().unwrap();
     let rooms = Rooms {
