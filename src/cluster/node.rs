@@ -63,6 +63,8 @@ pub enum Unanswered {
     Late,
     #[error("the request is larger than the {0} bytes that a message may have")]
     TooLarge(usize),
+    #[error("every place of every node is taken")]
+    Full,
     #[error("nobody is there who makes pictures")]
     Nobody,
 }
@@ -280,9 +282,13 @@ impl Node {
             }
             lock(&self.table).refused(id);
         }
+        // Before our first beat is back we are not in the table ourselves.
+        if own && self.standing(self.id) == Standing::Unknown {
+            return Ok(local.answer(ask).await);
+        }
         metrics().cluster_placement("nobody");
         last.ok_or_else(|| match self.nodes().iter().any(|p| p.beat.slots > 0 && p.beat.state == State::Ready) {
-            true => Unanswered::Absent,
+            true => Unanswered::Full,
             false => Unanswered::Nobody,
         })
     }

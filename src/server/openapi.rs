@@ -453,7 +453,7 @@ fn schemas() -> Value {
     );
     json!({
         "Error": object(&["error"], json!({
-            "error": object(&["code", "message"], json!({ "code": string, "message": string })),
+            "error": object(&["code", "message"], json!({ "code": string, "message": string, "reconnect": string })),
             "reason": string, "message": string,
         })),
         "Wanted": closed(&[], json!({

@@ -10,9 +10,10 @@
 //! The node that a client reaches checks keys, origins and rates, and says who asks; a session's token is checked where
 //! the session is. Keys do not leave the node they were shown to.
 
-use super::{Service, access::Caller, error::ApiError, guard, health, portraits::Consent, tunnel};
+use super::{Service, access::{Caller, Right}, error::ApiError, guard, health, live, portraits::Consent, tunnel};
 use crate::{
     cluster::{Ask, Facts, Local, Node, NodeId, Reply, Standing, State as NodeState, Unanswered},
+    engine::Refusal,
     media::Portrait,
     session::{Reason, SessionId},
 };
@@ -38,6 +39,8 @@ const MAX_BODY: usize = 900 * 1024;
 const OURS: Duration = Duration::from_secs(1);
 /// Wait before the next try, where a node or the bus is away for a moment.
 const SOON: Duration = Duration::from_secs(2);
+/// Wait before the next try, where every place is taken.
+const FULL: Duration = Duration::from_secs(5);
 /// How long a list waits for nodes that do not answer.
 const LIST: Duration = Duration::from_secs(2);
 /// The method of an [`Ask`] for a piece of an uploaded picture, which is no HTTP.
@@ -124,7 +127,7 @@ async fn of_another(
         return tunnel::open(service, cluster, id, again, &caller, request).await;
     }
     // A session's token is checked where the session is.
-    let token = !matches!(route, "/v1/sessions/{id}" | "/v1/sessions/{id}/token");
+    let token = service.rights.get().is_some_and(|rights| rights.get(route) == Some(&Right::Session));
     let ask = letter(&caller, request, token).await?;
     cluster.ask(id, ask, patience(service)).await.map(answered).map_err(|why| unanswered(why, again))
 }
@@ -212,6 +215,7 @@ pub(super) fn unanswered(why: Unanswered, again: String) -> ApiError {
             let text = format!("The request is larger than the {most} bytes that can be handed on.");
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", text)
         }
+        Unanswered::Full => live::refused(Refusal::Full { retry_after: FULL }),
         Unanswered::Nobody => {
             let text = "No machine that draws presenters is there just now.";
             ApiError::unavailable("no_worker", text, SOON * 3)
