@@ -20,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 const WAITING: usize = 1024;
 /// A bus that does not answer for twice this long is gone.
 const PING: Duration = Duration::from_secs(2);
+/// How long answers in flight may take at the end.
+const GOODBYE: Duration = Duration::from_secs(2);
 const CONNECT: Duration = Duration::from_secs(2);
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
@@ -57,6 +59,8 @@ impl Node {
                 Some(message) = own.next() => self.hear(message),
             }
         }
+        // Whoever ended the last session here still waits for the answer.
+        let _ = tokio::time::timeout(GOODBYE, self.answered()).await;
         self.beat(&client, true).await;
         *lock(&self.local) = None;
         let _ = tokio::time::timeout(BEAT, client.flush()).await;
@@ -74,6 +78,11 @@ impl Node {
     fn mourn(&self, alive: &mut HashSet<NodeId>) {
         let now = Instant::now();
         let mut table = lock(&self.table);
+        // A bus that does not bring us our own beats tells nothing of others either, connected or not.
+        if table.standing(self.id(), now) == Standing::Dead {
+            tracing::warn!("the bus is silent: sessions go on, others cannot be asked until it speaks again");
+            table.listens(None);
+        }
         alive.retain(|id| {
             let dead = table.standing(*id, now) == Standing::Dead;
             if dead && table.get(*id).is_some_and(|p| now.saturating_duration_since(p.heard) > DEAD) {

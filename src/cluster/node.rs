@@ -278,6 +278,8 @@ impl Node {
                 }
                 // Not asked elsewhere: it may have been served, and somebody waits for it.
                 Err(why @ (Unanswered::Late | Unanswered::TooLarge(_))) => return Err(why),
+                Err(Unanswered::Unreachable) if own => return Ok(local.answer(ask).await),
+                Err(Unanswered::Unreachable) => return Err(Unanswered::Unreachable),
                 Err(_) => {}
             }
             lock(&self.table).refused(id);
@@ -356,6 +358,11 @@ impl Node {
         });
     }
 
+    /// Waits until no ask is being answered.
+    pub(super) async fn answered(&self) {
+        let _ = self.places.acquire_many(ANSWERED as u32).await;
+    }
+
     fn claim(&self, number: u128) -> oneshot::Receiver<()> {
         let (sender, receiver) = oneshot::channel();
         lock(&self.claims).insert(number, sender);
@@ -373,6 +380,9 @@ impl Node {
         let (id, left) = (beat.node, beat.state == State::Left);
         let now = Instant::now();
         let mut table = lock(&self.table);
+        if id == self.id && !table.is_listening() {
+            table.listens(Some(now));
+        }
         let known = table.standing(id, now) == Standing::Alive;
         if table.heard(beat, now) {
             match (known, left) {

@@ -256,7 +256,7 @@ async def main(program, sessions, dark):
         told = f"{len(begun)} in {whole:.1f} s, each {statistics.median(times):.0f} ms, p95 {times[int(0.95 * len(times))]:.0f} ms"
         check("sessions placed", told, f"{sessions}", len(begun) == sessions)
         used = await in_thread(cluster.used)
-        check("and spread", used, "within a third of each other", max(used.values()) <= 1.34 * min(used.values()) + 2)
+        check("and spread", used, "within a third of each other, and four", max(used.values()) <= 1.34 * min(used.values()) + 4)
         listed = (await ask("f2", "GET", "/v1/sessions"))[2].get("sessions", [])
         check("seen from a front", len(listed), f"{sessions + 3}", len(listed) == sessions + 3)
         changed = await asyncio.gather(*(ask(w, "PATCH", f"/v1/sessions/{begun[n]['id']}", b'{"background":"keep"}') for n, w in enumerate(WORKERS + FRONTS)))
@@ -299,7 +299,8 @@ async def main(program, sessions, dark):
         await asyncio.sleep(3)
         gap = talkers["w2"].gap(calm)
         check("who speaks there is not disturbed: longest gap", f"{gap:.2f} s", "goes on", gap < 3)
-        check("and leaves when done", await talkers.pop("w2").end("f2"), "200", True)
+        left = await talkers.pop("w2").end("f2")
+        check("and leaves when done", left, "200", left == 200)
         ended = await in_thread(cluster.processes["w2"].wait, 20)
         check("then the worker ends, with", ended, "0", ended == 0)
 
