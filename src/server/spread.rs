@@ -10,7 +10,14 @@
 //! The node that a client reaches checks keys, origins and rates, and says who asks; a session's token is checked where
 //! the session is. Keys do not leave the node they were shown to.
 
-use super::{Service, access::{Caller, Right}, error::ApiError, guard, health, live, portraits::Consent, tunnel};
+use super::{
+    Service,
+    access::{Caller, Right},
+    error::ApiError,
+    guard, health, live,
+    portraits::Consent,
+    tunnel,
+};
 use crate::{
     cluster::{Ask, Facts, Local, Node, NodeId, Reply, Standing, State as NodeState, Unanswered},
     engine::Refusal,
