@@ -15,7 +15,7 @@ use loquent::model::{
     vae::{Decoding, Encoding, WanVae, quiet},
     wav2vec2::{Config, Wav2Vec2},
     weights::{
-        Source, Tensors, Weights,
+        Tensors, Weights,
         synth::{imagined, preset},
     },
 };
