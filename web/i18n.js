@@ -145,7 +145,7 @@ const ZH = {
   'Nobody is in a conversation.': '此刻没有对话。',
   'The engine is being built anew': '引擎正在重建',
   Version: '版本', 'Running for': '已运行', 'Conversations so far': '累计对话', 'HTTP connections': 'HTTP 连接', WebSockets: 'WebSocket',
-  'Players and publishers': '播放与发布连接', 'Uploaded pictures': '上传的图片', 'Memory free': '可用内存', 'Places taken': '已占座位',
+  'Players and publishers': '播放与发布连接', 'Uploaded pictures': '上传的图片', 'Memory free': '可用内存', 'Memory free on the cards': '显卡可用内存', 'Places taken': '已占座位',
   'Real-time factor': '实时系数', 'Block (median, 95 %)': '每块用时（中位，95 %）', 'A block lasts': '每块时长', 'Hearing, drawing, decoding': '听、画、解码',
   'Lag now, worst': '滞后（当前，最差）', 'Blocks made': '已生成块', 'Built anew': '重建次数',
   Id: '编号', State: '状态', Since: '已持续', Watching: '观看', 'Pictures a second': '每秒画面', Delay: '延迟', 'Held and skipped': '重复与跳过', 'Waiting speech': '待说',

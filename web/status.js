@@ -65,7 +65,9 @@ function show(s) {
     ['Block (median, 95 %)', `${e.block_median_ms} / ${e.block_p95_ms} ms`, e.block_p95_ms > e.block_ms],
     ['A block lasts', ms(e.block_ms)],
     ['Hearing, drawing, decoding', `${e.stages_ms.features} / ${e.stages_ms.generation} / ${e.stages_ms.decode} ms`],
-    ['Lag now, worst', `${e.lag_ms} / ${e.worst_lag_ms} ms`], ['Blocks made', e.blocks], ['Built anew', e.rebuilds, e.rebuilds > 0],
+    ['Lag now, worst', `${e.lag_ms} / ${e.worst_lag_ms} ms`], ['Blocks made', e.blocks],
+    ...(e.cards_free_mb?.length ? [['Memory free on the cards', e.cards_free_mb.map((mb) => `${mb} MB`).join(', ')]] : []),
+    ['Built anew', e.rebuilds, e.rebuilds > 0],
   ]);
   cells($('heads'), 'th', COLUMNS.map((c) => t(c)));
   $('rows').replaceChildren(...s.sessions.map(({ id, state, presenter, age_s: age, metrics: m }) => cells(document.createElement('tr'), 'td', [

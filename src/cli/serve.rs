@@ -97,6 +97,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 
 async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<()> {
     // Whatever can be refused cheaply is refused before the model is loaded.
+    if !config.log.traces.is_empty() {
+        telemetry::export(&config.log.traces)?;
+    }
     let net = Net::new(config.net.clone())?;
     let presenters = presenters(&config);
     let voice = Voice::new(config.voice.clone(), std::env::var(&config.voice.key_variable).ok())?;

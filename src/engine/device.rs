@@ -37,6 +37,8 @@ pub(super) struct Command {
 const BACK_OFF: Duration = Duration::from_secs(1);
 /// How often it is looked meanwhile whether the engine was stopped.
 const GLANCE: Duration = Duration::from_millis(20);
+/// How often, while it works, it is looked how full its cards are.
+const LOOK: Duration = Duration::from_secs(1);
 /// An engine that worked for so long begins to count its failures anew.
 const FORGIVEN: Duration = Duration::from_secs(600);
 const STOPPED: &str = "the engine was stopped";
@@ -286,6 +288,7 @@ impl Device {
             self.meter.block(took, span, block.stages, None);
         }
         let after = guarded(|| Ok(generator.memory()))?;
+        self.meter.cards(after.iter().map(|fill| fill.free).collect());
         let fit = Seats::that_fit(self.config.sessions, &before, &after);
         if fit < self.config.sessions {
             let (name, sessions) = (&self.name, self.config.sessions);
@@ -297,7 +300,16 @@ impl Device {
 
     /// Serves until stopped (`None`) or until the device fails (why).
     fn serve(&mut self, generator: &mut dyn Generator, geometry: &Geometry, tracks: &mut Vec<Track>) -> Option<String> {
+        let mut looked = Instant::now();
         loop {
+            if looked.elapsed() >= LOOK {
+                looked = Instant::now();
+                match guarded(|| Ok(generator.memory())) {
+                    Ok(fills) => self.meter.cards(fills.iter().map(|fill| fill.free).collect()),
+                    Err(Fault::Face(_)) => {}
+                    Err(Fault::Device(fault)) => return Some(fault),
+                }
+            }
             while let Ok(command) = self.commands.try_recv() {
                 if let Err(fault) = self.open(generator, tracks, command) {
                     return Some(fault);

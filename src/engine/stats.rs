@@ -29,6 +29,8 @@ pub struct EngineStats {
     /// From complete speech to finished block: newest and worst since the start.
     pub lag: Duration,
     pub worst_lag: Duration,
+    /// Bytes free on each card that the engine uses, about a second old; empty where it uses none.
+    pub cards_free: Vec<u64>,
     /// Samples of speech the device has taken.
     pub samples_in: u64,
 }
@@ -65,6 +67,10 @@ impl Meter {
         if inner.recent.len() > WINDOW {
             inner.recent.pop_front();
         }
+    }
+
+    pub(super) fn cards(&self, free: Vec<u64>) {
+        self.lock().stats.cards_free = free;
     }
 
     pub(super) fn heard(&self, samples: usize) {

@@ -16,7 +16,7 @@ use super::{
     shared::{KeyframeGate, Shared, lock},
     stack::{self, h264, opus, payload_type, track},
 };
-use crate::session::{LinkEvent, LinkOut};
+use crate::session::{LinkEvent, LinkOut, LinkStats};
 use futures::FutureExt;
 use rand::RngExt;
 use rtc::{
@@ -192,7 +192,7 @@ impl Draft {
             events,
             clock: Mutex::new(MediaClock::new(Instant::now(), SystemTime::now())),
             keyframes: Mutex::new(KeyframeGate::new(passive)),
-            stats: Default::default(),
+            stats: Mutex::new(LinkStats { sent_pictures: Some(0), ..LinkStats::default() }),
             connected: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             lost_out: Default::default(),

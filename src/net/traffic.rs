@@ -171,6 +171,9 @@ impl Traffic {
                 Kind::Media { sequence } => {
                     packet.header.sequence_number = sequence;
                     self.count(now, true, packet.payload.len());
+                    if packet.header.marker {
+                        *lock(&self.shared.stats).sent_pictures.get_or_insert(0) += 1;
+                    }
                 }
                 Kind::Again { original, padding } => {
                     if let Some((payload_type, next)) = &mut self.rtx {

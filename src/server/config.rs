@@ -38,6 +38,8 @@ pub struct Config {
     pub publish_hosts: Vec<String>,
     /// Time a client has to send a request's head; also how long an idle connection is kept.
     pub header_timeout_s: u64,
+    /// Time after which a WebSocket that nothing is heard from, not even answers to pings, is gone.
+    pub websocket_silence_s: u64,
     /// Time a request may take from its head to its answer.
     pub request_timeout_s: u64,
     /// Largest picture that may be uploaded.
@@ -102,6 +104,7 @@ impl Default for Config {
             connections_per_address: 64,
             proxies: Vec::new(),
             header_timeout_s: 10,
+            websocket_silence_s: 60,
             request_timeout_s: 20,
             portrait_max_mb: 10,
             portraits_kept: 16,
@@ -159,10 +162,11 @@ impl Config {
     pub fn validate(&self) -> Result<(), String> {
         let keys = super::keys::Keys::new(self).count()?;
         self.reachable(self.address()?, keys)?;
-        let at_least_one: [(&str, u64); 8] = [
+        let at_least_one: [(&str, u64); 9] = [
             ("connections_per_address", self.connections_per_address as u64),
             ("max_connections", self.max_connections as u64),
             ("header_timeout_s", self.header_timeout_s),
+            ("websocket_silence_s", self.websocket_silence_s),
             ("request_timeout_s", self.request_timeout_s),
             ("portrait_max_mb", self.portrait_max_mb as u64),
             ("portraits_kept", self.portraits_kept as u64),

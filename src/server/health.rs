@@ -96,6 +96,10 @@ fn sampled(service: &Service, text: &mut String) {
     let span = service.rooms.engine.geometry().block_span(1).as_secs_f64();
     page.line("block_deadline_ratio_sum", &[], engine.block_time_total.as_secs_f64() / span.max(1e-9));
     page.line("block_deadline_ratio_count", &[], engine.blocks as f64);
+    page.head("card_memory_free_bytes", "gauge", "Memory free on each card that the engine uses");
+    for (card, free) in engine.cards_free.iter().enumerate() {
+        page.line("card_memory_free_bytes", &[("card", &card.to_string())], *free as f64);
+    }
     let c = service.rooms.sessions.counts();
     page.one("sessions_started_total", "counter", "Conversations begun since the start", &[], c.started as f64);
     page.head("sessions", "gauge", "Conversations now, by state");

@@ -48,6 +48,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Response {
             "block_p95_ms": ms(engine.block_p95),
             "lag_ms": ms(engine.lag),
             "worst_lag_ms": ms(engine.worst_lag),
+            "cards_free_mb": engine.cards_free.iter().map(|bytes| bytes >> 20).collect::<Vec<_>>(),
             "rebuilds": metrics.engine_rebuilds.get(),
         },
         "sessions": sessions,

@@ -74,8 +74,8 @@ const TOO_LARGE: &str = "message above 1 MiB";
 const AHEAD: usize = 1 << 20;
 /// Messages that are not understood before the connection is given up.
 const PATIENCE: u32 = 100;
-/// A client that takes no message for so long is gone, and so is one that is not heard for three of these.
-const ALIVE: Duration = Duration::from_secs(20);
+/// A client that takes no message for so long is gone.
+const PATIENT: Duration = Duration::from_secs(20);
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -164,7 +164,7 @@ async fn serve(mut socket: WebSocket, service: Arc<Service>, handle: Handle, rat
     let mut events = handle.events();
     let mut talk = Talk { handle: &handle, rate, waiting: VecDeque::new(), bytes: 0 };
     let mut pushing: Option<(Pushing<'_>, usize)> = None;
-    let (mut complaints, mut alive) = (0, tokio::time::interval(ALIVE));
+    let (mut complaints, mut alive) = (0, tokio::time::interval(Duration::from_secs(service.config.websocket_silence_s) / 3));
     let mut silent = 0;
     let first = json!({ "type": "state", "state": handle.snapshot().state.label() });
     if !send(&mut socket, Message::text(first.to_string())).await {
@@ -332,7 +332,7 @@ fn wire(event: &SessionEvent) -> Option<serde_json::Value> {
 
 /// False: the client is gone, or does not read.
 async fn send(socket: &mut WebSocket, message: Message) -> bool {
-    matches!(tokio::time::timeout(ALIVE, socket.send(message)).await, Ok(Ok(())))
+    matches!(tokio::time::timeout(PATIENT, socket.send(message)).await, Ok(Ok(())))
 }
 
 /// The session is over: says why, twice.

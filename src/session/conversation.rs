@@ -2,7 +2,7 @@
 //! that changes in one conversation; ending it is dropping it.
 
 use super::{
-    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Metrics, Output, Picture,
+    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Made, Metrics, Output, Picture,
     Playout, Reason, SessionEvent, SpeechQueue, State, encoder::EncoderReport, fan::CONGESTED, ledger::Ledger,
     playout::Due, stage::Stage,
 };
@@ -33,6 +33,8 @@ pub enum Effect {
     /// Tell whoever listens.
     Tell(SessionEvent),
     Entered(State),
+    /// A block came; for whoever follows its way.
+    Made(Made),
     /// The end.
     Close(Reason),
 }
@@ -41,14 +43,12 @@ pub enum Effect {
 const TICK: Duration = Duration::from_millis(10);
 /// Speech handed to the engine at a time: 20 ms.
 const HANDFUL: usize = 320;
-/// Blocks of speech that may wait for the engine before whole blocks are skipped.
-const BACKLOG_BLOCKS: usize = 4;
 /// Blocks the engine may have in hand: one running, one ready. What it has in hand cannot be skipped any more, and on
 /// a slow engine takes several times its own length.
 const IN_HAND_BLOCKS: i64 = 2;
-/// When blocks come later than this share of the longest delay, both of the above shrink to one block, so that what is
-/// made is of the present and can still be shown.
-const HOPELESS: f64 = 0.7;
+/// When blocks come later than this share of the longest delay, only one is in hand and one waits, so that what is made
+/// is of the present and can still be shown.
+const LATE: f64 = 0.7;
 /// Messages of the page longer than this are not read.
 const LONGEST_MESSAGE: usize = 4096;
 /// Time constant of averages, in blocks.
@@ -81,7 +81,13 @@ pub struct Conversation {
     /// Held, skipped by playout before anyone listened.
     before: (u64, u64),
     congested: u64,
+    /// Samples of speech the engine never got because it was too slow.
+    unheard: u64,
+    /// What bounds the engine's blocks a second, smoothed, milliseconds.
+    pace_ms: f64,
     measured: Instant,
+    /// Pictures that left for the viewer, as of the next [`Conversation::measure`].
+    left: Option<u64>,
 }
 
 impl Conversation {
@@ -116,7 +122,10 @@ impl Conversation {
             metrics: Metrics { nominal_fps: ladder.fps(), ..Metrics::default() },
             before: (0, 0),
             congested: 0,
+            unheard: 0,
+            pace_ms: 0.0,
             measured: now,
+            left: None,
             config: config.clone(),
             geometry: geometry.clone(),
             ladder,
@@ -162,7 +171,9 @@ impl Conversation {
             feed: VecDeque::new(),
             feed_at: origin,
             received: origin,
-            hopeless: false,
+            late: false,
+            patience: Stage::most_patience(&self.geometry),
+            short: false,
             skips: Vec::new(),
             face_from: None,
             cut_at: None,
@@ -233,9 +244,22 @@ impl Conversation {
         for frame in &mut block.frames {
             frame.at = stage.media(frame.at);
         }
+        if let (Some(first), Some(last)) = (block.frames.first(), block.frames.last()) {
+            self.effects.push_back(Effect::Made(Made {
+                index: block.index,
+                from: first.at,
+                until: last.at + self.geometry.frame_span(),
+                heard: stage.playout.bare(first.at),
+                features: block.stages.features,
+                generation: block.stages.generation,
+                decode: block.stages.decode,
+                arrived: now,
+            }));
+        }
         let needed = stage.playout.block(block.frames, now);
-        let bound = f64::from(self.config.playout_max_ms) / 1e3 * HOPELESS;
-        stage.hopeless = needed.as_secs_f64() > if stage.hopeless { bound * 0.6 } else { bound };
+        let bound = f64::from(self.config.playout_max_ms) / 1e3 * LATE;
+        stage.came(&self.geometry);
+        stage.late = needed.as_secs_f64() > if stage.late { bound * 0.6 } else { bound };
         let lag = needed.saturating_sub((span + self.geometry.look_ahead).as_duration()).as_secs_f64() * 1e3;
         let m = &mut self.metrics;
         m.blocks += 1;
@@ -247,6 +271,8 @@ impl Conversation {
         smooth(&mut m.features_ms, ms(block.stages.features), SMOOTH);
         smooth(&mut m.generation_ms, ms(block.stages.generation), SMOOTH);
         smooth(&mut m.decode_ms, ms(block.stages.decode), SMOOTH);
+        let way = block.stages.features + block.stages.generation + block.stages.decode;
+        smooth(&mut self.pace_ms, ms(block.stages.busiest.unwrap_or(way)), SMOOTH);
         self.machine.handle(Input::Prepared, now);
     }
 
@@ -262,11 +288,16 @@ impl Conversation {
             return None;
         }
         let longest = self.geometry.block_span(0).max(self.geometry.block_span(1));
-        let blocks = if stage.hopeless { 1 } else { IN_HAND_BLOCKS };
+        let blocks = if stage.late { 1 } else { IN_HAND_BLOCKS };
         // 40 ms more, for the filters an engine may have.
         let most =
             self.geometry.look_ahead + MediaTime::from_ticks(longest.ticks() * blocks) + MediaTime::from_millis(40);
-        if stage.feed.is_empty() || stage.feed_at - stage.received >= most {
+        if stage.feed_at - stage.received >= most {
+            return None;
+        }
+        if stage.feed.is_empty() {
+            // It keeps up.
+            stage.patience = Stage::most_patience(&self.geometry);
             return None;
         }
         let n = stage.feed.len().min(HANDFUL);
@@ -383,14 +414,8 @@ impl Conversation {
         self.speech.over().1.iter().for_each(|segment| self.ledger.complete(*segment));
         stage.playout.voice(&heard.voice);
         stage.feed.extend(&heard.speech.samples);
-        let block = (self.geometry.block_span(1).units(SPEECH_RATE)).max(1) as usize;
-        let (backlog, keep) = if stage.hopeless { (1, 0) } else { (BACKLOG_BLOCKS, 1) };
-        if stage.feed.len() > backlog * block {
-            // The engine is too slow for good: whole blocks are skipped, the last picture stays meanwhile.
-            let skip = stage.feed.len() / block - keep;
-            stage.skip(skip * block);
-            self.metrics.blocks_skipped += skip as u64;
-        }
+        self.unheard += stage.keep_up(&self.geometry) as u64;
+        self.metrics.blocks_skipped = self.unheard / self.geometry.block_span(1).units(SPEECH_RATE).max(1) as u64;
         let speaking = stage.ingest.speaking() || self.ledger.busy();
         if speaking != (self.machine.state() == State::Speaking) {
             self.machine.handle(Input::Voice(speaking), now);
@@ -540,8 +565,10 @@ impl Conversation {
         }));
     }
 
-    /// Who watches, as of the next [`Conversation::measure`].
-    pub fn audience(&mut self, sinks: usize, (dropped, slowed): (u64, u64)) {
+    /// Who watches, and the pictures that left for the viewer since the last call where that is known, as of the next
+    /// [`Conversation::measure`].
+    pub fn audience(&mut self, sinks: usize, (dropped, slowed): (u64, u64), left: Option<u64>) {
+        self.left = left;
         let m = &mut self.metrics;
         (m.sinks, m.sink_pictures_dropped, m.sinks_slowed) = (sinks as u64, dropped, slowed);
     }
@@ -552,9 +579,11 @@ impl Conversation {
         self.measured = now;
         let rung = self.ladder.rung();
         let m = &mut self.metrics;
-        m.fps = report.frames as f64 / seconds;
+        // What was encoded may yet wait, or be dropped, before the viewer's line.
+        let sent = self.left.take().unwrap_or(report.frames);
+        m.fps = sent as f64 / seconds;
         m.bitrate = (report.bytes as f64 * 8.0 / seconds) as u64;
-        m.frames_sent += report.frames;
+        m.frames_sent += sent;
         self.ladder.used(m.bitrate);
         if report.frames > 0 {
             smooth(&mut m.encode_ms, report.encode.as_secs_f64() * 1e3 / report.frames as f64, 0.3);
@@ -569,7 +598,8 @@ impl Conversation {
         (m.width, m.height, m.nominal_fps) = (rung.width, rung.height, self.ladder.fps());
         let span = self.geometry.block_span(1).as_secs_f64() * 1e3;
         let frames = f64::from(self.geometry.block_frames);
-        m.real_time_factor = (m.features_ms + m.generation_ms + m.decode_ms + frames * m.encode_ms) / span;
+        // The engine and the encoder work side by side.
+        m.real_time_factor = self.pace_ms.max(frames * m.encode_ms) / span;
         if let Some(stage) = &self.stage {
             let (i, p) = (stage.ingest.stats(), stage.playout.stats());
             m.frames_held = p.held.saturating_sub(self.before.0);

@@ -69,6 +69,18 @@ pub struct EncoderReport {
     /// Set once, when encoding failed beyond repair.
     pub failed: Option<String>,
     pub last_keyframe: Option<Instant>,
+    /// When pictures passed; of one view.
+    pub passed: Vec<Passed>,
+}
+
+/// A picture on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Passed {
+    pub at: MediaTime,
+    /// The encoder took it up, had it done, had handed it to all sinks.
+    pub begun: Instant,
+    pub encoded: Instant,
+    pub sent: Instant,
 }
 
 struct Shared {
@@ -177,6 +189,7 @@ fn work(shared: &Shared, fan: &Fan, look: &Look) {
                         data: Bytes::from(frame.data),
                     };
                     fan.show(view, &video, job.wall);
+                    let sent = Instant::now();
                     let mut report = shared.report();
                     report.bytes += video.data.len() as u64;
                     report.encode += handed.saturating_duration_since(begun);
@@ -189,6 +202,9 @@ fn work(shared: &Shared, fan: &Fan, look: &Look) {
                         continue;
                     }
                     report.frames += 1;
+                    if report.passed.len() < MOST_DELAYS {
+                        report.passed.push(Passed { at: job.at, begun, encoded: handed, sent });
+                    }
                     if let Some(spoken) = job.spoken
                         && report.delays.len() < MOST_DELAYS
                     {

@@ -64,6 +64,8 @@ struct Entry {
     waiting: AtomicBool,
     /// Waits because its line was slow.
     slow: AtomicBool,
+    /// Its pictures that had left when they were last looked at.
+    told: AtomicU64,
     asked: Mutex<Option<Instant>>,
 }
 
@@ -120,6 +122,7 @@ impl Fan {
     fn enter(self: &Arc<Fan>, sink: Arc<dyn LinkOut>, role: SinkRole, view: Option<View>) -> Attachment {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (waiting, slow) = (AtomicBool::new(true), AtomicBool::new(false));
+        let told = AtomicU64::new(sink.stats().sent_pictures.unwrap_or_default());
         self.lock().push(Arc::new(Entry {
             id,
             role,
@@ -127,6 +130,7 @@ impl Fan {
             sink: sink.clone(),
             waiting,
             slow,
+            told,
             asked: Mutex::default(),
         }));
         if self.closed.load(Ordering::Acquire) {
@@ -210,6 +214,22 @@ impl Fan {
         (self.dropped.get(), self.slowed.get())
     }
 
+    /// Pictures that have left since the last call for the viewer whose numbers are [`LinkOut::stats`]; `None` when
+    /// nobody has a line, or one that counts.
+    pub(super) fn left(&self) -> Option<u64> {
+        let sinks = self.sinks();
+        let id = lead(&sinks)?.id;
+        let mut left = None;
+        for entry in &sinks {
+            let Some(sent) = entry.sink.stats().sent_pictures else { continue };
+            let before = entry.told.swap(sent, Ordering::Relaxed);
+            if entry.id == id {
+                left = Some(sent.saturating_sub(before));
+            }
+        }
+        left
+    }
+
     pub(super) fn line(&self) -> Line {
         let sinks = self.lock();
         let watched = sinks.iter().filter(|e| e.role != SinkRole::Peer).count();
@@ -263,6 +283,12 @@ impl Entry {
     }
 }
 
+/// The two-way page, else whoever watches over a network for longest.
+fn lead(sinks: &[Arc<Entry>]) -> Option<&Arc<Entry>> {
+    let network = |e: &&Arc<Entry>| e.role != SinkRole::Recorder;
+    sinks.iter().find(|e| e.role == SinkRole::Peer).or_else(|| sinks.iter().find(network))
+}
+
 /// The encoder and the session speak to all sinks as if they were one.
 impl LinkOut for Fan {
     fn video(&self, video: EncodedVideo, wall: Instant) {
@@ -281,10 +307,7 @@ impl LinkOut for Fan {
 
     /// Of the two-way page, else of whoever watches for longest.
     fn stats(&self) -> LinkStats {
-        let sinks = self.sinks();
-        let network = |e: &&Arc<Entry>| e.role != SinkRole::Recorder;
-        let lead = sinks.iter().find(|e| e.role == SinkRole::Peer).or_else(|| sinks.iter().find(network));
-        lead.map(|e| e.sink.stats()).unwrap_or_default()
+        lead(&self.sinks()).map(|e| e.sink.stats()).unwrap_or_default()
     }
 
     fn close(&self) {

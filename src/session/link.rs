@@ -61,6 +61,9 @@ pub struct LinkStats {
     pub lost_out: u64,
     pub sent_packets: u64,
     pub sent_bytes: u64,
+    /// Pictures whose last packet left for the first time; `None` where nothing lies between us and the viewer that
+    /// could hold them back.
+    pub sent_pictures: Option<u64>,
     pub retransmitted: u64,
     pub nacks_refused: u64,
     pub keyframe_requests: u64,

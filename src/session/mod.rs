@@ -23,6 +23,7 @@ mod registry;
 mod run;
 mod speech;
 mod stage;
+mod trail;
 
 pub use conversation::{Conversation, Effect};
 pub use encoder::{Encoder, EncoderReport, Job, Look, Picture};
@@ -35,6 +36,7 @@ pub use playout::{Due, Playout, PlayoutStats};
 pub use recorder::{Recorder, RecordingSpec, RecordingStatus};
 pub use registry::{ChangeError, Counts, Handle, Registry, SessionControl, SessionId, Snapshot};
 pub use run::{SessionSpec, host, run};
+pub use trail::Made;
 pub use speech::{SpeechClosed, SpeechPort, SpeechQueue};
 
 use crate::codec::{BadgeLanguage, BadgePlace};
@@ -130,7 +132,7 @@ pub enum SessionEvent {
 /// the rest describes the last second or so.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metrics {
-    /// Pictures sent per second.
+    /// Pictures a second that left for the viewer: those that the pacer held back or threw away do not count.
     pub fps: f64,
     /// From a sound at the microphone to the picture that shows it leaving us, plus the network both ways (half a
     /// round trip each) and the pacer's queue; median of the last second, milliseconds. `None` while nobody speaks.
@@ -143,7 +145,8 @@ pub struct Metrics {
     pub generation_ms: f64,
     pub decode_ms: f64,
     pub encode_ms: f64,
-    /// Time to make a block (with encoding) against the time it lasts.
+    /// Blocks a second that are needed over those that can be made: above 1 the engine, or the encoder beside it, is too
+    /// slow. An engine of several devices is as fast as the busiest of them, however long a block's way through all.
     pub real_time_factor: f64,
     pub blocks: u64,
     /// Blocks' worth of speech the presenter did not get because the engine was too slow.

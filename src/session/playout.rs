@@ -140,7 +140,8 @@ impl Playout {
         self.bare(at) + self.delay
     }
 
-    fn bare(&self, at: MediaTime) -> Instant {
+    /// When it would be due without any delay: when its sound was heard.
+    pub(super) fn bare(&self, at: MediaTime) -> Instant {
         self.begun + (at - self.origin).as_duration()
     }
 

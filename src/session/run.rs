@@ -4,6 +4,7 @@ use super::{
     ChangeError, Config, Conversation, Effect, Encoder, EncoderReport, Input, LinkEvent, LinkOut, Look, Metrics,
     Reason, SessionControl, SessionId, SinkRole, State,
     registry::{Order, Wish},
+    trail::Trail,
 };
 use crate::{
     avatar::{self, AvatarError, OpenOptions},
@@ -105,6 +106,7 @@ async fn converse(
     let mut change: Option<Changing> = None;
     let mut measured = begun;
     let mut told = Told(Metrics::default());
+    let mut trail = telemetry::traces().map(|traces| Trail::new(spec.id.short(), traces));
     let reason = loop {
         let now = clock();
         if let Some(newer) = control.microphone() {
@@ -119,9 +121,12 @@ async fn converse(
             if let Some(why) = &report.failed {
                 conversation.order(Input::Close(Reason::CodecFailed(why.clone())), now);
             }
-            conversation.audience(fan.len(), fan.dropped());
+            conversation.audience(fan.len(), fan.dropped(), fan.left());
             conversation.measure(&report, encoder.replaced(), &fan.stats(), now);
             told.tell(conversation.metrics(), &report, spec.geometry.block_frames);
+            if let Some(trail) = &mut trail {
+                trail.passed(&report.passed, now);
+            }
             control.report(conversation.state(), conversation.metrics());
         }
         if let Err(error) = conversation.advance(fan.line(), now) {
@@ -151,7 +156,7 @@ async fn converse(
                 }
             }
         }
-        if let Some(reason) = perform(&mut conversation, &encoder, &*fan, &control) {
+        if let Some(reason) = perform(&mut conversation, &encoder, &*fan, &control, &mut trail) {
             break reason;
         }
         let wake = conversation.deadline(now).min(measured + MEASURE);
@@ -202,6 +207,7 @@ async fn converse(
     };
     // The last words: what was counted until now.
     let report = encoder.report();
+    conversation.audience(fan.len(), fan.dropped(), fan.left());
     conversation.measure(&report, encoder.replaced(), &fan.stats(), clock());
     told.tell(conversation.metrics(), &report, spec.geometry.block_frames);
     control.report(State::Closed, conversation.metrics());
@@ -221,6 +227,7 @@ fn perform(
     encoder: &Encoder,
     out: &dyn LinkOut,
     control: &SessionControl,
+    trail: &mut Option<Trail>,
 ) -> Option<Reason> {
     while let Some(effect) = conversation.effect() {
         match effect {
@@ -228,6 +235,11 @@ fn perform(
             Effect::Discard => encoder.discard(),
             Effect::Keyframe => encoder.want_keyframe(),
             Effect::Show(job) => encoder.put(job),
+            Effect::Made(made) => {
+                if let Some(trail) = trail {
+                    trail.made(made);
+                }
+            }
             Effect::Message(text) => out.message(text),
             Effect::Tell(event) => control.tell(event),
             Effect::Entered(state) => {

@@ -2,7 +2,7 @@
 //! where one of them leaves something out. Pure.
 
 use super::{Ingest, Playout};
-use crate::media::{MediaTime, SPEECH_RATE};
+use crate::media::{Geometry, MediaTime, SPEECH_RATE};
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
@@ -17,8 +17,13 @@ pub(super) struct Stage {
     pub(super) feed_at: MediaTime,
     /// Stream time up to which pictures have come back.
     pub(super) received: MediaTime,
-    /// The engine is so slow that every block must be of the newest speech.
-    pub(super) hopeless: bool,
+    /// Blocks come so late that every one must be of the newest speech.
+    pub(super) late: bool,
+    /// Samples of speech that may wait for the engine: [`Stage::most_patience`] until that is not enough, then less and
+    /// less, until the engine takes whatever there is.
+    pub(super) patience: usize,
+    /// Something was left out since the last block came.
+    pub(super) short: bool,
     /// Stream time from which media time is this much ahead of it: speech that was skipped.
     pub(super) skips: Vec<(MediaTime, MediaTime)>,
     /// Another face says what is heard from this media time on; speech before it is not handed over any more.
@@ -53,11 +58,44 @@ impl Stage {
             self.cut_at = Some(from);
         }
     }
+    /// Blocks of speech that may wait for an engine that may yet catch up.
+    pub(super) fn most_patience(geometry: &Geometry) -> usize {
+        4 * geometry.block_span(1).units(SPEECH_RATE).max(1) as usize
+    }
+    /// One block and a grain of speech, and the grain: the fewest pictures that are a whole number of samples.
+    fn least_patience(geometry: &Geometry) -> (usize, usize) {
+        let grain = (SPEECH_RATE / common_divisor(SPEECH_RATE, geometry.fps)) as usize;
+        (geometry.block_span(1).units(SPEECH_RATE).max(1) as usize + grain, grain)
+    }
+    /// Bounds the speech that waits for an engine that is too slow: the oldest is left out, a few pictures' worth at a
+    /// time, so that the engine loses the share it cannot make and no more. One whole block always waits: it never
+    /// stands idle. Returns the samples left out.
+    pub(super) fn keep_up(&mut self, geometry: &Geometry) -> usize {
+        let (_, grain) = Stage::least_patience(geometry);
+        let over = self.feed.len().saturating_sub(self.patience) / grain * grain;
+        if over > 0 {
+            self.skip(over);
+            self.short = true;
+        }
+        over
+    }
+    /// A block came: where speech is left out, what waits for nothing but its turn is delay. Less of it, gently.
+    pub(super) fn came(&mut self, geometry: &Geometry) {
+        let (least, grain) = Stage::least_patience(geometry);
+        let less = match (self.late, std::mem::take(&mut self.short)) {
+            (true, _) => 3 * grain,
+            (false, short) => grain * usize::from(short),
+        };
+        self.patience = self.patience.saturating_sub(less).max(least);
+    }
     /// Speech at the head of the feed that the engine does not get.
     pub(super) fn skip(&mut self, samples: usize) {
         self.feed.drain(..samples);
         let ahead = self.skipped() + MediaTime::from_units(samples as i64, SPEECH_RATE);
-        self.skips.push((self.feed_at, ahead));
+        match self.skips.last_mut() {
+            Some(last) if last.0 == self.feed_at => last.1 = ahead,
+            _ => self.skips.push((self.feed_at, ahead)),
+        }
         if self.skips.len() > 64 {
             self.skips.remove(0);
         }
@@ -87,4 +125,8 @@ impl Stage {
         let after = self.skips.partition_point(|s| s.0 <= stream);
         stream + after.checked_sub(1).map_or(MediaTime::ZERO, |i| self.skips[i].1)
     }
+}
+
+fn common_divisor(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { common_divisor(b, a % b) }
 }

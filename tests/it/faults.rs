@@ -33,7 +33,7 @@ async fn two_places(change: impl FnOnce(&mut loquent::config::Config), how: Opti
 }
 
 /// Speaks 400 ms and hears that it was played to its end.
-async fn speaks(socket: &mut Socket) {
+pub(crate) async fn speaks(socket: &mut Socket) {
     socket.say(json!({"type": "set", "rate": 16_000})).await;
     socket.sound(400).await;
     socket.say(json!({"type": "speak_end"})).await;
@@ -204,6 +204,41 @@ async fn a_leap_in_time_is_survived() {
     speaks(&mut socket).await;
     let metrics = program.ask("GET", "/metrics", "");
     assert!(metrics.contains("loquent_slots_used 1") && metrics.contains("loquent_engine_ready 1"), "{metrics}");
+}
+
+/// A program whose machine went away without a word: its socket stands, and nothing answers. Its place is given back, its
+/// session waits for it as for any other, and is there for the next socket.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_websocket_gives_its_place_back() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let house = two_places(
+        |c| {
+            c.server.max_connections = 1;
+            c.server.websocket_silence_s = 2;
+        },
+        None,
+    )
+    .await;
+    let session = house.begin().await;
+    let path = session["urls"]["websocket"].as_str().unwrap();
+    let mut silent = tokio::net::TcpStream::connect(house.address).await.unwrap();
+    let head = format!(
+        "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        house.address
+    );
+    silent.write_all(head.as_bytes()).await.unwrap();
+    let mut said = [0; 12];
+    silent.read_exact(&mut said).await.unwrap();
+    assert_eq!(&said, b"HTTP/1.1 101");
+    // It never answers a ping. Until it is given up there is no place for another; then its end is told and there is.
+    let refused = tokio_tungstenite::connect_async(format!("ws://{}{path}", house.address)).await;
+    assert!(matches!(refused, Err(tokio_tungstenite::tungstenite::Error::Http(r)) if r.status() == 503));
+    let mut rest = Vec::new();
+    let end = tokio::time::timeout(Duration::from_secs(20), silent.read_to_end(&mut rest)).await;
+    assert!(end.is_ok(), "a silent client is kept for ever");
+    let mut socket = house.socket(&session).await;
+    speaks(&mut socket).await;
 }
 
 /// A crowd of players that post offers and never connect: as many as there is room for, the rest is told so, the session

@@ -33,4 +33,5 @@ mod session_loop;
 mod sessions;
 mod small_decoder;
 mod tidy;
+mod traces;
 mod voice;

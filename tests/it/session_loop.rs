@@ -124,7 +124,7 @@ impl World {
                     assert!(self.jobs.last().is_none_or(|j| j.0 < at), "picture times rise");
                     self.jobs.push((at, self.now, matches!(picture, Picture::Rgb(_)), spoken));
                 }
-                Effect::Discard => {}
+                Effect::Discard | Effect::Made(_) => {}
                 Effect::Keyframe => self.keyframes += 1,
                 Effect::Message(text) => self.messages.push(text),
                 Effect::Tell(event) => self.events.push((event, self.now)),
@@ -329,6 +329,31 @@ fn an_engine_too_slow_for_good_skips_speech_and_never_lags_beyond_the_bound() {
     }
 }
 
+/// An engine a bit too slow loses the share it cannot make, not half; what it makes is shown, in time.
+#[test]
+fn nine_tenths_of_what_an_engine_can_make_are_shown() {
+    for (speed, delay_most_ms) in [(0.5, 2000), (0.93, 2000), (0.93, 800), (0.97, 600), (1.0, 2000)] {
+        let mut w = World::new(Config { playout_max_ms: delay_most_ms, ..Config::default() });
+        w.block_takes = Duration::from_secs_f64(0.160 / speed);
+        w.talk.link(LinkEvent::Connected, w.now);
+        w.talk.opened(w.now).unwrap();
+        w.run_until(90.0);
+        let m = w.metrics();
+        let (pictures, offset) = w.judge(30.0, 90.0);
+        let can = 60.0 * 25.0 * speed;
+        let made: Vec<Instant> = w.jobs.iter().filter(|j| j.2).map(|j| j.1).collect();
+        let gap = made.windows(2).filter(|p| p[0].duration_since(w.begun) > ms(30_000)).map(|p| p[1] - p[0]).max();
+        let lost = m.blocks_skipped as f64 * 0.16 / 90.0;
+        println!("{speed}×, {delay_most_ms} ms: {pictures} of {can:.0} pictures, {offset:.1} ms off, gap {gap:?}, {m:?}");
+        assert!(pictures as f64 >= 0.9 * can, "{speed}×: {pictures} of {can:.0}");
+        assert!((lost - (1.0 - speed)).abs() < 0.05, "{speed}×: {lost:.3} of the speech was left out");
+        assert!(offset < 45.0, "{speed}×: {offset:.1} ms");
+        let spread = Duration::from_secs_f64(0.120 + 0.160 * (1.0 / speed - 1.0));
+        assert!(gap.unwrap() < spread, "what is left out is spread: {gap:?}");
+        assert!(w.voices.windows(2).all(|v| v[1].0 - v[0].0 == MediaTime::from_millis(20)));
+    }
+}
+
 #[test]
 fn an_engine_that_is_never_in_time_still_moves() {
     // Nineteen times too slow: a block of four pictures every three seconds, all of them later than any delay.
@@ -453,6 +478,52 @@ async fn ten_real_seconds_on_a_real_engine() {
     let metrics = messages.iter().filter(|m| m.contains("\"metrics\"")).count();
     assert!((6..=9).contains(&metrics), "{metrics} metrics lines");
     assert!(messages.iter().any(|m| m.contains("\"speaking\"")) && messages.last().unwrap().contains("\"closed\""));
+}
+
+/// A line that lets every fourth picture out, as a pacer on a narrow line does.
+#[derive(Default)]
+struct Narrow {
+    given: std::sync::atomic::AtomicU64,
+    told: Mutex<Vec<serde_json::Value>>,
+}
+
+impl LinkOut for Narrow {
+    fn video(&self, _: EncodedVideo, _: Instant) {
+        self.given.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+    fn audio(&self, _: EncodedAudio, _: Instant) {}
+    fn message(&self, text: String) {
+        let message: serde_json::Value = serde_json::from_str(&text).unwrap();
+        self.told.lock().unwrap().extend((message["type"] == "metrics").then_some(message));
+    }
+    fn stats(&self) -> LinkStats {
+        let left = self.given.load(std::sync::atomic::Ordering::Relaxed) / 4;
+        LinkStats { sent_pictures: Some(left), ..LinkStats::default() }
+    }
+    fn close(&self) {}
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_rate_that_is_told_is_of_the_pictures_that_left() {
+    let engine = tokio::task::spawn_blocking(engine).await.unwrap();
+    let (registry, link) = (Registry::new(), Arc::new(Narrow::default()));
+    let (events, inbox) = mpsc::channel(64);
+    let spec = spec(&engine);
+    let control = registry.enter(spec.id.clone(), "test", Instant::now());
+    let handle = registry.get(&spec.id).unwrap();
+    let slot = engine.admit().unwrap();
+    let task = tokio::spawn(run(spec, slot, inbox, link.clone(), control, Config::default()));
+    events.send(LinkEvent::Connected).await.unwrap();
+    tokio::time::sleep(ms(4300)).await;
+    handle.close(Reason::Stopped);
+    task.await.unwrap();
+    let (told, given) = (link.told.lock().unwrap(), link.given.load(std::sync::atomic::Ordering::Relaxed));
+    let last = told.last().unwrap();
+    println!("{given} pictures given, told {last}");
+    assert!(given > 40, "{given}");
+    let sent = last["frames_sent"].as_u64().unwrap();
+    assert!(sent <= given / 4 && sent + 8 >= given / 4, "{sent} of {given} were told");
+    assert!(told.iter().all(|m| m["fps"].as_f64().unwrap() <= 10.0), "{told:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

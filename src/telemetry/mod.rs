@@ -1,7 +1,11 @@
-//! Tracing set-up and the metrics that rooms count themselves.
+//! Tracing set-up, the metrics that rooms count themselves, and [`traces`] for a collector.
 //!
 //! A leaf: any room may use it. What can be sampled when somebody asks (slots, sessions by state, real-time factor) is
 //! not here; `server` reads it from its owner at each scrape.
+
+mod traces;
+
+pub use traces::{Attribute, Span, Trace, Traces, export, traces};
 
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
@@ -18,6 +22,8 @@ pub struct Config {
     pub filter: String,
     /// For people or for machines.
     pub format: Format,
+    /// Where traces are sent: a collector's address for OTLP over HTTP. Empty: none are made.
+    pub traces: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +36,7 @@ pub enum Format {
 impl Default for Config {
     fn default() -> Self {
         // The transport's crates tell of every lost packet; only their errors matter to an operator.
-        Config { filter: "info,webrtc=error,rtc=error".into(), format: Format::Text }
+        Config { filter: "info,webrtc=error,rtc=error".into(), format: Format::Text, traces: String::new() }
     }
 }
 
@@ -40,6 +46,10 @@ pub enum TelemetryError {
         "log.filter = \"{value}\" is not a filter: {why}; allowed is a level (error, warn, info, debug, trace) or levels per room such as info,loquent::net=debug"
     )]
     Filter { value: String, why: String },
+    #[error(
+        "log.traces = \"{value}\" cannot be used: {why}; give the address of an OTLP collector, such as http://127.0.0.1:4318/v1/traces"
+    )]
+    Traces { value: String, why: String },
     #[error("logging was already set up in this process")]
     Twice,
 }
@@ -53,9 +63,15 @@ impl Config {
     /// Says whether the values are usable, without setting anything up.
     ///
     /// # Errors
-    /// A filter that `tracing` does not understand.
+    /// A filter that `tracing` does not understand; an address of a collector that is none.
     pub fn validate(&self) -> Result<(), TelemetryError> {
-        self.parsed().map(drop)
+        self.parsed()?;
+        let known = self.traces.is_empty() || self.traces.starts_with("http://") || self.traces.starts_with("https://");
+        if !known {
+            let why = "it begins with neither http:// nor https://".into();
+            return Err(TelemetryError::Traces { value: self.traces.clone(), why });
+        }
+        Ok(())
     }
 }
 
@@ -105,6 +121,8 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// WebSockets open now.
     pub websockets: IntGauge,
+    /// Blocks' traces by `outcome`: `sent`, `dropped` (the collector was slow), `failed` (it did not take them).
+    pub trace_blocks: IntCounterVec,
     /// Their messages by `kind`: `sound`, `control`, `refused`.
     pub websocket_messages: IntCounterVec,
     /// Requests that other nodes were asked to answer, by `outcome`: `answered`, `late`, `absent`, `unreachable`.
@@ -175,6 +193,10 @@ impl Metrics {
                 Opts::new("cluster_messages_refused_total", "Messages of the bus that were not believed"),
                 &["why"],
             )?,
+            trace_blocks: IntCounterVec::new(
+                Opts::new("trace_blocks_total", "Blocks whose traces were sent, dropped for want of room, or not taken"),
+                &["outcome"],
+            )?,
             connections: IntGauge::new("http_connections", "HTTP connections open now")?,
             registry: registry.clone(),
         };
@@ -192,6 +214,10 @@ impl Metrics {
         registry.register(Box::new(m.cluster_asks.clone()))?;
         registry.register(Box::new(m.cluster_placements.clone()))?;
         registry.register(Box::new(m.cluster_messages_refused.clone()))?;
+        registry.register(Box::new(m.trace_blocks.clone()))?;
+        for outcome in ["sent", "dropped", "failed"] {
+            m.trace_blocks.with_label_values(&[outcome]);
+        }
         for kind in ["sound", "control", "refused"] {
             m.websocket_messages.with_label_values(&[kind]);
         }
@@ -234,6 +260,11 @@ impl Metrics {
     /// Notes `n` speech packets with one outcome.
     pub fn speech(&self, outcome: &str, n: u64) {
         self.speech_packets.with_label_values(&[outcome]).inc_by(n);
+    }
+
+    /// Notes `n` blocks' traces with one outcome.
+    pub fn trace(&self, outcome: &str, n: u64) {
+        self.trace_blocks.with_label_values(&[outcome]).inc_by(n);
     }
 
     /// Notes a request that was turned away.
