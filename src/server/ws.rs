@@ -164,7 +164,8 @@ async fn serve(mut socket: WebSocket, service: Arc<Service>, handle: Handle, rat
     let mut events = handle.events();
     let mut talk = Talk { handle: &handle, rate, waiting: VecDeque::new(), bytes: 0 };
     let mut pushing: Option<(Pushing<'_>, usize)> = None;
-    let (mut complaints, mut alive) = (0, tokio::time::interval(Duration::from_secs(service.config.websocket_silence_s) / 3));
+    let (mut complaints, mut alive) =
+        (0, tokio::time::interval(Duration::from_secs(service.config.websocket_silence_s) / 3));
     let mut silent = 0;
     let first = json!({ "type": "state", "state": handle.snapshot().state.label() });
     if !send(&mut socket, Message::text(first.to_string())).await {

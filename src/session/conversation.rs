@@ -2,8 +2,8 @@
 //! that changes in one conversation; ending it is dropping it.
 
 use super::{
-    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Made, Metrics, Output, Picture,
-    Playout, Reason, SessionEvent, SpeechQueue, State, encoder::EncoderReport, fan::CONGESTED, ledger::Ledger,
+    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Made, Metrics, Output,
+    Picture, Playout, Reason, SessionEvent, SpeechQueue, State, encoder::EncoderReport, fan::CONGESTED, ledger::Ledger,
     playout::Due, stage::Stage,
 };
 use crate::{

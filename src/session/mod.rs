@@ -36,8 +36,8 @@ pub use playout::{Due, Playout, PlayoutStats};
 pub use recorder::{Recorder, RecordingSpec, RecordingStatus};
 pub use registry::{ChangeError, Counts, Handle, Registry, SessionControl, SessionId, Snapshot};
 pub use run::{SessionSpec, host, run};
-pub use trail::Made;
 pub use speech::{SpeechClosed, SpeechPort, SpeechQueue};
+pub use trail::Made;
 
 use crate::codec::{BadgeLanguage, BadgePlace};
 use serde::{Deserialize, Serialize};

@@ -194,7 +194,10 @@ impl Metrics {
                 &["why"],
             )?,
             trace_blocks: IntCounterVec::new(
-                Opts::new("trace_blocks_total", "Blocks whose traces were sent, dropped for want of room, or not taken"),
+                Opts::new(
+                    "trace_blocks_total",
+                    "Blocks whose traces were sent, dropped for want of room, or not taken",
+                ),
                 &["outcome"],
             )?,
             connections: IntGauge::new("http_connections", "HTTP connections open now")?,

@@ -344,7 +344,9 @@ fn nine_tenths_of_what_an_engine_can_make_are_shown() {
         let made: Vec<Instant> = w.jobs.iter().filter(|j| j.2).map(|j| j.1).collect();
         let gap = made.windows(2).filter(|p| p[0].duration_since(w.begun) > ms(30_000)).map(|p| p[1] - p[0]).max();
         let lost = m.blocks_skipped as f64 * 0.16 / 90.0;
-        println!("{speed}×, {delay_most_ms} ms: {pictures} of {can:.0} pictures, {offset:.1} ms off, gap {gap:?}, {m:?}");
+        println!(
+            "{speed}×, {delay_most_ms} ms: {pictures} of {can:.0} pictures, {offset:.1} ms off, gap {gap:?}, {m:?}"
+        );
         assert!(pictures as f64 >= 0.9 * can, "{speed}×: {pictures} of {can:.0}");
         assert!((lost - (1.0 - speed)).abs() < 0.05, "{speed}×: {lost:.3} of the speech was left out");
         assert!(offset < 45.0, "{speed}×: {offset:.1} ms");

@@ -57,7 +57,11 @@ fn time(span: &Value, key: &str) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_gets_the_way_of_every_block() {
     let (address, requests) = collector();
-    let program = Program::start("traces", "", &["--set", &format!("log.traces={address}"), "--set", "server.recordings_dir=films"]);
+    let program = Program::start(
+        "traces",
+        "",
+        &["--set", &format!("log.traces={address}"), "--set", "server.recordings_dir=films"],
+    );
     let session = program.json("POST", "/v1/sessions", "");
     let id = session["id"].as_str().unwrap();
     let mut socket = Socket::to(&program.address, &session).await;
@@ -78,7 +82,11 @@ async fn a_collector_gets_the_way_of_every_block() {
     let mut traces = BTreeMap::<&str, Vec<&Value>>::new();
     for span in &spans {
         let (trace, own) = (span["traceId"].as_str().unwrap(), span["spanId"].as_str().unwrap());
-        assert!(trace.len() == 32 && own.len() == 16 && [trace, own].iter().all(|i| i.chars().all(|c| c.is_ascii_hexdigit())));
+        assert!(
+            trace.len() == 32
+                && own.len() == 16
+                && [trace, own].iter().all(|i| i.chars().all(|c| c.is_ascii_hexdigit()))
+        );
         // Enough of the id to find it in the log, never all of it.
         let told = attribute(span, "session.id")["stringValue"].as_str().unwrap();
         assert!(id.starts_with(told) && told.len() == 8, "{told}");
@@ -117,9 +125,11 @@ async fn a_collector_that_is_not_there_costs_traces_only() {
     let mut socket = Socket::to(&program.address, &program.json("POST", "/v1/sessions", "")).await;
     crate::faults::speaks(&mut socket).await;
     let begun = Instant::now();
-    while !program.ask("GET", "/metrics", "").lines().any(|l| {
-        l.strip_prefix("loquent_trace_blocks_total{outcome=\"failed\"} ").is_some_and(|n| n != "0")
-    }) {
+    while !program
+        .ask("GET", "/metrics", "")
+        .lines()
+        .any(|l| l.strip_prefix("loquent_trace_blocks_total{outcome=\"failed\"} ").is_some_and(|n| n != "0"))
+    {
         assert!(begun.elapsed() < Duration::from_secs(30), "{}", program.log());
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
