@@ -68,7 +68,8 @@ async fn a_collector_gets_the_way_of_every_block() {
     socket.say(json!({"type": "set", "rate": 16_000})).await;
     socket.sound(2000).await;
     // Something to be encoded for: a recorder watches.
-    let began = program.ask("POST", &format!("/v1/sessions/{id}/recording"), "");
+    let bearer = format!("Authorization: Bearer {}\r\n", session["token"].as_str().unwrap());
+    let began = program.ask("POST", &format!("/v1/sessions/{id}/recording"), &bearer);
     assert!(began.starts_with("HTTP/1.1 2"), "{began}");
     let (mut spans, begun) = (Vec::new(), Instant::now());
     let named = |spans: &[Value], name: &str| spans.iter().filter(|s| s["name"] == name).count();
