@@ -147,7 +147,8 @@ impl Config {
 }
 
 /// Settings that may be absent and whose default is absence; serialising leaves them out.
-const OPTIONAL: [&str; 5] = ["engine.steps", "s2v.guidance", "s2v.shift", "s2v.solver", "s2v.clip_frames"];
+const OPTIONAL: [&str; 6] =
+    ["engine.size", "engine.steps", "s2v.guidance", "s2v.shift", "s2v.solver", "s2v.clip_frames"];
 
 /// The whole as a tree in which every key exists.
 fn tree(config: &Config) -> Result<Value, ConfigError> {
