@@ -150,14 +150,18 @@ async fn any_node_places_a_session_and_finds_it_again() {
     assert_eq!(socket.hear("closed").await["reason"], "stopped");
     assert_eq!(two.get(&at(&all[1])).await.code(), "stopped", "the end is known everywhere");
 
-    // A page's conversation, and a picture that was brought to a node that shows nobody.
+    // A page's conversation, and a picture that was brought to a node that shows nobody. What became free is known
+    // elsewhere with the next beat.
+    sees(&front, 4, 3).await;
     let card = include_bytes!("../../web/card.png");
     let picture = front.post("/v1/portraits?consent=It+is+a+card", "image/png", card).await;
     assert_eq!(picture.status, 201, "{}", picture.text());
     let presenter = picture.json()["presenter"].as_str().unwrap().to_string();
     let shown = front.json("POST", "/v1/sessions", json!({"presenter": presenter})).await;
     assert_eq!(shown.status, 201, "{}", shown.text());
+    sees(&front, 4, 4).await;
     assert_eq!(front.ask("DELETE", &at(&shown.json()), &[], b"").await.status, 204);
+    sees(&front, 4, 3).await;
     let talk = front.post("/v1/live?presenter=card", SDP, offer().as_bytes()).await;
     assert_eq!(talk.status, 201, "{}", talk.text());
     assert_eq!(one.ask("DELETE", talk.header("location"), &[], b"").await.status, 200);
