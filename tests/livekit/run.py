@@ -393,7 +393,7 @@ async def hostile(server, agent, avatar):
     resumed = await until(lambda: avatar.joins > joins, 5)
     check("nonsense from the server", f"{avatar.joins - joins} resumes", "resumed", resumed)
     await asyncio.sleep(0.8)
-    check("a stranger's speech", f"{loud(avatar, spoke):.2f} s heard", "not heard", loud(avatar, spoke) == 0)
+    check("a stranger's speech", f"{loud(avatar, spoke):.2f} s heard", "not heard, but for a straggler of the agent's", loud(avatar, spoke) < 0.05)
     many = len(agent.finished())
     agent.speak(tone(0.6))
     ended = await until(lambda: len(agent.finished()) > many, 6)
