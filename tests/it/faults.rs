@@ -103,6 +103,11 @@ async fn the_operators_pages_and_the_service_say_the_same() {
     let read = |name: &str| std::fs::read_to_string(format!("{}/deploy/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
     let (page, board) = (read("OPERATIONS.md"), read("grafana.json"));
     let house = two_places(|_| {}, None).await;
+    // A metric with labels is there from its first value on: one conversation, ended, and a request that is refused.
+    let session = house.begin().await;
+    speaks(&mut house.socket(&session).await).await;
+    house.ask("DELETE", &format!("/v1/sessions/{}", session["id"].as_str().unwrap()), &[], b"").await;
+    house.get("/nowhere").await;
     let text = house.get("/metrics").await.text();
     let names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE loquent_")?.split(' ').next()).collect();
     assert!(names.len() > 25, "{names:?}");
