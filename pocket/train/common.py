@@ -46,11 +46,21 @@ def end():
 
 
 def alike(modules):
-    """Every GPU starts from the first one's parameters."""
+    """Every GPU starts from the first one's parameters and statistics."""
     if WORLD > 1:
         for m in modules:
-            for p in m.parameters():
-                dist.broadcast(p.data, 0)
+            for t in [*m.parameters(), *m.buffers()]:
+                dist.broadcast(t.data, 0)
+
+
+def averaged_statistics(modules):
+    """Each GPU's norms have seen other pictures: their running statistics become the mean of all.  To be called by every GPU."""
+    if WORLD > 1:
+        for m in modules:
+            for name, t in m.named_buffers():
+                if "running" in name:
+                    dist.all_reduce(t)
+                    t.div_(WORLD)
 
 
 def flat_gradients(parameters):

@@ -11,20 +11,40 @@ import presenters as ps
 LEFT, RIGHT = 48, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead, 72 back)
 
 
+OFTEN = {"kokoro": 3, "festival": 2, "joe": 2}       # how often a second of these voices is heard, which are nearest to people and fewest
+
+
 class Speech:
     def __init__(self, folder, device, pattern="speech_*.npz"):
-        files = [np.load(f) for f in sorted(glob.glob(os.path.join(folder, pattern)))]
+        names = sorted(glob.glob(os.path.join(folder, pattern)))
+        if not names:
+            raise SystemExit(f"no {pattern} in {folder}: make them with speech.py")
+        files = [np.load(f) for f in names]
         self.mel = torch.from_numpy(np.concatenate([f["mel"] for f in files])).to(device)       # u8 [2N, 64]
         self.vis = torch.from_numpy(np.concatenate([f["vis"] for f in files])).to(device)       # u8 [N, 6]
         self.frames = len(self.vis)
+        ends = np.cumsum([len(f["vis"]) for f in files])
+        spans = [np.arange(end - len(f["vis"]), end) for f, end in zip(files, ends)]
+        often = [max([1] + [n for family, n in OFTEN.items() if family in os.path.basename(name)]) for name in names]
+        self.heard = torch.from_numpy(np.concatenate([s for s, n in zip(spans, often) for _ in range(n)])).to(device)
 
     def starts(self, n, length, g):
-        return torch.randint(LEFT, self.frames - length - RIGHT, (n,), generator=g, device=self.vis.device)
+        i = torch.randint(len(self.heard), (n,), generator=g, device=self.vis.device)
+        return self.heard[i].clamp(LEFT, self.frames - length - RIGHT - 1)
 
     def mels(self, s, length):
         """log-mels of frames s-LEFT .. s+length+RIGHT, [B, 2(LEFT+length+RIGHT), 64]"""
         i = 2 * s[:, None] + torch.arange(-2 * LEFT, 2 * (length + RIGHT), device=s.device)
         return self.mel[i].float() * (11 / 255)
+
+    def hurried(self, s, length, rate):
+        """mels and visemes like those below, spoken `rate` [B] times as fast"""
+        at = lambda x, first, count: (x * s[:, None] - .5 + rate[:, None].double() * (torch.arange(first, first + count, device=s.device) + .5)).clamp(0, x * self.frames - 1.001)
+
+        def between(table, position):
+            low = position.long()
+            return torch.lerp(table[low].float(), table[low + 1].float(), (position - low).float()[..., None])
+        return between(self.mel, at(2, -2 * LEFT, 2 * (LEFT + length + RIGHT))) * (11 / 255), between(self.vis, at(1, 0, length)) / 100 - 1
 
     def visemes(self, s, length):
         return self.vis[s[:, None] + torch.arange(length, device=s.device)].float() / 100 - 1
@@ -60,7 +80,7 @@ def augment(m, g):
     p = wet
     peak = p.mean(-1).amax(1).clamp(min=1e-3).log10()[:, None, None]
     colour = F.interpolate(normal(b, 1, 6) * .5, size=n, mode="linear", align_corners=True)
-    snr = torch.where(uniform(b, 1, 1) < .35, .5 + 1.5 * uniform(b, 1, 1), torch.where(uniform(b, 1, 1) < .6, 2 + 3 * uniform(b, 1, 1), torch.full((b, 1, 1), 9., device=device)))
+    snr = torch.where(uniform(b, 1, 1) < .45, .5 + 1.7 * uniform(b, 1, 1), torch.where(uniform(b, 1, 1) < .6, 2 + 3 * uniform(b, 1, 1), torch.full((b, 1, 1), 9., device=device)))
     sway = 1 + .5 * torch.sin(torch.arange(t, device=device)[None, :, None] * .12 * uniform(b, 1, 1) + 6 * uniform(b, 1, 1)) * chance(.5)
     p = p + 10 ** (peak - snr + colour) * sway * -(1 - .999 * uniform(b, t, n)).log()
     p = p + p.roll(1, 0) * 10 ** (-1.0 - 1.6 * uniform(b, 1, 1)) * chance(.2)
@@ -71,10 +91,10 @@ def augment(m, g):
 
 
 def childlike(m, g, device):
-    """how far the bands are stretched: most voices a little; one in eight by what a child's throat does"""
+    """how far the bands are stretched: most voices a little; one in six by what a child's throat does"""
     b = len(m)
     u = lambda: torch.rand(b, 1, generator=g, device=device)
-    small = u() < .12
+    small = u() < .17
     return torch.where(small, .76 + .12 * u(), torch.where(u() < .7, .86 + .28 * u(), torch.ones(b, 1, device=device)))
 
 

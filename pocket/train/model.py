@@ -150,7 +150,7 @@ class AudioBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return x + self.scale[:, None] * self.proj(F.gelu(self.conv(F.pad(h, self.pad))))
+        return x + self.scale[:, None] * self.proj(F.dropout(F.gelu(self.conv(F.pad(h, self.pad))), .1, self.training))
 
 
 class AudioNet(nn.Module):

@@ -39,9 +39,10 @@ for symbols, *shape in [
     ("t d n ɾ ɗ dx ɳ ʈ ɖ ʔ", 0.17, 0.2, 0.0, 0.0, 0.35, 0.15, 1.0),
     ("l ɫ ʎ ɭ", 0.24, 0.1, 0.0, 0.0, 0.8, 0.05, 1.0),
     ("s z ts dz", 0.07, 0.35, 0.0, 0.0, 0.0, 0.55, 2.2),
-    ("ʃ ʒ tʃ dʒ ɕ ʑ sh zh ch jh ʂ ʐ ç tɕ dʑ ʈʂ ɧ", 0.14, -0.5, 0.0, 0.0, 0.0, 0.6, 2.2),
+    ("ʃ ʒ tʃ dʒ sh zh ch jh ʂ ʐ ʈʂ ɧ", 0.14, -0.5, 0.0, 0.0, 0.0, 0.6, 2.2),
+    ("ɕ ʑ tɕ dʑ ç", 0.14, 0.3, 0.0, 0.0, 0.0, 0.45, 1.8),
     ("r ɹ ɚ ʁ ʀ er ɝ ɽ", 0.22, -0.4, 0.0, 0.0, 0.1, 0.1, 1.0),
-    ("k g ŋ x h ɡ ɣ q hh ng ɦ χ c ɟ ʕ ħ", 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.6),
+    ("k g ŋ ɴ x h ɡ ɣ q hh ng ɦ χ c ɟ ʕ ħ", 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.6),
     ("w ʍ ɥ", 0.08, -1.0, 0.0, 0.0, 0.0, 0.0, 2.6),
     ("j y ɲ ʝ", 0.15, 0.5, 0.0, 0.0, 0.1, 0.1, 1.2),
     ("i iy iː", 0.20, 0.85, 0.0, 0.0, 0.1, 0.3, 1.6),
@@ -60,7 +61,10 @@ for symbols, *shape in [
     for symbol in symbols.split():
         SHAPES[symbol] = tuple(shape)
 DIPHTHONGS = {"aɪ": "aɪ", "eɪ": "eɪ", "ɔɪ": "ɔɪ", "aʊ": "aʊ", "oʊ": "oʊ", "əʊ": "əʊ",
-              "ay": "aɪ", "ey": "eɪ", "oy": "ɔɪ", "aw": "aʊ", "ow": "oʊ", "ai": "ai", "ei": "ei", "au": "au", "ou": "ou"}
+              "ay": "aɪ", "ey": "eɪ", "oy": "ɔɪ", "aw": "aʊ", "ow": "oʊ", "ai": "ai", "ei": "ei", "au": "au", "ou": "ou",
+              "iɛ": "iɛ", "iou": "io", "uo": "uo", "uei": "ue", "ua": "ua", "uai": "ua", "yæ": "ʏɛ", "yɛ": "ʏɛ", "iɑ": "iɑ", "uə": "uə", "ɑu": "ɑu", "yə": "ʏə", "onɡ": "oŋ", "ja": "ja"}
+# names that espeak-ng gives to other sounds than flite and festival do; Russian y is ɨ
+ESPEAK = {"y": "ʏ", "yː": "ʏ", "th": "t", "s.": "ʂ", "ts.": "ʈʂ", "ts.h": "ʈʂ", "i.": "ɨ", "i̪": "ɨ", "ʲ": "j"}
 STRESS = re.compile(r"[ˈˌː]")
 DIACRITICS = re.compile(r"[ˈˌːˑ̩̃ʰʲ'\"0-9 _̪͡‿^~.\-˥˦˧˨˩ˤ|;!ˀ̆̈̊]")
 
@@ -71,9 +75,11 @@ HELD_OUT_VARIANTS = ["+f5", "+m8", "+linda", "+zac", "+quincy", "+belinda", "+ma
 # espeak voice, language of the text, weight in training
 VOICES = [("en-us", "en", 5), ("en-gb-x-rp", "en", 4), ("en-gb-scotland", "en", 1), ("es", "es", 1.5),
           ("fr", "fr", 1.2), ("de", "de", 1.5), ("it", "it", 1.2), ("pt-br", "pt", 1), ("nl", "nl", .8), ("pl", "pl", .8),
-          ("ru", "ru", .8), ("cmn", "zh", .9), ("ja", "ja", .6), ("hi", "hi", .7), ("ar", "ar", .7)]
-WORD_LISTS = {"en": "american-english", "es": "spanish", "fr": "french", "de": "ngerman", "it": "italian",
-              "pt": "portuguese", "nl": "dutch", "pl": "polish"}
+          ("ru", "ru", .8), ("cmn-latn-pinyin", "zh", .9), ("ja", "ja", .6), ("hi", "hi", .7), ("ar", "ar", .7)]
+DICT, HUNSPELL = "/usr/share/dict/", "/usr/share/hunspell/"
+WORD_LISTS = {"en": DICT + "american-english", "es": DICT + "spanish", "fr": DICT + "french", "de": DICT + "ngerman", "it": DICT + "italian",
+              "pt": DICT + "portuguese", "nl": DICT + "dutch", "pl": DICT + "polish", "ru": HUNSPELL + "ru_RU.dic", "ar": HUNSPELL + "ar.dic",
+              "hi": HUNSPELL + "hi_IN.dic", "zh": "/usr/lib/python3/dist-packages/jieba/dict.txt", "ja": "/usr/share/mecab/dic/ipadic/{Noun,Noun.verbal,Adj,Adverb,Verb}.csv"}
 COMMON = ("the be to of and a in that have I it for not on with he as you do at this but his by from they we say her she or an "
           "will my one all would there their what so up out if about who get which go me when make can like time no just him "
           "know take people into year your good some could them see other than then now look only come its over think also back "
@@ -86,7 +92,7 @@ def shape_of(phoneme):
     """The mouth shape of a phoneme, by exact name, then without diacritics, then by its longest known prefix."""
     if phoneme in SHAPES:
         return SHAPES[phoneme]
-    bare = DIACRITICS.sub("", phoneme)
+    bare = DIACRITICS.sub("", unicodedata.normalize("NFD", phoneme))
     for n in range(len(bare), 0, -1):
         if bare[:n] in SHAPES:
             return SHAPES[bare[:n]]
@@ -94,6 +100,23 @@ def shape_of(phoneme):
 
 
 UNKNOWN = {}
+
+
+def renamed(segments, language):
+    """Segments of espeak-ng's phonemes as SHAPES names them"""
+    return [(a, b, "ɨ" if language == "ru" and p == "y" else ESPEAK.get(p.lstrip("ˈˌ"), p)) for a, b, p in segments]
+
+
+def vowelled(text, rng):
+    """Arabic with short vowels, which are not written: after consonants without a vowel, one of the three or none"""
+    consonants = "بتثجحخدذرزسشصضطظعغفقكلمنهءأئؤ"
+    return "".join(c + rng.choices(("\u064e", "\u0650", "\u064f", "\u0652"), (.4, .2, .2, .2))[0] if c in consonants and n in consonants else c for c, n in zip(text, text[1:] + " "))
+
+
+def pinyin(text):
+    """Chinese as espeak-ng reads it well (it spells characters in English)"""
+    from pypinyin import Style, lazy_pinyin
+    return " ".join(lazy_pinyin(text, style=Style.TONE3, neutral_tone_with_five=True))
 
 
 def viseme_track(segments, seconds, audio):
@@ -207,16 +230,30 @@ def flite(text, voice, stretch):
     return (to_rate(audio, rate), segments) if segments else None
 
 
+def word_list(language):
+    """The words of a language as its voices read them: Japanese in kana, Chinese words that are not rare"""
+    path = WORD_LISTS[language]
+    if language == "ja":
+        names = re.search(r"\{(.*)\}", path)
+        lines = [line for name in names[1].split(",") for line in open(path.replace(names[0], name), encoding="euc-jp", errors="ignore")]
+        kana = (line.rstrip().split(",")[-2] for line in lines)
+        return sorted({"".join(chr(ord(c) - 0x60) if "ァ" <= c <= "ヶ" else c for c in word) for word in kana if 2 <= len(word) <= 8})
+    with open(path, encoding="utf8", errors="ignore") as f:
+        if language == "zh":
+            parts = (line.split() for line in f)
+            return [p[0] for p in parts if len(p) == 3 and int(p[1]) >= 30 and len(p[0]) <= 4 and all("\u4e00" <= c <= "\u9fff" for c in p[0])]
+        words = (re.split(r"[/\s]", line.strip())[0] for line in f)
+        return [w for w in words if 2 <= len(w) <= 11 and (w.isalpha() or language == "hi" and not re.search(r"[\d.-]", w))]
+
+
 class Texts:
-    """Sentences of English documentation, random words of eight languages, and short written sentences for the others."""
+    """Sentences of English documentation, random words, and short written sentences."""
 
     def __init__(self, held_out, rng):
         self.rng = rng
         self.words = {}
-        for language, name in WORD_LISTS.items():
-            with open("/usr/share/dict/" + name, encoding="utf8", errors="ignore") as f:
-                words = [w.strip() for w in f if w.strip().isalpha() and 2 <= len(w.strip()) <= 11]
-            self.words[language] = [w for i, w in enumerate(words) if (i % 13 == 0) == held_out]
+        for language in WORD_LISTS:
+            self.words[language] = [w for i, w in enumerate(word_list(language)) if (i % 13 == 0) == held_out]
         documents = []
         for path in sorted(glob.glob("/usr/share/doc/*/README*")) + sorted(glob.glob("/usr/share/perl/5.36*/pod/*.pod"))[:60]:
             try:
@@ -234,6 +271,10 @@ class Texts:
         self.sentences = {l: [s for i, s in enumerate(v) if (i % 5 == 0) == held_out] for l, v in SENTENCES.items()}
 
     def pick(self, language):
+        text = self.written(language)
+        return pinyin(text) if language == "zh" else vowelled(text, self.rng) if language == "ar" else text
+
+    def written(self, language):
         r = self.rng
         if language in self.sentences and (language not in self.words or r.random() < .15):
             s = r.choice(self.sentences[language])
@@ -246,7 +287,7 @@ class Texts:
             words = [r.choice(self.words[language]) for _ in range(r.randint(3, 9))]
         if r.random() < .4:
             words[r.randint(0, len(words) - 2)] += ","
-        return " ".join(words) + r.choice(".!?.")
+        return ("" if language == "zh" else " ").join(words) + r.choice(".!?.")
 
 
 class Speaker:
@@ -284,11 +325,13 @@ class Speaker:
         if family == "kokoro":
             if voice is None:
                 voice, language, _ = r.choices(KOKORO_LANGUAGES, [v[2] for v in KOKORO_LANGUAGES])[0]
-            return self.kokoro.say(self.texts.pick(language), voice, r, self.held_out, 1 / slowness)
+            said = self.kokoro.say(self.texts.pick(language), voice, r, self.held_out, 1 / slowness)
+            return said and (said[0], renamed(said[1], language))
         if voice is None:
             voice, language, _ = r.choices(VOICES, [v[2] for v in VOICES])[0]
         variant = r.choice(HELD_OUT_VARIANTS if self.held_out else TRAIN_VARIANTS)
-        return self.espeak.speak(self.texts.pick(language), voice + variant, int(r.randint(115, 230) / slowness), r.randint(20, 85), r.randint(20, 90))
+        said = self.espeak.speak(self.texts.pick(language), voice + variant, int(r.randint(115, 230) / slowness), r.randint(20, 85), r.randint(20, 90))
+        return said and (said[0], renamed(said[1], language))
 
     def say(self, voice=None, language=None, family=None):
         """(audio, 25 Hz track, family) cut to whole video frames, or None."""
@@ -354,7 +397,7 @@ def build_evaluation(seed, folder, seconds=12):
     os.makedirs(folder, exist_ok=True)
     speaker, index = Speaker(seed, True), []
     mels, all_tracks = [], []
-    jobs = [(v, l, "espeak", f"{l}-{v}") for v, l, _ in VOICES if v != "en-gb-scotland"] + [(None, "en", "flite", "en-flite-awb")]
+    jobs = [(v, l, "espeak", f"{l}-{v.removesuffix('-latn-pinyin')}") for v, l, _ in VOICES if v != "en-gb-scotland"] + [(None, "en", "flite", "en-flite-awb")]
     jobs += [(v, l, "kokoro", f"{l}-kokoro") for v, l, _ in KOKORO_LANGUAGES if v != "en-gb-x-rp"]
     jobs += [(v, l, "festival", f"{'cs' if 'czech' in v else 'fi' if '_fi_' in v else l}-festival-{v}") for v, l, held_out in FESTIVAL if held_out]
     for voice, language, family, name in jobs:

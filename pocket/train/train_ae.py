@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import presenters as ps
-from common import DEVICE, GPU, RANK, agreed, alike, averaged, begin, end, flat_gradients, half_precision, load, log, save, schedule
+from common import DEVICE, GPU, RANK, START, agreed, alike, averaged, averaged_statistics, begin, end, flat_gradients, half_precision, load, log, save, schedule
 from data import Clips, Speech
 from model import REFERENCE, SIZES, Decoder, Encoder
 
@@ -25,10 +25,10 @@ def scaled(box, size):
     return tuple(slice(s.start * size // 256, s.stop * size // 256) for s in box)
 
 
-def pixel_weights(size=256, eyes=2.2):
+def pixel_weights(size=256, eyes=2.2, mouth=3.5):
     w = torch.ones(size, size)
     w[scaled(ps.EYES_BOX, size)] = eyes
-    w[scaled(ps.MOUTH_BOX, size)] = 3.5
+    w[scaled(ps.MOUTH_BOX, size)] = mouth
     return (w / w.mean()).to(DEVICE)
 
 
@@ -88,13 +88,17 @@ def main():
         for m, state in zip((encoder, decoder), parts_of(load(args.resume))):
             m.load_state_dict(state)
     alike((encoder, decoder))
-    fast_e, fast_d = (torch.compile(encoder), torch.compile(decoder, dynamic=False)) if GPU and not os.environ.get("NO_COMPILE") else (encoder, decoder)
+    fast_e, fast_d = (torch.compile(encoder, dynamic=False), torch.compile(decoder, dynamic=False)) if GPU and not os.environ.get("NO_COMPILE") else (encoder, decoder)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     flat = flat_gradients(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(.9, .98), weight_decay=1e-4, fused=GPU)
+    # a trained encoder moves little, so that the transformer knows its latents again
+    pace = .25 if args.resume else 1.
+    optimizer = torch.optim.AdamW([{"params": list(encoder.parameters()), "pace": pace}, {"params": list(decoder.parameters()), "pace": 1.}],
+                                  lr=args.lr, betas=(.9, .98), weight_decay=1e-4, fused=GPU)
     weight = {size: pixel_weights(size) for size in SIZES}
 
     def checkpoint():
+        averaged_statistics((encoder, decoder))
         if RANK == 0:
             save(os.path.join(args.out, "ae.safetensors"), {f"{n}.{k}": v for n, m in (("encoder", encoder), ("decoder", decoder)) for k, v in m.state_dict().items()})
     log("ready, compiling")
@@ -102,12 +106,12 @@ def main():
     while True:
         if start is None and step == 6:
             start = time.time()                # compilation of the sizes is not counted
-            left = args.seconds - (start - BEGUN)
+            left = max(1., args.seconds - (start - START))     # a compiler that took all the time must not turn it round
         p = agreed(.002 if start is None else (time.time() - start) / left, step)
         if p >= 1 or step >= args.max_steps:
             break
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(p)
+            group["lr"] = args.lr * group["pace"] * schedule(p)
         size = SIZES[step % 3] if step < 6 else same.choices(list(SHARE), list(SHARE.values()))[0]
         batch = max(1, args.batch * REFERENCE // size) if size > REFERENCE else args.batch
         params = clips.draw(batch, 4 * length)[3].flatten(0, 1)
@@ -143,6 +147,5 @@ def main():
     end()
 
 
-BEGUN = time.time()
 if __name__ == "__main__":
     main()

@@ -51,9 +51,11 @@ def main():
     start, step = time.time(), 0
 
     def evaluate():
+        net.eval()
         with torch.no_grad():
             s = torch.arange(LEFT, held.frames - length - RIGHT, length, device=DEVICE)
             y, v = net.visemes(net(held.mels(s, length)))[:, LEFT:LEFT + length], held.visemes(s, length)
+            net.train()
             return [round(correlation(a[..., k], b[..., k]), 3) for a, b in ((y, v), (ps.mouth(y), ps.mouth(v))) for k in range(a.shape[-1])][:8]
     while True:
         p = (time.time() - start) / args.audio_seconds
@@ -63,7 +65,9 @@ def main():
             group["lr"] = args.lr * schedule(p)
         with torch.no_grad():
             s = speech.starts(batch, length, g)
-            m, v = augment(speech.mels(s, length), g), speech.visemes(s, length)
+            u = torch.rand(2, batch, device=DEVICE, generator=g)
+            m, v = speech.hurried(s, length, torch.where(u[0] < .6, .82 + .4 * u[1], 1.))
+            m = augment(m, g)
         with half_precision():
             y = net.visemes(net(m))[:, LEFT:LEFT + length]
         y = y.float()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import presenters as ps
-from common import DEVICE, GPU, RANK, WORLD, agreed, alike, averaged, begin, end, flat_gradients, half_precision, load, log, save, schedule
+from common import DEVICE, GPU, RANK, START, agreed, alike, averaged, begin, end, flat_gradients, half_precision, load, log, save, schedule
 from data import LEFT, Clips, Speech, augment
 from model import CHANNELS, REFERENCE, AudioNet, Decoder, Encoder, Transformer, count
 from train_ae import matte_loss, parts_of, picture_loss, pictures, pixel_weights
@@ -35,6 +35,7 @@ parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--optimizer", default="muon")
 parser.add_argument("--pixels", type=float, default=.55)
 parser.add_argument("--own", type=float, default=.35)
+parser.add_argument("--decoded", type=int, default=20, help="of the clips of a step and GPU, how many are decoded, three latents of each")
 parser.add_argument("--together", action="store_true", help="train the decoder too, on what the transformer predicts; more blinks, more sigma 1")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--max-steps", type=int, default=10 ** 9 if GPU else 4)
@@ -131,7 +132,6 @@ def main():
     begin()
     torch.manual_seed(args.seed * 100 + RANK)
     g = torch.Generator(device=DEVICE).manual_seed(args.seed * 1000 + RANK)
-    t0 = time.time()
     speech = Speech(args.data, DEVICE)
     clips = Clips(speech, torch.from_numpy(ps.identity(np.random.default_rng(31 + RANK + 10 * args.seed), args.identities)).to(DEVICE), g, 1 / 20 if args.together else 1 / 45)
     encoder, decoder, audio = Encoder().to(DEVICE), Decoder().to(DEVICE), AudioNet().to(DEVICE)
@@ -144,9 +144,8 @@ def main():
     audio.load_state_dict(load(os.path.join(args.models, "audio.safetensors")))
     for m in (encoder, decoder, audio):
         m.eval().requires_grad_(False)
-    encoder.to(memory_format=torch.channels_last)
-    if not args.together:                                     # a trained decoder keeps the layout of its gradients
-        decoder.to(memory_format=torch.channels_last)
+    for m in (encoder, decoder):
+        m.to(memory_format=torch.channels_last)
     if args.together:
         decoder.requires_grad_(True)                          # BatchNorm keeps its running statistics
     net = Transformer().to(DEVICE)
@@ -175,7 +174,7 @@ def main():
         torch.cuda.synchronize()
     log(f"bank of {args.clips} clips, latent std {bank.z[:64].float().std().item():.3f}, speech {speech.frames / 1500:.0f} min")
     weight, same = latent_weights(), random.Random(args.seed)
-    pixel_weight = {size: pixel_weights(size, 4.0 if args.together else 2.2) for size in set(DRAWN)}
+    pixel_weight = {size: pixel_weights(size, *((4.0, 5.0) if args.together else (2.2, 3.5))) for size in set(DRAWN)}
     scale = torch.tensor(ps.CONTROL_SCALE, device=DEVICE)
     b, length, step, start, saved = args.batch, args.length, 0, None, 0
     sums = {}
@@ -188,7 +187,7 @@ def main():
         if step == 4:
             if GPU:
                 torch.cuda.synchronize()
-            start, budget = time.time(), args.seconds - (time.time() - t0)
+            start, budget = time.time(), max(1., args.seconds - (time.time() - START))
             log("compiled")
         elapsed = 0. if start is None else time.time() - start
         p = agreed(0. if start is None else elapsed / budget, step)
@@ -213,7 +212,7 @@ def main():
             origin = z
             if p >= args.own or step < 2:                     # the first steps also compile this case
                 order = torch.argsort(sigma)                  # the lowest sigmas first: these get the model's own prediction
-                few = order[:max(1, b * (3 if args.together else 5) // 16)]
+                few = order[:max(1, b // 4)]
                 origin = z.clone()
                 origin[few] = net(noise[few], torch.ones(len(few), device=DEVICE), a[few], ref[few])
         x = (1 - wide) * origin + wide * noise
@@ -222,7 +221,7 @@ def main():
         error = (x0 - z).pow(2)
         loss = latent = (error * weight).mean()
         if p >= args.pixels:
-            n, t = min(b, 26 if args.together else 20), 3
+            n, t = min(b, args.decoded), 3
             first = int(torch.randint(0, length - t + 1, (1,)))
             high = n * 3 // 4 if args.together else n // 2    # most at sigma 1, some at the lowest of this batch
             rows = torch.cat([torch.argsort(sigma, descending=True)[:high], torch.argsort(sigma)[:n - high]])

@@ -7,6 +7,7 @@ writes in IPA; mixtures of its style vectors are new speakers.  Joe (a CC0 recor
 import ctypes
 import json
 import os
+import re
 import subprocess
 import tempfile
 
@@ -27,7 +28,7 @@ PHONES = {"#": "_", "pau": "_", "_": "_", "n*": "ŋ", "N": "ɲ", "S": "ʃ", "Z":
 FINNISH = {"y": "ʏ", "ä": "æ", "ö": "ø", "v": "v"}
 KOKORO_HELD_OUT, KOKORO_VOICES = ("jm_kumo", "jf_nezumi"), ("jf_alpha", "jf_gongitsune", "jf_tebukuro")
 KOKORO_LANGUAGES = [("en-us", "en", 3), ("en-gb-x-rp", "en", 2), ("es", "es", 2), ("fr", "fr", 2), ("it", "it", 1.5), ("pt-br", "pt", 1.5), ("de", "de", 1.5), ("hi", "hi", 1), ("ja", "ja", 1),
-                    ("cmn", "zh", 1.5), ("ru", "ru", 1), ("ar", "ar", .7)]
+                    ("cmn-latn-pinyin", "zh", 1.5), ("ru", "ru", 1), ("ar", "ar", .7)]
 PUNCTUATION = ";:,.!?—…\"()“” "
 
 
@@ -87,7 +88,8 @@ class Ipa:
             part = self.lib.espeak_TextToPhonemes(ctypes.byref(at), 1, 2)
             if part:
                 parts.append(part.decode("utf8", "ignore"))
-        return ", ".join(parts) + "."
+        said = ", ".join(parts) + "."
+        return re.sub("[0-9ɜ]", "", said) if voice.startswith("cmn") else said     # tones
 
 
 def session(path, tensor, cache):
@@ -114,7 +116,7 @@ def spans(symbols, lengths, hop, start, audio):
         pause = symbol in PUNCTUATION + "$_^"
         if symbol in "ˈˌ":
             stressed = start if stressed is None else stressed
-        elif segments and (symbol in "ːʰʲ̃ˑ" or pause and end - start < .07):
+        elif segments and (symbol in "ːʰʲ̃ˑᵝ" or pause and end - start < .07):
             segments[-1] = (segments[-1][0], end, segments[-1][2])
         elif pause:
             segments.append((start, end, "_"))
