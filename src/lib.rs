@@ -38,8 +38,8 @@
 //! # Invariants
 //!
 //! 1. `media` imports nothing of ours. `model` has no tokio, no clock, no sockets; files only in `model::weights`.
-//! 2. candle is named only in `model` and `avatar`; webrtc only in `net`; axum only in `server`; NATS only in `cluster`; opus, openh264, rubato
-//!    only in `codec`.
+//! 2. candle is named only in `model` and `avatar`; webrtc only in `net`; axum only in `server`; NATS only in `cluster`;
+//!    opus, openh264, rubato only in `codec`.
 //! 3. `Instant::now()` is called only at edges; all decisions take `now`.
 //! 4. The voice is the clock: video follows audio, and only video is held or skipped, before encoding.
 //! 5. Streaming equals whole: however the audio is cut, the concatenated output is the same.

@@ -150,6 +150,10 @@ pub trait Generator: Send {
     fn memory(&self) -> Vec<Fill> {
         Vec::new()
     }
+    /// Whether its faces follow [`OpenOptions::direction`]: gestures, and how lively they are.
+    fn directed(&self) -> bool {
+        false
+    }
     /// A picture this generator surely accepts: for warm-up and for measuring. Mid-grey unless a model knows better.
     fn sample_portrait(&self) -> Portrait {
         let Geometry { width, height, .. } = self.geometry();

@@ -167,6 +167,7 @@ pub struct Engine(Arc<Inner>);
 
 struct Inner {
     geometry: Geometry,
+    directed: bool,
     config: Config,
     commands: mpsc::Sender<Command>,
     seats: Arc<Seats>,
@@ -209,8 +210,8 @@ impl Engine {
             .name(format!("engine-{name}"))
             .spawn(move || device.run(build, ready_tx))
             .map_err(|source| EngineError::Thread { name: name.into(), source })?;
-        let geometry = match ready_rx.recv() {
-            Ok(Ok(geometry)) => geometry,
+        let (geometry, directed) = match ready_rx.recv() {
+            Ok(Ok(told)) => told,
             Ok(Err(error)) => {
                 let _ = thread.join();
                 return Err(error);
@@ -223,6 +224,7 @@ impl Engine {
         };
         Ok(Engine(Arc::new(Inner {
             geometry,
+            directed,
             config: config.clone(),
             commands,
             seats,
@@ -237,6 +239,11 @@ impl Engine {
     /// Size, rate, block lengths and look-ahead of what comes out.
     pub fn geometry(&self) -> &Geometry {
         &self.0.geometry
+    }
+
+    /// Whether faces take gestures and a liveliness.
+    pub fn directed(&self) -> bool {
+        self.0.directed
     }
 
     /// The right to a face, or at once the reason why not.

@@ -73,14 +73,12 @@ pub(super) fn give(service: &Service, handle: &Handle, asked: &Asked) -> Result<
 /// # Errors
 /// 422 with a sentence for engines whose presenters move as they like.
 pub(super) fn possible(service: &Service) -> Result<(), ApiError> {
-    match service.rooms.engine_name {
-        "pocket" => Ok(()),
-        name => {
-            let text =
-                format!("The engine `{name}` moves its presenter by itself and takes no gestures or liveliness.");
-            Err(ApiError::unusable("no_gestures", text))
-        }
+    if service.rooms.engine.directed() {
+        return Ok(());
     }
+    let name = service.rooms.engine_name;
+    let text = format!("The engine `{name}` moves its presenter by itself and takes no gestures or liveliness.");
+    Err(ApiError::unusable("no_gestures", text))
 }
 
 /// A liveliness as it is asked for.

@@ -75,15 +75,6 @@ pub(crate) async fn house_from(
     all: loquent::config::Config,
     build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
 ) -> House {
-    house_called("card", all, build).await
-}
-
-/// One whose engine goes by another name than the card's.
-pub(crate) async fn house_called(
-    engine_name: &'static str,
-    all: loquent::config::Config,
-    build: impl FnMut() -> avatar::Result<Box<dyn Generator>> + Send + 'static,
-) -> House {
     let loquent::config::Config {
         server: config, net, engine: settings, session: session_config, voice, cluster, ..
     } = all;
@@ -91,7 +82,7 @@ pub(crate) async fn house_called(
     let engine = engine.await.unwrap().unwrap();
     let rooms = Rooms {
         engine: engine.clone(),
-        engine_name,
+        engine_name: "card",
         net: Net::new(net).unwrap(),
         sessions: Registry::new(),
         session_config,

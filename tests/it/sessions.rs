@@ -1,6 +1,6 @@
 //! Sessions of programs: the API, tokens, and the WebSocket with a client that is not ours.
 
-use crate::server::{Answer, House, house, house_called, settings};
+use crate::server::{Answer, House, house, house_from, settings};
 use futures::{SinkExt, StreamExt};
 use loquent::{
     avatar::{self, Act, Direction, Generator, OpenOptions, Stream},
@@ -267,6 +267,9 @@ impl Generator for Watched {
     fn geometry(&self) -> Geometry {
         self.0.geometry()
     }
+    fn directed(&self) -> bool {
+        true
+    }
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
         *self.1.lock().unwrap() = Some(options.direction.clone());
         self.0.open(portrait, options)
@@ -281,7 +284,7 @@ async fn gestures_and_liveliness_reach_the_face() {
     all.engine.liveliness = 0.4;
     // The first face that is opened is the session's.
     all.engine.warm_up_blocks = 0;
-    let house = house_called("pocket", all, move || Ok(Box::new(Watched(avatar::test_card(), kept.clone())))).await;
+    let house = house_from(all, move || Ok(Box::new(Watched(avatar::test_card(), kept.clone())))).await;
     let session = house.begin().await;
     let direction = async || loop {
         match seen.lock().unwrap().clone() {

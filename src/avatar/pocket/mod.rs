@@ -277,6 +277,10 @@ impl Generator for Pocket {
         self.shared.geometry.clone()
     }
 
+    fn directed(&self) -> bool {
+        true
+    }
+
     fn sample_portrait(&self) -> Portrait {
         super::embedded::portrait().unwrap_or_else(|| {
             let Geometry { width, height, .. } = self.shared.geometry;

@@ -60,6 +60,7 @@ pub fn house() -> &'static House {
                     png: bytes::Bytes::from_static(include_bytes!("../../../web/card.png")),
                 }],
                 voice: Voice::new(all.voice, None).unwrap(),
+                cluster: None,
             };
             let server = Server::bind(Service::new(all.server, rooms)).await.unwrap();
             let address = server.local_addr().unwrap();
