@@ -1,15 +1,15 @@
 //! `POST /v1/sessions/{id}/gesture`, and the WebSocket's `gesture`: what the presenter does besides speaking.
 
-use super::{Service, error::ApiError, sessions};
+use super::{
+    Service,
+    error::ApiError,
+    sessions::{Opened, Sent},
+};
 use crate::{
     avatar::{Act, Gesture, LIVELIEST, LONGEST_S},
     session::Handle,
 };
-use axum::{
-    body::Body,
-    extract::{Path, RawQuery, State},
-    http::{HeaderMap, StatusCode},
-};
+use axum::{extract::State, http::StatusCode};
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
 
@@ -35,13 +35,10 @@ fn a_while() -> f32 {
 /// `POST /v1/sessions/{id}/gesture`
 pub(super) async fn route(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
-    body: Body,
+    Opened(handle): Opened,
+    Sent(asked): Sent<Asked>,
 ) -> Result<StatusCode, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
-    give(&service, &handle, &sessions::json(&headers, body).await?)?;
+    give(&service, &handle, &asked)?;
     Ok(StatusCode::ACCEPTED)
 }
 

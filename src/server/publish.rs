@@ -6,16 +6,20 @@
 //! | `GET` | all of this session, also those given up, until they are deleted or the session ends |
 //! | `GET`, `DELETE …/{publication}` | how one stands; ends it, tells the other server, and answers when it has |
 
-use super::{Service, error::ApiError, presenters, resource, sessions};
+use super::{
+    Service,
+    error::ApiError,
+    presenters, resource,
+    sessions::{Opened, Sent},
+};
 use crate::{
     net::{Publication, PublishState, Reach, Target, Url},
     session::SessionId,
 };
 use axum::{
     Json,
-    body::Body,
     extract::{Path, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
@@ -50,7 +54,7 @@ impl Publications {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Wanted {
+pub(super) struct Wanted {
     url: String,
     #[serde(default)]
     token: String,
@@ -87,13 +91,10 @@ fn told<'a>(id: &'a str, entry: &'a Entry) -> Told<'a> {
 /// `POST /v1/sessions/{id}/publish`
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    headers: HeaderMap,
-    body: Body,
+    Opened(handle): Opened,
+    Sent(wanted): Sent<Wanted>,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, None, &id)?;
     service.publications.sweep(&service);
-    let wanted: Wanted = sessions::json(&headers, body).await?;
     let reach = Reach::new(&service.config.publish_hosts);
     let url = target(&reach, &wanted.url)?;
     let mut all = service.publications.lock();
@@ -107,12 +108,13 @@ pub(super) async fn begin(
     let _ = shown.set_password(None);
     shown.set_query(None);
     let target = Target { url, token: wanted.token, reach };
+    let location = format!("/v1/sessions/{}/publish", handle.id().as_str());
     let publication = service.rooms.net.publish(target, handle).map_err(resource::net_error)?;
     let name = format!("{:032x}", rand::random::<u128>());
     let entry = Arc::new(Entry { url: shown.to_string(), publication });
     of_session.insert(name.clone(), entry.clone());
     drop(all);
-    let location = format!("/v1/sessions/{id}/publish/{name}");
+    let location = format!("{location}/{name}");
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(told(&name, &entry))).into_response())
 }
 
@@ -131,15 +133,10 @@ fn target(reach: &Reach, url: &str) -> Result<Url, ApiError> {
 }
 
 /// `GET /v1/sessions/{id}/publish`
-pub(super) async fn list(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    headers: HeaderMap,
-) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, None, &id)?;
+pub(super) async fn list(State(service): State<Arc<Service>>, Opened(handle): Opened) -> Response {
     let all = service.publications.lock();
     let mine = all.get(handle.id()).into_iter().flatten();
-    Ok(Json(mine.map(|(name, entry)| told(name, entry)).collect::<Vec<_>>()).into_response())
+    Json(mine.map(|(name, entry)| told(name, entry)).collect::<Vec<_>>()).into_response()
 }
 
 fn find(service: &Service, id: &SessionId, name: &str) -> Result<Arc<Entry>, ApiError> {
@@ -150,10 +147,9 @@ fn find(service: &Service, id: &SessionId, name: &str) -> Result<Arc<Entry>, Api
 /// `GET /v1/sessions/{id}/publish/{publication}`
 pub(super) async fn one(
     State(service): State<Arc<Service>>,
-    Path((id, name)): Path<(String, String)>,
-    headers: HeaderMap,
+    Opened(handle): Opened,
+    Path((_, name)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, None, &id)?;
     let entry = find(&service, handle.id(), &name)?;
     Ok(Json(told(&name, &entry)).into_response())
 }
@@ -161,10 +157,9 @@ pub(super) async fn one(
 /// `DELETE /v1/sessions/{id}/publish/{publication}`
 pub(super) async fn end(
     State(service): State<Arc<Service>>,
-    Path((id, name)): Path<(String, String)>,
-    headers: HeaderMap,
+    Opened(handle): Opened,
+    Path((_, name)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, None, &id)?;
     let entry = find(&service, handle.id(), &name)?;
     entry.publication.stop().await;
     if let Some(all) = service.publications.lock().get_mut(handle.id()) {

@@ -8,7 +8,7 @@
 //! | `GET …/recording/{file}` | a file, also while it grows; `Range` is understood |
 //! | `GET /v1/recordings`, `…/{file}` | all files in the folder, for whoever runs the service |
 
-use super::{Service, error::ApiError, sessions};
+use super::{Service, error::ApiError, sessions::Opened};
 use crate::{
     codec::marks::{Mark, rfc3339},
     session::{Attachment, Handle, Recorder, RecordingSpec, RecordingStatus, SessionEvent, SessionId, SinkRole},
@@ -16,7 +16,7 @@ use crate::{
 use axum::{
     Json,
     body::Body,
-    extract::{Path, RawQuery, State},
+    extract::{Path, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -83,11 +83,8 @@ fn already() -> ApiError {
 /// `POST /v1/sessions/{id}/recording`
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
+    Opened(handle): Opened,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
     let folder = folder(&service)?;
     let id = handle.id().clone();
     let running = |all: &[Entry]| all.iter().any(|e| !e.recorder.status().over);
@@ -158,22 +155,16 @@ async fn forget(recordings: Recordings, handle: Handle) {
 /// `GET /v1/sessions/{id}/recording`
 pub(super) async fn list(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
+    Opened(handle): Opened,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
     Ok(Json(json!({ "recordings": service.recordings.told(handle.id()) })).into_response())
 }
 
 /// `DELETE /v1/sessions/{id}/recording`
 pub(super) async fn end(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
+    Opened(handle): Opened,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
     let running = {
         let mut all = service.recordings.lock();
         let entry = all.get_mut(handle.id()).and_then(|own| own.iter_mut().find(|e| e.place.is_some()));
@@ -194,11 +185,10 @@ pub(super) async fn end(
 /// `GET /v1/sessions/{id}/recording/{file}`
 pub(super) async fn file(
     State(service): State<Arc<Service>>,
-    Path((id, name)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
+    Opened(handle): Opened,
+    Path((_, name)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
     let own = {
         let all = service.recordings.lock();
         all.get(handle.id()).into_iter().flatten().any(|e| e.recorder.status().parts.contains(&name))

@@ -7,16 +7,19 @@
 //! One task a session speaks its texts in their order. An interruption, by whatever way, ends the one being spoken and
 //! drops those that wait.
 
-use super::{Service, error::ApiError, sessions};
+use super::{
+    Service,
+    error::ApiError,
+    sessions::{Opened, Sent},
+};
 use crate::{
     session::{Handle, SessionEvent, SessionId, SpeechPort},
     voice::{Speech, VoiceError},
 };
 use axum::{
     Json,
-    body::Body,
-    extract::{Path, RawQuery, State},
-    http::{HeaderMap, StatusCode},
+    extract::State,
+    http::StatusCode,
     response::{IntoResponse, Response},
 };
 use serde::Deserialize;
@@ -187,7 +190,7 @@ fn sentence(error: &VoiceError) -> String {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Wanted {
+pub(super) struct Wanted {
     text: String,
     /// First silences what is being said.
     #[serde(default)]
@@ -197,13 +200,9 @@ struct Wanted {
 /// `POST /v1/sessions/{id}/say`
 pub(super) async fn route(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
-    body: Body,
+    Opened(handle): Opened,
+    Sent(Wanted { text, interrupt }): Sent<Wanted>,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
-    let Wanted { text, interrupt } = sessions::json(&headers, body).await?;
     if interrupt {
         handle.interrupt();
     }

@@ -28,8 +28,8 @@ use crate::{
 use axum::{
     Extension, Json,
     body::Body,
-    extract::{Path, RawQuery, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    extract::{FromRequest, FromRequestParts, RawPathParams, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
 use futures::FutureExt;
@@ -128,56 +128,73 @@ fn unauthorised(code: &'static str, message: &str) -> ApiError {
     ApiError::new(StatusCode::UNAUTHORIZED, code, message)
 }
 
-/// The live session `id`, for whoever shows its token.
+/// The live session that a route's `{id}` names, opened by its token.
 ///
 /// # Errors
 /// 401 without a good token; 404, 410 or 503 for a session that is over.
-pub(super) fn access(
-    service: &Service,
-    headers: &HeaderMap,
-    query: Option<&str>,
-    id: &str,
-) -> Result<Handle, ApiError> {
-    let id = SessionId::from(id);
-    let handle = service.rooms.sessions.get(&id).ok_or_else(|| service.sessions.gone(&id))?;
-    let asked = || query?.split('&').find_map(|pair| pair.strip_prefix("token="));
-    let token = access::bearer(headers).or_else(asked).ok_or_else(|| {
-        let how = "Show the session's token: Authorization: Bearer TOKEN, or ?token=TOKEN.";
-        unauthorised("no_token", how)
-    })?;
-    service.sessions.check(&id, token, Instant::now())?;
-    Ok(handle)
+pub(super) struct Opened(pub(super) Handle);
+
+impl FromRequestParts<Arc<Service>> for Opened {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, service: &Arc<Service>) -> Result<Opened, ApiError> {
+        let Controlled(handle) = Controlled::from_request_parts(parts, service).await?;
+        let asked = || parts.uri.query()?.split('&').find_map(|pair| pair.strip_prefix("token="));
+        let token = access::bearer(&parts.headers).or_else(asked).ok_or_else(|| {
+            let how = "Show the session's token: Authorization: Bearer TOKEN, or ?token=TOKEN.";
+            unauthorised("no_token", how)
+        })?;
+        service.sessions.check(handle.id(), token, Instant::now())?;
+        Ok(Opened(handle))
+    }
 }
 
-/// A live session, for the control API, whose routes need a key (`access.rs`).
-fn controlled(service: &Service, id: &str) -> Result<Handle, ApiError> {
-    let id = SessionId::from(id);
-    service.rooms.sessions.get(&id).ok_or_else(|| service.sessions.gone(&id))
+/// The live session that a route's `{id}` names, for the control API, whose routes need a key (`access.rs`).
+///
+/// # Errors
+/// 404, 410 or 503 for a session that is over.
+pub(super) struct Controlled(Handle);
+
+impl FromRequestParts<Arc<Service>> for Controlled {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, service: &Arc<Service>) -> Result<Controlled, ApiError> {
+        let path = RawPathParams::from_request_parts(parts, service).await;
+        let named = path.iter().flatten().find(|(name, _)| *name == "id").map_or("", |(_, id)| id);
+        let id = SessionId::from(named);
+        service.rooms.sessions.get(&id).map(Controlled).ok_or_else(|| service.sessions.gone(&id))
+    }
 }
 
 /// A JSON body.
 ///
 /// # Errors
 /// 415, 413, and 400 with a sentence that says what is wrong with it.
-pub(super) async fn json<T: DeserializeOwned>(headers: &HeaderMap, body: Body) -> Result<T, ApiError> {
-    if super::media_type(headers) != "application/json" {
-        return Err(ApiError::new(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "wrong_content_type",
-            "Send JSON with Content-Type: application/json.",
-        ));
+pub(super) struct Sent<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Sent<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _service: &Arc<Service>) -> Result<Sent<T>, ApiError> {
+        if super::media_type(request.headers()) != "application/json" {
+            return Err(ApiError::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "wrong_content_type",
+                "Send JSON with Content-Type: application/json.",
+            ));
+        }
+        let too_large = || format!("The request is larger than {} KiB.", MAX_JSON / 1024);
+        let bytes = super::read_body(request.into_body(), MAX_JSON, too_large).await?;
+        let bytes = if bytes.is_empty() { &b"{}"[..] } else { &bytes };
+        serde_json::from_slice(bytes).map(Sent).map_err(|e| {
+            ApiError::bad_request("wrong_json", presenters::sentence(&format!("The request cannot be read: {e}")))
+        })
     }
-    let too_large = || format!("The request is larger than {} KiB.", MAX_JSON / 1024);
-    let bytes = super::read_body(body, MAX_JSON, too_large).await?;
-    let bytes = if bytes.is_empty() { &b"{}"[..] } else { &bytes };
-    serde_json::from_slice(bytes).map_err(|e| {
-        ApiError::bad_request("wrong_json", presenters::sentence(&format!("The request cannot be read: {e}")))
-    })
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct Wanted {
+pub(super) struct Wanted {
     /// A built-in presenter's name or `portrait:ID`; none is the default one.
     presenter: Option<String>,
     prompt: Option<String>,
@@ -254,10 +271,8 @@ fn printable(text: &str) -> String {
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Caller>,
-    headers: HeaderMap,
-    body: Body,
+    Sent(mut wanted): Sent<Wanted>,
 ) -> Result<Response, ApiError> {
-    let mut wanted: Wanted = json(&headers, body).await?;
     possible(&service, &wanted)?;
     let view = wanted.background.as_deref().map(|b| background(&service, b)).transpose()?;
     let liveliness = wanted.liveliness.map(|l| gesture::liveliness(&service, l)).transpose()?;
@@ -422,14 +437,12 @@ pub(super) async fn list(State(service): State<Arc<Service>>) -> Result<Response
 }
 
 /// `GET /v1/sessions/{id}`
-pub(super) async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<Response, ApiError> {
-    let handle = controlled(&service, &id)?;
-    Ok(Json(told(&service, &handle.snapshot(), handle.sinks())).into_response())
+pub(super) async fn one(State(service): State<Arc<Service>>, Controlled(handle): Controlled) -> Response {
+    Json(told(&service, &handle.snapshot(), handle.sinks())).into_response()
 }
 
 /// `DELETE /v1/sessions/{id}`: answers when the place is free.
-pub(super) async fn end(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    let handle = controlled(&service, &id)?;
+pub(super) async fn end(State(service): State<Arc<Service>>, Controlled(handle): Controlled) -> StatusCode {
     handle.close(Reason::Stopped);
     // Until its place is free, which is a moment after its last event.
     let over = async {
@@ -438,26 +451,24 @@ pub(super) async fn end(State(service): State<Arc<Service>>, Path(id): Path<Stri
         }
     };
     let _ = tokio::time::timeout(GOODBYE, over).await;
-    Ok(StatusCode::NO_CONTENT)
+    StatusCode::NO_CONTENT
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Change {
+    presenter: Option<String>,
+    prompt: Option<String>,
+    background: Option<String>,
+    liveliness: Option<f32>,
 }
 
 /// `PATCH /v1/sessions/{id}`: what can be changed while it lives. All of it, or nothing and an error.
 pub(super) async fn change(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    headers: HeaderMap,
-    body: Body,
+    Controlled(handle): Controlled,
+    Sent(Change { presenter, prompt, background: asked, liveliness }): Sent<Change>,
 ) -> Result<Response, ApiError> {
-    #[derive(Default, Deserialize)]
-    #[serde(default, deny_unknown_fields)]
-    struct Change {
-        presenter: Option<String>,
-        prompt: Option<String>,
-        background: Option<String>,
-        liveliness: Option<f32>,
-    }
-    let handle = controlled(&service, &id)?;
-    let Change { presenter, prompt, background: asked, liveliness } = json(&headers, body).await?;
     let view = asked.as_deref().map(|b| background(&service, b)).transpose()?;
     let liveliness = liveliness.map(|l| gesture::liveliness(&service, l)).transpose()?;
     possible(&service, &Wanted { prompt: prompt.clone(), ..Wanted::default() })?;
@@ -496,35 +507,27 @@ pub(super) async fn change(
 }
 
 /// `POST /v1/sessions/{id}/token`: a new token; the one before opens nothing any more. What is connected stays so.
-pub(super) async fn token(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Result<Response, ApiError> {
-    let handle = controlled(&service, &id)?;
+pub(super) async fn token(State(service): State<Arc<Service>>, Controlled(handle): Controlled) -> Response {
     let ttl = Duration::from_secs(service.config.session_token_ttl_s);
     let token = service.sessions.issue(handle.id(), ttl, Instant::now());
     let urls = urls(handle.id(), &token);
     let told = json!({ "token": token, "token_expires_in_s": ttl.as_secs(), "urls": urls });
-    Ok((StatusCode::CREATED, Json(told)).into_response())
+    (StatusCode::CREATED, Json(told)).into_response()
 }
 
 /// `POST /v1/sessions/{id}/interrupt`: silence now.
-pub(super) async fn interrupt(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
-) -> Result<StatusCode, ApiError> {
-    access(&service, &headers, query.as_deref(), &id)?.interrupt();
-    Ok(StatusCode::NO_CONTENT)
+pub(super) async fn interrupt(Opened(handle): Opened) -> StatusCode {
+    handle.interrupt();
+    StatusCode::NO_CONTENT
 }
 
 /// `POST /v1/sessions/{id}/live`: a two-way page joins; its microphone is the one that is heard from now on.
 pub(super) async fn join(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    Opened(handle): Opened,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let handle = access(&service, &headers, query.as_deref(), &id)?;
     let offer = resource::offer(&headers, body).await?;
     let ((peer, events, out), answer) = service.rooms.net.answer_live(&offer).await.map_err(resource::net_error)?;
     let path = format!("/v1/live/{}", service.unguessable());

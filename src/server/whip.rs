@@ -7,11 +7,16 @@
 //! | `PATCH`, `DELETE …/whip/{connection}`, `…/whep/{connection}` | as for every connection: [`resource`] |
 //! | `POST /whip/{id}`, `/whep/{id}` | 307 to the above: short enough to be typed |
 
-use super::{Service, error::ApiError, resource, sessions};
+use super::{
+    Service,
+    error::ApiError,
+    resource,
+    sessions::{self, Opened},
+};
 use crate::{
     codec::View,
     net::Link,
-    session::{Handle, LinkEvent, LinkOut, SinkRole, State as Life},
+    session::{Handle, LinkEvent, LinkOut, SessionId, SinkRole, State as Life},
 };
 use axum::{
     body::Body,
@@ -39,25 +44,24 @@ const SPEECH: usize = 50;
 /// `POST /v1/sessions/{id}/whip`
 pub(super) async fn publish(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    Opened(handle): Opened,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (handle, offer, permit) = admitted(&service, &id, query.as_deref(), &headers, body).await?;
+    let (offer, permit) = admitted(&service, &headers, body).await?;
     let (link, answer) = service.rooms.net.answer_whip(&offer).await.map_err(resource::net_error)?;
-    Ok(begin(&service, "whip", &id, link, answer, permit, |media| listen(media, handle)))
+    Ok(begin(&service, "whip", handle.id(), link, answer, permit, |media| listen(media, handle.clone())))
 }
 
 /// `POST /v1/sessions/{id}/whep`
 pub(super) async fn play(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
+    Opened(handle): Opened,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (handle, offer, permit) = admitted(&service, &id, query.as_deref(), &headers, body).await?;
+    let (offer, permit) = admitted(&service, &headers, body).await?;
     let asked = query.as_deref().and_then(|q| q.split('&').find_map(|pair| pair.strip_prefix("view=")));
     let view = asked.map(|v| sessions::background(&service, v)).transpose()?;
     if tokio::time::timeout(PREPARING, live(&handle)).await.is_err() {
@@ -70,7 +74,7 @@ pub(super) async fn play(
         return Err(error);
     }
     let (link, answer) = service.rooms.net.answer_whep(&offer).await.map_err(resource::net_error)?;
-    Ok(begin(&service, "whep", &id, link, answer, permit, |media| watch(media, handle, view)))
+    Ok(begin(&service, "whep", handle.id(), link, answer, permit, |media| watch(media, handle.clone(), view)))
 }
 
 /// `POST /whip/{id}`, `/whep/{id}`. 307 keeps the method and the body (RFC 9725 §4.5).
@@ -90,22 +94,19 @@ pub(super) async fn nothing() -> Response {
     (StatusCode::OK, [(header::CONTENT_TYPE, resource::SDP)]).into_response()
 }
 
-/// What comes before the offer is looked at: its type, the caller's right, the pace, a place.
+/// What comes before the offer is looked at: the pace, its type, a place.
 async fn admitted(
     service: &Service,
-    id: &str,
-    query: Option<&str>,
     headers: &HeaderMap,
     body: Body,
-) -> Result<(Handle, String, OwnedSemaphorePermit), ApiError> {
-    let handle = sessions::access(service, headers, query, id)?;
+) -> Result<(String, OwnedSemaphorePermit), ApiError> {
     service.offers.lock().unwrap_or_else(|e| e.into_inner()).take(Instant::now())?;
     let offer = resource::offer(headers, body).await?;
     let permit = service.connections.clone().try_acquire_owned().map_err(|_| {
         let why = "As many connections stand as server.connections_max allows.";
         ApiError::unavailable("full", why, Duration::from_secs(5))
     })?;
-    Ok((handle, offer, permit))
+    Ok((offer, permit))
 }
 
 /// A connection's events and sending half.
@@ -115,13 +116,13 @@ type Media = (mpsc::Receiver<LinkEvent>, Arc<dyn LinkOut>);
 fn begin<F: Future<Output = ()> + Send + 'static>(
     service: &Service,
     kind: &str,
-    id: &str,
+    id: &SessionId,
     (peer, events, out): Link,
     answer: String,
     permit: OwnedSemaphorePermit,
     task: impl FnOnce(Media) -> F,
 ) -> Response {
-    let path = format!("/v1/sessions/{id}/{kind}/{:032x}", rand::random::<u128>());
+    let path = format!("/v1/sessions/{}/{kind}/{:032x}", id.as_str(), rand::random::<u128>());
     let etag = peer.etag();
     let peer = Arc::new(peer);
     let listed = service.peers.enter(&path, &peer, None);

@@ -42,7 +42,7 @@ use super::{
     Service,
     error::ApiError,
     gesture::{self, Asked},
-    sessions,
+    sessions::Opened,
 };
 use crate::{
     media::{MediaTime, Pcm},
@@ -51,10 +51,10 @@ use crate::{
 };
 use axum::{
     extract::{
-        Path, RawQuery, State, WebSocketUpgrade,
+        RawQuery, State, WebSocketUpgrade,
         ws::{CloseFrame, Message, Utf8Bytes, WebSocket, rejection::WebSocketUpgradeRejection},
     },
-    http::{HeaderMap, StatusCode},
+    http::StatusCode,
     response::Response,
 };
 use bytes::Bytes;
@@ -100,12 +100,10 @@ enum Said {
 /// `GET /v1/sessions/{id}/ws`
 pub(super) async fn open(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
+    Opened(handle): Opened,
     RawQuery(query): RawQuery,
-    headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
-    let handle = sessions::access(&service, &headers, query.as_deref(), &id)?;
     let upgrade = upgrade.map_err(|_| {
         let text = "This address is for WebSockets: connect to it with ws:// or wss://.";
         ApiError::new(StatusCode::UPGRADE_REQUIRED, "no_websocket", text)
