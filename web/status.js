@@ -6,7 +6,7 @@ import { language, t, told } from './i18n.js';
 const $ = (id) => document.getElementById(id);
 const PAUSE_MS = 2000;
 
-const STATES = { ready: 'Ready', draining: 'The server is closing', engine_restarting: 'The engine is being built anew', engine_failed: 'The engine has failed' };
+const STATES = { ready: 'Ready', draining: 'The server is closing', engine_restarting: 'The engine is being built anew', engine_failed: 'The engine has failed', cluster_unreachable: 'Other machines cannot be reached' };
 
 for (const element of document.querySelectorAll('[data-t]')) element.textContent = t(element.dataset.t);
 document.title = t('Loquent status');
@@ -45,6 +45,30 @@ function cells(row, name, values) {
 const COLUMNS = ['Id', 'State', 'Presenter', 'Since', 'Watching', 'Pictures a second', 'Delay', 'Held and skipped', 'Waiting speech', 'Bitrate', 'Lost in and out'];
 const LIVES = { connecting: 'Connecting', preparing: 'Preparing', idle: 'Silent', speaking: 'Speaking', draining: 'Ending', closed: 'Ended' };
 
+const NODE_COLUMNS = ['Node', 'State', 'Places taken', 'Heard', 'Address', 'Version'];
+const NODES = { ready: 'Ready', draining: 'Ending', failed: 'The engine has failed', left: 'Has left', dead: 'Dead', unknown: 'Not known' };
+
+/** What this node knows of the others; it is one of them. */
+function others(c) {
+  $('cluster').hidden = !c;
+  if (!c) return;
+  list($('bus'), [
+    ['This node', c.id],
+    ['NATS', c.reachable ? t('Connected') : t('Away for {time}', { time: time(c.away_s ?? 0) }), !c.reachable],
+    ...(c.why ? [['Why', c.why, true]] : []),
+    ['Nodes alive', c.known > c.nodes.length ? t('{alive} ({listed} are listed)', { alive: c.alive, listed: c.nodes.length }) : c.alive],
+    ['Places taken', `${c.slots_used} / ${c.slots}`, c.slots > 0 && c.slots_used >= c.slots],
+  ]);
+  cells($('node-heads'), 'th', NODE_COLUMNS.map((name) => t(name)));
+  $('nodes').replaceChildren(...c.nodes.map((n) => {
+    const ago = t('{seconds} s ago', { seconds: (n.heard_ms / 1000).toFixed(1) });
+    const row = cells(document.createElement('tr'), 'td', [n.id, t(NODES[n.state] || n.state), `${n.slots_used} / ${n.slots}`, ago, n.address || '–', n.version]);
+    row.classList.toggle('own', n.id === c.id);
+    row.classList.toggle('bad', n.state === 'dead' || n.state === 'failed');
+    return row;
+  }));
+}
+
 function show(s) {
   const e = s.engine;
   $('state').textContent = t(STATES[s.state] || s.state);
@@ -69,6 +93,7 @@ function show(s) {
     ...(e.cards_free_mb?.length ? [['Memory free on the cards', e.cards_free_mb.map((mb) => `${mb} MB`).join(', ')]] : []),
     ['Built anew', e.rebuilds, e.rebuilds > 0],
   ]);
+  others(s.cluster);
   cells($('heads'), 'th', COLUMNS.map((c) => t(c)));
   $('rows').replaceChildren(...s.sessions.map(({ id, state, presenter, age_s: age, metrics: m }) => cells(document.createElement('tr'), 'td', [
     id, t(LIVES[state] || state), presenter, time(age), m.sinks, m.fps, ms(m.delay_ms), `${m.frames_held} / ${m.frames_skipped}`,

@@ -4,6 +4,7 @@ use super::{
     BEAT, DEAD, NodeId,
     config::Config,
     node::{ClusterError, Local, Node, lock},
+    outage::advice,
     table::Standing,
 };
 use async_nats::{Client, ConnectOptions, Event};
@@ -80,8 +81,8 @@ impl Node {
         let mut table = lock(&self.table);
         // A bus that does not bring us our own beats tells nothing of others either, connected or not.
         if table.standing(self.id(), now) == Standing::Dead {
-            tracing::warn!("the bus is silent: sessions go on, others cannot be asked until it speaks again");
             table.listens(None);
+            self.gone("silent", now);
         }
         alive.retain(|id| {
             let dead = table.standing(*id, now) == Standing::Dead;
@@ -94,23 +95,48 @@ impl Node {
         table.forget(now);
     }
 
-    fn bus(&self, event: &Event) {
+    fn hear_of_bus(&self, event: &Event) {
+        let now = Instant::now();
         match event {
             Event::Connected => {
-                tracing::info!(node = %self.id(), "the bus is there");
-                lock(&self.table).listens(Some(Instant::now()));
+                lock(&self.table).listens(Some(now));
+                self.back(now);
                 self.changed();
             }
             Event::Disconnected | Event::Closed => {
-                tracing::warn!("the bus is gone: sessions go on, others cannot be asked until it is back");
                 lock(&self.table).listens(None);
+                self.gone("gone", now);
             }
-            other => tracing::warn!("bus: {other}"),
+            Event::ClientError(error) => lock(&self.outage).failed(error.to_string()),
+            other if lock(&self.outage).complains(now) => tracing::warn!("the bus complains: {other}"),
+            _ => {}
+        }
+    }
+
+    fn gone(&self, how: &str, now: Instant) {
+        if lock(&self.outage).gone(now) {
+            tracing::warn!("the bus is {how}: sessions go on, others cannot be asked until it is back");
+        }
+    }
+
+    pub(super) fn back(&self, now: Instant) {
+        if let Some(away) = lock(&self.outage).back(now) {
+            tracing::info!(node = %self.id(), "the bus is there, after {:.1} s", away.as_secs_f64());
+        }
+    }
+
+    /// Before each try to connect: what became of the one before.
+    fn tried(&self, servers: &[async_nats::Server]) {
+        let wrong = servers.iter().filter_map(|s| Some(format!("{s}: {}", s.last_error.as_ref()?)));
+        let wrong = wrong.collect::<Vec<_>>().join("; ");
+        if let Some(why) = lock(&self.outage).retry(wrong, Instant::now()) {
+            tracing::warn!("the bus cannot be reached, and is tried again: {why}{}", advice(&why));
         }
     }
 }
 
 async fn connect(config: &Config, node: Weak<Node>) -> Result<Client, ClusterError> {
+    let trying = node.clone();
     let mut options = ConnectOptions::new()
         .name("loquent")
         .retry_on_initial_connect()
@@ -120,9 +146,16 @@ async fn connect(config: &Config, node: Weak<Node>) -> Result<Client, ClusterErr
         .reconnect_delay_callback(|attempt| (RECONNECT.0 * attempt.min(100) as u32).min(RECONNECT.1))
         .event_callback(move |event| {
             if let Some(node) = node.upgrade() {
-                node.bus(&event);
+                node.hear_of_bus(&event);
             }
             std::future::ready(())
+        })
+        // Which server is tried is left to the library; only here it tells what was wrong with the last try.
+        .reconnect_to_server_callback(move |servers, _| {
+            if let Some(node) = trying.upgrade() {
+                node.tried(&servers);
+            }
+            std::future::ready(None)
         });
     if !config.user.is_empty() {
         options = options.user_and_password(config.user.clone(), config.password.clone());

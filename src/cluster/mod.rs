@@ -22,13 +22,14 @@ mod beats;
 mod config;
 mod id;
 mod node;
+mod outage;
 mod seal;
 mod table;
 mod wire;
 
 pub use config::Config;
 pub use id::NodeId;
-pub use node::{ClusterError, Local, Node, Unanswered};
+pub use node::{Bus, ClusterError, Local, Node, Unanswered};
 pub use table::{Place, Standing, Table};
 pub use wire::{Ask, Beat, Facts, Reply, State};
 

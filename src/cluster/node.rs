@@ -4,6 +4,7 @@ use super::{
     BEAT,
     config::Config,
     id::NodeId,
+    outage::Outage,
     seal::{Broken, For, Numbers, Seal, Taken},
     table::{Place, Standing, Table},
     wire::{self, Ask, Beat, Facts, Letter, Reply, State, Subjects},
@@ -15,7 +16,10 @@ use futures::future::{BoxFuture, join_all};
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::{Notify, Semaphore, oneshot};
@@ -35,6 +39,8 @@ const OVERHEAD: usize = 64 * 1024;
 pub trait Local: Send + Sync + 'static {
     /// State, places, places taken, and what its pictures are like.
     fn report(&self) -> (State, usize, usize, Facts);
+    /// How many sessions those callers have here whose sessions are counted.
+    fn held(&self) -> Vec<(String, usize)>;
     /// Answers a request that another node let in, as if it had come here.
     fn answer(self: Arc<Self>, ask: Ask) -> BoxFuture<'static, Reply>;
     /// Ends what an [`Ask`] with `claim` began, unless somebody uses it.
@@ -65,8 +71,20 @@ pub enum Unanswered {
     TooLarge(usize),
     #[error("every place of every node is taken")]
     Full,
+    #[error("the caller has as many sessions as it may, all nodes together")]
+    TooMany,
     #[error("nobody is there who makes pictures")]
     Nobody,
+}
+
+/// How the connection to the bus is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bus {
+    pub reachable: bool,
+    /// For how long it has been away.
+    pub away: Option<Duration>,
+    /// Why, as far as is known.
+    pub why: Option<String>,
 }
 
 /// This process.
@@ -80,11 +98,14 @@ pub struct Node {
     /// Where this node's HTTP is.
     pub(super) address: OnceLock<String>,
     pub(super) table: Mutex<Table>,
+    pub(super) outage: Mutex<Outage>,
     numbers: Mutex<Numbers>,
     claims: Mutex<HashMap<u128, oneshot::Sender<()>>>,
     places: Arc<Semaphore>,
     /// How it is has changed: say so now.
     pub(super) changed: Notify,
+    /// Time of the newest beat.
+    beaten: AtomicU64,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -107,10 +128,12 @@ impl Node {
             local: Mutex::default(),
             address: OnceLock::new(),
             table: Mutex::default(),
+            outage: Mutex::new(Outage::new(Instant::now())),
             numbers: Mutex::default(),
             claims: Mutex::default(),
             places: Arc::new(Semaphore::new(ANSWERED)),
             changed: Notify::new(),
+            beaten: AtomicU64::new(0),
             config,
         })
     }
@@ -138,6 +161,20 @@ impl Node {
         let connected = self.client.get().is_some_and(|c| c.connection_state() == connection::State::Connected);
         let standing = lock(&self.table).standing(self.id, Instant::now());
         connected && standing != Standing::Dead && lock(&self.table).is_listening()
+    }
+
+    /// How the bus is, for whoever runs the service.
+    pub fn bus(&self) -> Bus {
+        let (away, why) = lock(&self.outage).state(Instant::now());
+        Bus { reachable: self.reachable(), away, why }
+    }
+
+    /// Every node that is remembered, the dead of the last two minutes too, in the order of their ids.
+    pub fn known(&self) -> Vec<(Place, Standing)> {
+        let (table, now) = (lock(&self.table), Instant::now());
+        let mut all: Vec<_> = table.all().map(|p| (p.clone(), table.standing(p.beat.node, now))).collect();
+        all.sort_by_key(|(place, _)| place.beat.node);
+        all
     }
 
     /// Where things with this node in their id are.
@@ -249,11 +286,22 @@ impl Node {
         join_all(asked).await.into_iter().flatten().collect()
     }
 
-    /// Has something new begun wherever there is room. A 503 that comes back is the last refusal.
+    /// How many sessions a caller has at other nodes, as far as they were heard of.
+    pub fn held_elsewhere(&self, who: &str) -> usize {
+        lock(&self.table).held(self.seal.who(who), Some(self.id), Instant::now())
+    }
+
+    /// Has something new begun wherever there is room, for a caller who may have so many sessions in the whole cluster. A
+    /// 503 that comes back is the last refusal.
     ///
     /// # Errors
     /// Why nobody could be asked.
-    pub async fn place(&self, mut ask: Ask, patience: Duration) -> Result<Reply, Unanswered> {
+    pub async fn place(
+        &self,
+        mut ask: Ask,
+        patience: Duration,
+        caller: Option<&(String, usize)>,
+    ) -> Result<Reply, Unanswered> {
         let local = self.local().ok_or(Unanswered::Nobody)?;
         let own = local.report().1 > 0;
         if !self.reachable() {
@@ -262,12 +310,30 @@ impl Node {
         }
         ask.claim = true;
         let until = Instant::now() + patience;
+        let counted = caller.map(|(name, most)| (self.seal.who(name), *most));
         let (mut tried, mut last) = (Vec::new(), None);
         while tried.len() < TRIES {
             let now = Instant::now();
-            let Some(id) = lock(&self.table).choose(&tried, now, &mut rand::rng()) else { break };
+            let id = {
+                let mut table = lock(&self.table);
+                if counted.is_some_and(|(who, most)| table.held(who, None, now) >= most) {
+                    return Err(Unanswered::TooMany);
+                }
+                let Some(id) = table.choose(&tried, now, &mut rand::rng()) else { break };
+                if let Some((who, _)) = counted {
+                    table.asked(id, who);
+                }
+                id
+            };
             tried.push(id);
-            match self.ask(id, ask.clone(), until.saturating_duration_since(now)).await {
+            let answer = self.ask(id, ask.clone(), until.saturating_duration_since(now)).await;
+            // One that is late may have begun it.
+            if let Some((who, _)) = counted
+                && !matches!(&answer, Ok(Reply { status: 201, .. }) | Err(Unanswered::Late))
+            {
+                lock(&self.table).denied(id, who);
+            }
+            match answer {
                 Ok(reply) if reply.status == 503 => last = Some(reply),
                 Ok(reply) => {
                     if reply.status == 201 {
@@ -382,6 +448,7 @@ impl Node {
         let mut table = lock(&self.table);
         if id == self.id && !table.is_listening() {
             table.listens(Some(now));
+            self.back(now);
         }
         let known = table.standing(id, now) == Standing::Alive;
         if table.heard(beat, now) {
@@ -402,15 +469,19 @@ impl Node {
     pub(super) async fn beat(&self, client: &Client, left: bool) {
         let Some(local) = self.local() else { return };
         let (state, slots, used, facts) = local.report();
+        // Of two beats in one millisecond the second is the newer one all the same.
+        let sent_ms = now_ms().max(self.beaten.load(Ordering::Relaxed) + 1);
+        self.beaten.store(sent_ms, Ordering::Relaxed);
         let beat = Beat {
             node: self.id,
-            sent_ms: now_ms(),
+            sent_ms,
             state: if left { State::Left } else { state },
             slots,
             used,
             address: self.address.get().cloned().unwrap_or_default(),
             facts,
             version: env!("CARGO_PKG_VERSION").into(),
+            held: local.held().into_iter().map(|(name, n)| (self.seal.who(&name), n)).collect(),
         };
         let Ok(payload) = wire::write(&beat, b"") else { return };
         let sealed = self.seal.close(For::Everybody, beat.sent_ms, rand::random(), &payload);

@@ -30,6 +30,8 @@ pub struct Place {
     pub ip: Option<IpAddr>,
     /// Placed there since its last beat, or all of it when it refused.
     extra: usize,
+    /// For whom something was asked of it since its last beat.
+    asked: Vec<u64>,
 }
 
 impl Place {
@@ -40,7 +42,7 @@ impl Place {
             Some(url::Host::Ipv6(ip)) => Some(ip.into()),
             _ => None,
         };
-        Place { beat, heard, ip, extra: 0 }
+        Place { beat, heard, ip, extra: 0, asked: Vec::new() }
     }
 
     fn free(&self) -> usize {
@@ -125,6 +127,11 @@ impl Table {
         self.nodes.values().filter(move |place| place.alive(now))
     }
 
+    /// Those that are remembered, the dead too.
+    pub fn all(&self) -> impl Iterator<Item = &Place> {
+        self.nodes.values()
+    }
+
     pub fn get(&self, id: NodeId) -> Option<&Place> {
         self.nodes.get(&id)
     }
@@ -157,6 +164,31 @@ impl Table {
         }
         let share = |id: NodeId| self.nodes.get(&id).map_or(0.0, |p| p.free() as f64 / p.beat.slots as f64);
         Some(if share(b) > share(a) { b } else { a })
+    }
+
+    /// How many sessions a caller has at living nodes, as they said, and as was asked of them since; `but` one.
+    pub fn held(&self, who: u64, but: Option<NodeId>, now: Instant) -> usize {
+        let at = |place: &Place| {
+            let said = place.beat.held.iter().filter(|held| held.0 == who).map(|held| held.1).sum::<usize>();
+            said + place.asked.iter().filter(|asked| **asked == who).count()
+        };
+        self.alive(now).filter(|place| Some(place.beat.node) != but).map(at).sum()
+    }
+
+    /// A session for this caller is being asked of it.
+    pub fn asked(&mut self, id: NodeId, who: u64) {
+        if let Some(place) = self.nodes.get_mut(&id) {
+            place.asked.push(who);
+        }
+    }
+
+    /// It was not begun.
+    pub fn denied(&mut self, id: NodeId, who: u64) {
+        if let Some(place) = self.nodes.get_mut(&id)
+            && let Some(at) = place.asked.iter().position(|asked| *asked == who)
+        {
+            place.asked.swap_remove(at);
+        }
     }
 
     /// Something was placed there.
@@ -234,5 +266,22 @@ mod tests {
         table.heard(beat(2, 3, 2), t0);
         assert_eq!(table.choose(&[], t0, &mut random), Some(two), "its next beat says that there is room");
         assert_eq!(table.choose(&[], t0 + secs(4.0), &mut random), None, "nobody was heard");
+    }
+
+    #[test]
+    fn sessions_of_a_caller_are_counted_once_wherever_they_are() {
+        let (mut table, t0) = (Table::default(), Instant::now());
+        let (one, two) = (NodeId::from_bits(1), NodeId::from_bits(2));
+        table.heard(Beat { held: vec![(7, 2), (8, 1)], ..beat(1, 3, 1) }, t0);
+        table.heard(beat(2, 0, 1), t0);
+        assert_eq!((table.held(7, None, t0), table.held(7, Some(one), t0), table.held(9, None, t0)), (2, 0, 0));
+        [7, 8, 7].into_iter().for_each(|who| table.asked(two, who));
+        table.denied(two, 7);
+        assert_eq!((table.held(7, None, t0), table.held(8, None, t0)), (3, 2), "asked, and not yet heard of");
+        table.heard(Beat { held: vec![(7, 1)], ..beat(2, 1, 2) }, t0);
+        assert_eq!((table.held(7, None, t0), table.held(8, None, t0)), (3, 1), "its beat knows better");
+        table.denied(two, 7);
+        assert_eq!(table.held(7, None, t0), 3);
+        assert_eq!(table.held(7, None, t0 + secs(4.0)), 0, "sessions of the dead are gone");
     }
 }

@@ -42,6 +42,9 @@ pub struct Beat {
     pub address: String,
     pub facts: Facts,
     pub version: String,
+    /// How many sessions those callers have here whose sessions are counted, by `Seal::who`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<(u64, usize)>,
 }
 
 impl Default for NodeId {

@@ -1,8 +1,8 @@
 //! How much one caller may take: requests, connections and sessions at once, by address and by key.
 //!
-//! Addresses are those of the network, or what a proxy says that is on this machine or named in `server.proxies`; an IPv6 address stands for its
-//! /64, which is what one customer gets. This machine's own programs (loopback, not forwarded) are not limited by
-//! address.
+//! Addresses are those of the network, or what a proxy says that is on this machine or named in `server.proxies`; an IPv6
+//! address stands for its /64, which is what one customer gets. This machine's own programs (loopback, not forwarded) are
+//! not limited by address. Sessions are counted for the whole cluster, if there is one, the rest by each node for itself.
 //!
 //! | edge | capacity | when full |
 //! | --- | --- | --- |
@@ -13,7 +13,7 @@
 //! | addresses that are remembered | 10 000 | the rest share one entry |
 
 use super::{Config, Service, access::Caller, error::ApiError, live, memory, resource::Pace};
-use crate::{engine::Slot, session, telemetry::metrics};
+use crate::{cluster::Node, engine::Slot, session, telemetry::metrics};
 use axum::http::{HeaderMap, StatusCode};
 use std::{
     collections::HashMap,
@@ -33,6 +33,8 @@ const SWEEP: Duration = Duration::from_secs(1);
 pub(super) struct Limits(Arc<Mutex<Inner>>);
 
 struct Inner {
+    /// Who else counts sessions.
+    cluster: Option<Arc<Node>>,
     rate: (f64, f64),
     visitors: HashMap<IpAddr, Visitor>,
     swept: Instant,
@@ -66,14 +68,22 @@ impl Drop for Ticket {
                 inner.taken.remove(&self.of);
             }
         }
+        inner.tell(self.of.0);
     }
 }
 
 impl Limits {
-    pub(super) fn new(config: &Config, now: Instant) -> Limits {
+    pub(super) fn new(config: &Config, cluster: Option<Arc<Node>>, now: Instant) -> Limits {
         let rate = f64::from(config.requests_per_second);
-        let rate = (rate * 10.0, rate);
-        Limits(Arc::new(Mutex::new(Inner { rate, visitors: HashMap::new(), swept: now, taken: HashMap::new() })))
+        let (rate, visitors, taken) = ((rate * 10.0, rate), HashMap::new(), HashMap::new());
+        Limits(Arc::new(Mutex::new(Inner { cluster, rate, visitors, swept: now, taken })))
+    }
+
+    /// How many sessions each caller has here whose sessions are counted.
+    pub(super) fn sessions(&self) -> Vec<(String, usize)> {
+        let inner = self.lock();
+        let sessions = inner.taken.iter().filter(|((what, _), _)| *what == What::Session);
+        sessions.map(|((_, who), n)| (who.clone(), *n)).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -109,17 +119,25 @@ impl Limits {
     }
 
     fn take(&self, what: What, who: String, most: usize) -> Option<Ticket> {
-        let mut inner = self.lock();
-        let n = inner.taken.entry((what, who.clone())).or_default();
-        if *n >= most {
+        let (mut inner, of) = (self.lock(), (what, who));
+        let had = inner.taken.get(&of).copied().unwrap_or(0);
+        if had >= most {
             return None;
         }
-        *n += 1;
-        Some(Ticket { limits: self.clone(), of: (what, who) })
+        inner.taken.insert(of.clone(), had + 1);
+        inner.tell(what);
+        Some(Ticket { limits: self.clone(), of })
     }
 }
 
 impl Inner {
+    /// Other nodes count these sessions, too, and hear of them at once.
+    fn tell(&self, what: What) {
+        if let (What::Session, Some(cluster)) = (what, &self.cluster) {
+            cluster.changed();
+        }
+    }
+
     fn visitor(&mut self, address: IpAddr, now: Instant) -> &mut Visitor {
         let mut address = prefix(address);
         if self.visitors.len() >= ADDRESSES && !self.visitors.contains_key(&address) {
@@ -161,31 +179,38 @@ pub(super) fn address(config: &Config, peer: Option<IpAddr>, headers: &HeaderMap
     (!address.is_loopback()).then_some(address)
 }
 
+/// By what this caller's sessions are counted, and how many there may be at once, in the whole cluster.
+pub(super) fn counted(service: &Service, caller: &Caller) -> Option<(String, usize)> {
+    match (&caller.key, caller.address, service.config.sessions_per_address) {
+        // A key's sessions are its own business: a backend begins those of all its users from one address.
+        (Some(key), ..) => key.allowance.sessions.map(|most| (key.id.clone(), most)),
+        (None, Some(address), most @ 1..) => Some((prefix(address).to_string(), most)),
+        _ => None,
+    }
+}
+
+/// The refusal of one session too many.
+pub(super) fn too_many(caller: &Caller, most: usize, retry_after: Duration) -> ApiError {
+    metrics().refused("sessions");
+    let whose = if caller.key.is_some() { "This key" } else { "Your address" };
+    let text = format!("{whose} has {most} sessions, and may have no more at once. End one, or come later.");
+    let mut error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sessions", text);
+    error.retry_after = Some(retry_after);
+    error
+}
+
 /// A place on the engine for this caller, with its ticket inside: both are given back together.
 ///
 /// # Errors
 /// 429 when the caller has as many sessions as it may; 503 when all places are taken.
 pub(super) fn place(service: &Service, caller: &Caller) -> Result<Slot, ApiError> {
     let retry = service.rooms.engine.retry_after();
-    let take = |who: String, most: usize, whose: &str| {
-        service.limits.take(What::Session, who, most).ok_or_else(|| {
-            metrics().refused("sessions");
-            let text = format!("{whose} has {most} sessions, and may have no more at once. End one, or come later.");
-            let mut error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sessions", text);
-            error.retry_after = Some(retry);
-            error
-        })
-    };
-    let mut tickets = Vec::new();
-    if let Some(key) = &caller.key
-        && let Some(most) = key.allowance.sessions
-    {
-        tickets.push(take(key.id.clone(), most, "This key")?);
-    }
-    // A key's sessions are its own business: a backend begins those of all its users from one address.
-    if let (Some(address), None, most @ 1..) = (caller.address, &caller.key, service.config.sessions_per_address) {
-        tickets.push(take(prefix(address).to_string(), most, "Your address")?);
-    }
+    let ticket = counted(service, caller).map(|(who, most)| {
+        let elsewhere = service.rooms.cluster.as_ref().map_or(0, |cluster| cluster.held_elsewhere(&who));
+        let ticket = service.limits.take(What::Session, who, most.saturating_sub(elsewhere));
+        ticket.ok_or_else(|| too_many(caller, most, retry))
+    });
+    let ticket = ticket.transpose()?;
     let reserve = service.config.memory_reserve_mb.saturating_mul(1 << 20);
     if reserve > 0 && memory::available().is_some_and(|left| left < reserve) {
         metrics().refused("memory");
@@ -197,7 +222,10 @@ pub(super) fn place(service: &Service, caller: &Caller) -> Result<Slot, ApiError
         metrics().refused("full");
         live::refused(refusal)
     })?;
-    Ok(if tickets.is_empty() { slot } else { slot.with(tickets) })
+    Ok(match ticket {
+        Some(ticket) => slot.with(ticket),
+        None => slot,
+    })
 }
 
 /// A session's settings within what its caller's key allows.
@@ -225,7 +253,7 @@ mod tests {
     #[test]
     fn an_address_has_its_own_pace_and_the_memory_is_bounded() {
         let t0 = Instant::now();
-        let limits = Limits::new(&Config { requests_per_second: 1, ..Config::default() }, t0);
+        let limits = Limits::new(&Config { requests_per_second: 1, ..Config::default() }, None, t0);
         let ok = |a: &str, s: u64| limits.request(Some(ip(a)), t0 + Duration::from_secs(s)).is_ok();
         assert!((0..10).all(|_| ok("192.0.2.1", 0)) && !ok("192.0.2.1", 0), "ten at once");
         assert!(ok("192.0.2.2", 0), "another address is not concerned");
@@ -247,12 +275,13 @@ mod tests {
 
     #[test]
     fn tickets_come_back() {
-        let limits = Limits::new(&Config::default(), Instant::now());
+        let limits = Limits::new(&Config::default(), None, Instant::now());
         let (a, b) = (limits.connection(ip("192.0.2.1"), 2), limits.connection(ip("::ffff:192.0.2.1"), 2));
         assert!(a.is_some() && b.is_some() && limits.connection(ip("192.0.2.1"), 2).is_none());
         drop(a);
         assert!(limits.connection(ip("192.0.2.1"), 2).is_some());
         drop(b);
+        assert!(limits.connection(ip("192.0.2.1"), 0).is_none());
         assert!(limits.lock().taken.is_empty());
     }
 

@@ -148,7 +148,7 @@ impl Service {
             keys: keys::Keys::new(&config),
             began: Instant::now(),
             tls: tls::Tls::new(&config),
-            limits: limits::Limits::new(&config, Instant::now()),
+            limits: limits::Limits::new(&config, rooms.cluster.clone(), Instant::now()),
             peers: resource::Peers::default(),
             sessions: sessions::Sessions::default(),
             recordings: recording::Recordings::default(),

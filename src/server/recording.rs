@@ -81,10 +81,7 @@ fn already() -> ApiError {
 }
 
 /// `POST /v1/sessions/{id}/recording`
-pub(super) async fn begin(
-    State(service): State<Arc<Service>>,
-    Opened(handle): Opened,
-) -> Result<Response, ApiError> {
+pub(super) async fn begin(State(service): State<Arc<Service>>, Opened(handle): Opened) -> Result<Response, ApiError> {
     let folder = folder(&service)?;
     let id = handle.id().clone();
     let running = |all: &[Entry]| all.iter().any(|e| !e.recorder.status().over);
@@ -153,18 +150,12 @@ async fn forget(recordings: Recordings, handle: Handle) {
 }
 
 /// `GET /v1/sessions/{id}/recording`
-pub(super) async fn list(
-    State(service): State<Arc<Service>>,
-    Opened(handle): Opened,
-) -> Result<Response, ApiError> {
+pub(super) async fn list(State(service): State<Arc<Service>>, Opened(handle): Opened) -> Result<Response, ApiError> {
     Ok(Json(json!({ "recordings": service.recordings.told(handle.id()) })).into_response())
 }
 
 /// `DELETE /v1/sessions/{id}/recording`
-pub(super) async fn end(
-    State(service): State<Arc<Service>>,
-    Opened(handle): Opened,
-) -> Result<Response, ApiError> {
+pub(super) async fn end(State(service): State<Arc<Service>>, Opened(handle): Opened) -> Result<Response, ApiError> {
     let running = {
         let mut all = service.recordings.lock();
         let entry = all.get_mut(handle.id()).and_then(|own| own.iter_mut().find(|e| e.place.is_some()));

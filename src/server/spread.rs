@@ -14,7 +14,7 @@ use super::{
     Service,
     access::{Caller, Right},
     error::ApiError,
-    guard, health, live,
+    guard, health, limits, live,
     portraits::Consent,
     tunnel,
 };
@@ -108,7 +108,12 @@ fn patience(service: &Service) -> Duration {
 async fn begin(service: &Service, cluster: &Node, caller: Caller, request: Request) -> Result<Response, ApiError> {
     let again = format!("{}{}", cluster.public_url(), request.uri().path());
     let ask = letter(&caller, request, false).await?;
-    cluster.place(ask, patience(service)).await.map(answered).map_err(|why| unanswered(why, again))
+    let counted = limits::counted(service, &caller);
+    let placed = cluster.place(ask, patience(service), counted.as_ref()).await;
+    placed.map(answered).map_err(|why| match (why, counted) {
+        (Unanswered::TooMany, Some((_, most))) => limits::too_many(&caller, most, FULL),
+        (why, _) => unanswered(why, again),
+    })
 }
 
 async fn of_another(
@@ -222,7 +227,8 @@ pub(super) fn unanswered(why: Unanswered, again: String) -> ApiError {
             let text = format!("The request is larger than the {most} bytes that can be handed on.");
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", text)
         }
-        Unanswered::Full => live::refused(Refusal::Full { retry_after: FULL }),
+        // Told by whoever counted.
+        Unanswered::TooMany | Unanswered::Full => live::refused(Refusal::Full { retry_after: FULL }),
         Unanswered::Nobody => {
             let text = "No machine that draws presenters is there just now.";
             ApiError::unavailable("no_worker", text, SOON * 3)
@@ -259,6 +265,10 @@ impl Local for Doors {
             matte: g.matte,
         };
         (state, stats.slots, stats.used, facts)
+    }
+
+    fn held(&self) -> Vec<(String, usize)> {
+        self.service.limits.sessions()
     }
 
     fn answer(self: Arc<Self>, ask: Ask) -> BoxFuture<'static, Reply> {

@@ -3,13 +3,20 @@
 //! What can be known of a session without ending or watching it: the first digits of its id, never the id.
 
 use super::{Service, health, memory};
+use crate::cluster::{Node, Standing, State as NodeState};
 use axum::{
     Json,
     extract::State,
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Nodes that are listed; more are counted only.
+const NODES: usize = 100;
 
 fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 10_000.0).round() / 10.0
@@ -51,6 +58,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Response {
             "cards_free_mb": engine.cards_free.iter().map(|bytes| bytes >> 20).collect::<Vec<_>>(),
             "rebuilds": metrics.engine_rebuilds.get(),
         },
+        "cluster": rooms.cluster.as_ref().map(|node| cluster(node, Instant::now())),
         "sessions": sessions,
         "sessions_started": counts.started,
         "sessions_ended": ended,
@@ -61,6 +69,39 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Response {
         "memory_free_mb": memory::available().map(|bytes| bytes >> 20),
     }))
     .into_response()
+}
+
+/// The cluster as this node sees it.
+fn cluster(node: &Node, now: Instant) -> Value {
+    let (bus, known, living) = (node.bus(), node.known(), node.nodes());
+    let listed = known.iter().take(NODES).map(|(place, standing)| {
+        let beat = &place.beat;
+        json!({
+            "id": beat.node.to_string(),
+            "state": match standing {
+                Standing::Alive => json!(beat.state),
+                Standing::Dead if beat.state == NodeState::Left => json!("left"),
+                Standing::Dead => json!("dead"),
+                Standing::Unknown => json!("unknown"),
+            },
+            "slots": beat.slots,
+            "slots_used": beat.used,
+            "heard_ms": ms(now.saturating_duration_since(place.heard)),
+            "address": beat.address,
+            "version": beat.version,
+        })
+    });
+    json!({
+        "id": node.id().to_string(),
+        "reachable": bus.reachable,
+        "away_s": bus.away.map(|away| away.as_secs()),
+        "why": bus.why,
+        "alive": living.len(),
+        "known": known.len(),
+        "slots": living.iter().map(|place| place.beat.slots).sum::<usize>(),
+        "slots_used": living.iter().map(|place| place.beat.used).sum::<usize>(),
+        "nodes": listed.collect::<Vec<_>>(),
+    })
 }
 
 fn session(s: &crate::session::Snapshot) -> Value {

@@ -35,8 +35,13 @@ pub enum Format {
 
 impl Default for Config {
     fn default() -> Self {
-        // The transport's crates tell of every lost packet; only their errors matter to an operator.
-        Config { filter: "info,webrtc=error,rtc=error".into(), format: Format::Text, traces: String::new() }
+        // The transport's crates tell of every lost packet; only their errors matter to an operator. What NATS' crate tells
+        // with every try, `cluster` tells once.
+        Config {
+            filter: "info,webrtc=error,rtc=error,async_nats=off".into(),
+            format: Format::Text,
+            traces: String::new(),
+        }
     }
 }
 

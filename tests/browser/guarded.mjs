@@ -39,6 +39,15 @@ async function turn(folder, secret) {
   return server;
 }
 
+/** Debian's nats-server. */
+async function bus() {
+  const port = await freePort();
+  const program = ['/usr/sbin/nats-server', '/usr/bin/nats-server'].find((at) => fs.existsSync(at));
+  if (!program) throw new Error('nats-server is missing: apt-get install -y nats-server');
+  const child = spawn(program, ['--addr', '127.0.0.1', '--port', String(port)], { stdio: 'ignore' });
+  return { nats: JSON.stringify([`nats://127.0.0.1:${port}`]), stop: () => child.kill('SIGKILL') };
+}
+
 /** Host candidates are blocked: the browser may use the relay alone. Keys, relay and media together. */
 export async function relay(checks) {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'loquent-relay-'));
@@ -102,9 +111,12 @@ export async function relay(checks) {
 export async function status(checks) {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'loquent-status-'));
   const { file, secret } = key(folder, 'live', 'metrics');
-  let [service, chromium] = [];
+  let [nats, service, front, chromium] = [];
   try {
-    service = await serve({ engine: 'card', sessions: 2, settings: { 'server.keys_file': file } });
+    nats = await bus();
+    const settings = { 'server.keys_file': file, 'cluster.nats': nats.nats };
+    service = await serve({ engine: 'card', sessions: 2, settings });
+    front = await serve({ engine: 'card', sessions: 0, settings });
     chromium = await browser(speech().file);
     const said = [];
     const talk = await chromium.context.newPage();
@@ -117,19 +129,28 @@ export async function status(checks) {
     await page.goto(`${service.base}/status`);
     await page.waitForFunction(() => /wants a key/.test(document.body.innerText), null, { timeout: 10_000 });
     checks.add('without a key', 'says so', 'it does', true);
-    for (const [language, word] of [['en', 'Real-time factor'], ['zh', '实时系数']]) {
+    for (const [language, word, bound] of [['en', 'Real-time factor', 'Connected'], ['zh', '实时系数', '已连接']]) {
       await page.goto('about:blank');
       await page.goto(`${service.base}/status?lang=${language}#key=${secret}`);
       await page.waitForFunction(() => document.querySelectorAll('#rows tr').length === 1, null, { timeout: 10_000 });
       await sleep(3000);
       const text = await page.evaluate(() => document.body.innerText);
       checks.add(`status, ${language}`, text.includes(word) && text.includes('1 / 2') ? 'told' : text, 'one of two places taken', text.includes(word) && text.includes('1 / 2'));
+      const nodes = await page.evaluate(() => Array.from(document.querySelectorAll('#nodes tr'), (row) => row.innerText.replace(/\s+/g, ' ')));
+      checks.add(`cluster, ${language}`, `${text.includes(bound) ? bound : text}; ${nodes.join('; ')}`, 'two nodes, with places and without',
+        text.includes(bound) && nodes.length === 2 && nodes.some((n) => n.includes('1 / 2')) && nodes.some((n) => n.includes('0 / 0')));
       await page.screenshot({ path: path.join(OUT, `status-${language}.png`), fullPage: true });
     }
+    nats.stop();
+    await page.waitForFunction(() => /已断开 [2-9] s/.test(document.body.innerText), null, { timeout: 15_000 });
+    await page.screenshot({ path: path.join(OUT, 'status-away.png'), fullPage: true });
+    checks.add('without NATS', 'says so', 'it does', true);
     checks.add('mistakes of the page', said.join(' ') || 'none', 'none', said.length === 0);
   } finally {
     await chromium?.close();
     await service?.stop();
+    await front?.stop();
+    nats?.stop();
     fs.rmSync(folder, { recursive: true, force: true });
   }
 }

@@ -129,6 +129,9 @@ def seeds():
     twcc = struct.pack(">IIHHI", 9, 2, 65530, 4, 1 << 8) + struct.pack(">H", 4 | 1 << 13) + bytes([4, 4, 4, 4, 0, 0])
     talk = packet(0, sample) + packet(2, b'{"type":"set","rate":16000}') + packet(2, b'{"type":"interrupt"}') \
         + packet(1, b"ping") + packet(2, b'{"type":"say","text":"hello"}') + packet(2, b'{"type":"speak_end"}')
+    asked = packet(2, b'{"type":"start","rate":8000,"liveliness":0.5}') + packet(0, sample[:80]) + packet(2, b'{"type":"ping","t":[1]}') \
+        + packet(2, b'{"type":"gesture","gesture":"look_left","strength":1,"seconds":2}') \
+        + packet(7, b"\x81\x85\0\0\0\0hello\x89\x80\0\0\0\0")
     body = b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.png\"\r\n\r\n" + png() + b"\r\n--b--\r\n"
     frame = bytes(16 * 16 * 3 // 2)
     data = HERE.parent / "it" / "data"
@@ -142,7 +145,7 @@ def seeds():
         "voice": [b"".join(bytes([200]) + wav()[i:i + 200] for i in range(0, 1644, 200))],
         "service": [b"\0" + OFFER.encode(), b'\1{"presenter":"card","seed":7,"background":"green"}', b"\2" + png(), b"\3" + body,
                     b'\4{"prompt":"smile"}', b"\5GET /v1/info HTTP/1.1\r\nHost: localhost\r\n\r\n"],
-        "websocket": [talk],
+        "websocket": [talk, asked],
         "config": [(HERE.parents[1] / "config" / "loquent.toml").read_text(), "name control,live sha256:" + "0" * 64 + "\n"],
         "text": ["Hello there. How are you? &amp;  Fine\u3000thanks\u3002 \u4f60\u597d\uff01"],
         "portrait": [png(), (HERE.parents[1] / "web" / "card.png").read_bytes()],

@@ -88,7 +88,7 @@ fn libraries_stay_in_their_rooms() {
         ("webrtc::", &["net"]),
         ("rtc::", &["net"]),
         ("axum::", &["server"]),
-        ("async_nats", &["cluster"]),
+        ("async_nats::", &["cluster"]),
         ("livekit_protocol", &["livekit"]),
         ("tokio_tungstenite", &["livekit"]),
         ("opus::", &["codec"]),

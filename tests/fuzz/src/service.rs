@@ -1,7 +1,7 @@
 //! A whole service with the test card, on a socket of this machine: what is sent to it is what a stranger could send.
 
 use crate::Cut;
-use futures::SinkExt as _;
+use futures::{SinkExt as _, StreamExt as _};
 use loquent::{
     avatar,
     config::Config,
@@ -14,13 +14,17 @@ use loquent::{
 use std::{
     net::SocketAddr,
     sync::{Mutex, OnceLock},
+    time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     runtime::Runtime,
 };
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, tungstenite::Message};
+
+/// What takes longer than this to be answered hangs.
+const ANSWERED: Duration = Duration::from_secs(10);
 
 pub struct House {
     pub runtime: Runtime,
@@ -112,19 +116,27 @@ impl House {
         })
     }
 
-    /// Messages to the WebSocket of a session, each with its kind and a length before it.
+    /// Messages to the WebSocket of a session, each with its kind and a length before it; some are no messages at all. All
+    /// are answered before this returns, so that what an input does is its own.
     pub fn talk(&self, bytes: &[u8]) {
         let mut talk = self.talk.lock().unwrap();
         let url = talk.get_or_insert_with(|| self.begin()).clone();
         let said = self.runtime.block_on(async {
-            let (mut socket, _) = tokio_tungstenite::connect_async(url.as_str()).await.ok()?;
+            let connected = tokio_tungstenite::connect_async_with_config(url.as_str(), None, true).await;
+            let (mut socket, _) = connected.ok()?;
             let mut cut = Cut(bytes);
             while !cut.done() {
                 let (kind, n) = (cut.u8(), usize::from(cut.u16()));
                 let raw = cut.take(n);
-                let message = match kind % 4 {
+                let message = match kind % 8 {
                     0 => Message::Binary(raw.to_vec().into()),
                     1 => Message::Ping(raw[..raw.len().min(125)].to_vec().into()),
+                    7 => {
+                        let MaybeTlsStream::Plain(wire) = socket.get_mut() else { return None };
+                        let _ = wire.write_all(raw).await;
+                        let _ = wire.shutdown().await;
+                        break;
+                    }
                     _ => Message::Text(String::from_utf8_lossy(raw).into_owned().into()),
                 };
                 // A client that was given up is told so; that is an outcome.
@@ -132,7 +144,18 @@ impl House {
                     break;
                 }
             }
-            let _ = socket.close(None).await;
+            // Sound that waits would be heard in real time, and by the next input.
+            for end in [r#"{"type":"interrupt"}"#, r#"{"type":"ping","t":"over"}"#] {
+                let _ = socket.send(Message::Text(end.into())).await;
+            }
+            let over = async {
+                while let Some(Ok(told)) = socket.next().await {
+                    if told.to_text().is_ok_and(|text| text.contains("pong") && text.contains("over")) {
+                        break;
+                    }
+                }
+            };
+            tokio::time::timeout(ANSWERED, over).await.expect("the WebSocket neither answers nor ends");
             Some(())
         });
         if said.is_none() {
@@ -153,7 +176,7 @@ impl House {
                 let path = path.find("/v1/").map_or(path, |at| &path[at..]);
                 return format!("ws://{}{path}?token={token}", self.address);
             }
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
         }
         panic!("no session could be begun")
     }
