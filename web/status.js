@@ -63,7 +63,7 @@ function others(c) {
   $('nodes').replaceChildren(...c.nodes.map((n) => {
     const ago = t('{seconds} s ago', { seconds: (n.heard_ms / 1000).toFixed(1) });
     const row = cells(document.createElement('tr'), 'td', [n.id, t(NODES[n.state] || n.state), `${n.slots_used} / ${n.slots}`, ago, n.address || '–', n.version]);
-    row.classList.toggle('own', n.id === c.id);
+    row.classList.toggle('here', n.id === c.id);
     row.classList.toggle('bad', n.state === 'dead' || n.state === 'failed');
     return row;
   }));
