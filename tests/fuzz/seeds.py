@@ -64,7 +64,7 @@ def packet(kind, body):
 
 def rtp(sequence, payload):
     raw = struct.pack(">BBHII", 128, 111, sequence, sequence * 960 & 0xFFFFFFFF, 1) + payload
-    return bytes([100, len(raw)]) + raw
+    return bytes([210, len(raw)]) + raw
 
 
 def rtcp(kind, count, body):

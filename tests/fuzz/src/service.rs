@@ -21,7 +21,10 @@ use tokio::{
     net::TcpStream,
     runtime::Runtime,
 };
-use tokio_tungstenite::{MaybeTlsStream, tungstenite::Message};
+use tokio_tungstenite::{
+    MaybeTlsStream,
+    tungstenite::{Error, Message},
+};
 
 /// What takes longer than this to be answered hangs.
 const ANSWERED: Duration = Duration::from_secs(10);
@@ -123,7 +126,12 @@ impl House {
         let url = talk.get_or_insert_with(|| self.begin()).clone();
         let said = self.runtime.block_on(async {
             let connected = tokio_tungstenite::connect_async_with_config(url.as_str(), None, true).await;
-            let (mut socket, _) = connected.ok()?;
+            let mut socket = match connected {
+                Ok((socket, _)) => socket,
+                // It has idled out.
+                Err(Error::Http(answer)) if answer.status() != 401 => return None,
+                Err(error) => panic!("the WebSocket of a session cannot be opened: {error}"),
+            };
             let mut cut = Cut(bytes);
             while !cut.done() {
                 let (kind, n) = (cut.u8(), usize::from(cut.u16()));
@@ -159,7 +167,7 @@ impl House {
             Some(())
         });
         if said.is_none() {
-            // It has idled out; the next input begins another.
+            // The next input begins another.
             *talk = None;
         }
     }
@@ -171,10 +179,9 @@ impl House {
             let answer = String::from_utf8(self.exchange(wire.as_bytes())).unwrap();
             let body = answer.split_once("\r\n\r\n").map_or("", |a| a.1);
             if let Ok(begun) = serde_json::from_str::<serde_json::Value>(body)
-                && let (Some(path), Some(token)) = (begun["urls"]["websocket"].as_str(), begun["token"].as_str())
+                && let Some(path) = begun["urls"]["websocket"].as_str()
             {
-                let path = path.find("/v1/").map_or(path, |at| &path[at..]);
-                return format!("ws://{}{path}?token={token}", self.address);
+                return format!("ws://{}{path}", self.address);
             }
             std::thread::sleep(Duration::from_millis(50));
         }
