@@ -136,7 +136,7 @@ fn studio(device: &Device, tiny: bool) -> Result<Studio> {
     Ok(Studio {
         dit: Dit::load(transformer(tiny)?, &weights(whole.transformer, dtype)?)?,
         vae: WanVae::load(&weights(whole.vae, dtype)?)?,
-        hearing: Wav2Vec2::load(&weights(hearing, DType::F32)?.with_fp8(Fp8::Off), &whole.hearing_config())?,
+        hearing: Wav2Vec2::load(&weights(hearing, dtype)?.with_fp8(Fp8::Off), &whole.hearing_config())?,
     })
 }
 

@@ -140,10 +140,12 @@ impl Loader<'_> {
         parts::autoencoder(self.parts, self.config, device, dtype, self.watcher)
     }
 
-    /// f32 in both modes, where LiveAvatar's is bf16: with a window of eight seconds it costs 0.35 TFLOP a block against
-    /// 490 for the transformer, and its states, of which 24 of 25 are not normed, keep their small differences.
+    /// LiveAvatar's audio encoder runs in the transformer's type, S2V's in f32 (the same place). On a card bf16 halves its
+    /// part of a block; on the processor it is worth nothing.
     fn hearing(&self, device: &Device) -> model::Result<Wav2Vec2> {
-        let weights = parts::watched(&self.parts.hearing, Part::Hearing.name(), device, DType::F32, self.watcher);
+        let live = matches!(self.how, How::Block { .. }) && !device.is_cpu();
+        let dtype = if live { self.dtype } else { DType::F32 };
+        let weights = parts::watched(&self.parts.hearing, Part::Hearing.name(), device, dtype, self.watcher);
         let hearing = Wav2Vec2::load(&weights, &self.parts.hearing_config)?;
         weights.finish()?;
         Ok(hearing)

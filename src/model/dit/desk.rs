@@ -47,6 +47,8 @@ impl Desk {
             if let (true, Some(card)) = (desk.numbers != numbers, &desk.slot.card) {
                 card.slice_set(&Tensor::new(&numbers, tokens.device())?, 0, 0)?;
                 desk.numbers = numbers;
+                // Where nothing is fused, the host's numbers are read.
+                desk.slot = Slot { card: Some(card.clone()), ..slot.clone() };
             }
             if desk.heard != audio.tokens.local.id() {
                 for (here, new) in desk.audio.injectors.iter().zip(&audio.injectors) {

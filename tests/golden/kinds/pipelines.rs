@@ -26,7 +26,7 @@ use super::{
     common::{Got, Outcome, compare, list},
     transformer,
 };
-use crate::data::{Check, Golden};
+use crate::data::{Check, Golden, device};
 
 /// `s2v_e2e`.
 pub fn s2v_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
@@ -273,7 +273,7 @@ fn on_ranks(g: &Golden) -> Result<Vec<(Got, Layout)>, Box<dyn std::error::Error>
         Box::new(move || Ok(tools)) as Build
     });
     let builds = builds.collect();
-    let crew = Arc::new(Crew::start(in_process(&vec![Device::Cpu; 5]), builds)?);
+    let crew = Arc::new(Crew::start(in_process(&vec![device(); 5]), builds)?);
     let settings = BlockSettings { clip_frames: frames, motion_frames: g.count("motion_frames")? };
     let distance = g.input("relative_dist")?.to_vec2::<i64>()?;
     let clips = g.count("clips")?.min(voice.clips);

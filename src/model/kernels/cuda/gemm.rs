@@ -1,7 +1,7 @@
 //! Matrix products by cuBLASLt.
 //!
 //! `y = x Wᵀ + b`, optionally through GELU, for bf16 operands, and for e4m3 operands with one f32 scale per row of `x` and
-//! per row of `W` (cuBLASLt's `OUTER_VEC_32F`, Hopper). The library's heuristics are only a shortlist: the first product
+//! per row of `W` (cuBLASLt's `OUTER_VEC_32F`, Hopper). For large products the library's heuristics are only a shortlist: the first
 //! of a shape times its candidates on the real operands and keeps the fastest, which is worth 3–10 % here.
 //!
 //! Large products bring a card to its power limit, and then the kernel that takes the least energy is the fastest, not the
@@ -32,6 +32,9 @@ const NEAR: f32 = 1.08;
 /// How long each of them runs, milliseconds; products shorter than [`SHORT`] are over before the clock changes.
 const LENGTH: f32 = 25.0;
 const SHORT: f32 = 0.06;
+/// Products of fewer operations take what the library thinks best: there is nothing to win, and an audio encoder whose
+/// window grows brings a new shape with every block.
+const WORTH_TIMING: f64 = 2e10;
 /// Timed runs of a candidate; the fastest counts.
 const RUNS: usize = 3;
 
@@ -282,7 +285,8 @@ fn choose(c: &Context, call: &Call, p: &Product, y: &Tensor, key: Key) -> Result
     let stream = c.device.cuda_stream();
     let idle = candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let first = *candidates.first().ok_or_else(|| Error::Config(format!("cuBLASLt has no way to compute {key:?}")))?;
-    if stream.capture_status().is_ok_and(|s| s != idle) {
+    let operations = 2.0 * key.out as f64 * key.n as f64 * key.width as f64;
+    if operations < WORTH_TIMING || stream.capture_status().is_ok_and(|s| s != idle) {
         return Ok(first);
     }
     // Milliseconds of `times` runs, queued together; infinite where the candidate cannot do it.
