@@ -316,7 +316,7 @@ impl Ingest {
                 if level >= -hold_ms && now.saturating_duration_since(since) < self.hold {
                     return Ok(false);
                 }
-                self.concede()?;
+                self.concede(level)?;
                 Ok(true)
             }
             None if level < -hold_ms => {
@@ -377,8 +377,7 @@ impl Ingest {
             // our steps; the rest of a step is below hearing.
             let missing = ahead as usize;
             sync.timestamp = packet.timestamp;
-            let ahead_of_now = level.max(0.0) * 48.0;
-            if (missing as f64) < 48.0 * EXCESS_MS - ahead_of_now {
+            if (missing as f64) < room(level) {
                 self.bridge(missing)?;
             }
         } else if ahead < 0 && ahead + (length as i32) <= 0 {
@@ -428,7 +427,7 @@ impl Ingest {
     }
 
     /// Gives up on what is missing before the first waiting packet.
-    fn concede(&mut self) -> Result<(), CodecError> {
+    fn concede(&mut self, level: f64) -> Result<(), CodecError> {
         self.gap_since = None;
         let Some((&sequence, packet)) = self.waiting.first_key_value() else { return Ok(()) };
         let Some(sync) = &mut self.sync else { return Ok(()) };
@@ -441,6 +440,9 @@ impl Ingest {
             return Ok(());
         }
         sync.timestamp = timestamp;
+        if missing as f64 >= room(level) {
+            return Ok(());
+        }
         // The copy inside the next packet covers one packet of its own length.
         let copy = self.decoder.samples_in(&payload).unwrap_or(0).min(missing as usize) / 120 * 120;
         let before = missing as usize - copy;
@@ -522,6 +524,12 @@ impl Ingest {
         // Ahead: the sender's clock is fast, make fewer samples of its.
         self.drift.set_ppm(-(DRIFT_P * error + self.integral).clamp(-1500.0, 1500.0))
     }
+}
+
+/// Samples that may be filled in where the head is so many milliseconds ahead of now: what a sender says is missing must not
+/// carry the timeline away from the clock.
+fn room(level: f64) -> f64 {
+    48.0 * (EXCESS_MS - level.max(0.0))
 }
 
 fn rms(samples: &[f32]) -> f32 {

@@ -271,6 +271,25 @@ fn duplicates_padding_restarts_and_nonsense_are_survived() {
     assert!(out.voice.iter().all(|s| s.is_finite() && s.abs() <= 1.0));
 }
 
+/// A loss, and timestamps that claim almost a second for it, fifty times a second: found by fuzzing.
+#[test]
+fn what_a_sender_says_is_missing_does_not_carry_the_timeline_away() {
+    let begun = Instant::now();
+    let mut ingest = Ingest::new(&Config::default(), MediaTime::ZERO, Duration::ZERO, begun).unwrap();
+    let queue = SpeechQueue::new(Arc::default());
+    let (mut sender, mut made) = (Sender::new(begun, 0.0), 0);
+    for step in 1..=100 {
+        let now = begun + ms(20 * step);
+        ingest.packet(sender.next(now));
+        sender.skip();
+        sender.pause(44);
+        made += ingest.advance(&queue, now).unwrap().voice.samples.len();
+        let ahead = ingest.head().as_secs_f64() - (now - begun).as_secs_f64();
+        assert!(ahead.abs() < 0.3, "after {step} packets the timeline stands {ahead} s from the clock");
+    }
+    assert!(made < 48_000 * 5 / 2, "{made} samples of two seconds");
+}
+
 #[test]
 fn a_muted_or_absent_microphone_is_silence_at_the_pace_of_the_clock() {
     let begun = Instant::now();
