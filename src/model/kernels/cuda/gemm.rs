@@ -1,8 +1,8 @@
 //! Matrix products by cuBLASLt.
 //!
 //! `y = x Wᵀ + b`, optionally through GELU, for bf16 operands, and for e4m3 operands with one f32 scale per row of `x` and
-//! per row of `W` (cuBLASLt's `OUTER_VEC_32F`, Hopper). For large products the library's heuristics are only a shortlist: the first
-//! of a shape times its candidates on the real operands and keeps the fastest, which is worth 3–10 % here.
+//! per row of `W` (cuBLASLt's `OUTER_VEC_32F`, Hopper). For large products the library's heuristics are only a shortlist:
+//! the first of a shape times its candidates on the real operands and keeps the fastest, which is worth 3–10 % here.
 //!
 //! Large products bring a card to its power limit, and then the kernel that takes the least energy is the fastest, not the
 //! one that is so alone and at full clock. So those that are near the fastest run once more, each long enough for the
