@@ -127,6 +127,17 @@ pub struct Fill {
     pub passing: u64,
 }
 
+/// What a model's faces follow beside speech and a portrait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// [`OpenOptions::direction`]: gestures, and how lively they are.
+    pub direction: bool,
+    /// [`OpenOptions::prompt`].
+    pub prompt: bool,
+    /// Its presenters are such as [`pocket::design`] draws: any picture has a nearest look among them.
+    pub design: bool,
+}
+
 /// A loaded model that can give faces. Lives on its device's thread.
 pub trait Generator: Send {
     fn geometry(&self) -> Geometry;
@@ -150,9 +161,8 @@ pub trait Generator: Send {
     fn memory(&self) -> Vec<Fill> {
         Vec::new()
     }
-    /// Whether its faces follow [`OpenOptions::direction`]: gestures, and how lively they are.
-    fn directed(&self) -> bool {
-        false
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
     }
     /// A picture this generator surely accepts: for warm-up and for measuring. Mid-grey unless a model knows better.
     fn sample_portrait(&self) -> Portrait {

@@ -6,7 +6,7 @@ use super::{
     stats::Meter,
 };
 use crate::{
-    avatar::{self, AvatarError, Generator, OpenOptions, Stream},
+    avatar::{self, AvatarError, Capabilities, Generator, OpenOptions, Stream},
     media::{AudioBlock, Geometry, MediaTime, Portrait, SPEECH_RATE},
     telemetry,
 };
@@ -157,7 +157,7 @@ impl Device {
     pub(super) fn run(
         mut self,
         mut build: impl FnMut() -> avatar::Result<Box<dyn Generator>>,
-        ready: SyncSender<Result<(Geometry, bool), EngineError>>,
+        ready: SyncSender<Result<(Geometry, Capabilities), EngineError>>,
     ) {
         let _will = LastWill(self.health.clone());
         let (mut generator, geometry) = match self.build(&mut build) {
@@ -167,7 +167,7 @@ impl Device {
                 return;
             }
         };
-        if ready.send(Ok((geometry.clone(), generator.directed()))).is_err() {
+        if ready.send(Ok((geometry.clone(), generator.capabilities()))).is_err() {
             return;
         }
         let mut failures = 0;

@@ -20,7 +20,7 @@ pub use splice::Splice;
 pub use stats::{BLOCK_BUCKETS, EngineStats};
 
 use crate::{
-    avatar::{self, Fill, Generator, OpenOptions},
+    avatar::{self, Capabilities, Fill, Generator, OpenOptions},
     media::{Geometry, Portrait},
 };
 use device::{Command, Device};
@@ -167,7 +167,7 @@ pub struct Engine(Arc<Inner>);
 
 struct Inner {
     geometry: Geometry,
-    directed: bool,
+    capabilities: Capabilities,
     config: Config,
     commands: mpsc::Sender<Command>,
     seats: Arc<Seats>,
@@ -210,7 +210,7 @@ impl Engine {
             .name(format!("engine-{name}"))
             .spawn(move || device.run(build, ready_tx))
             .map_err(|source| EngineError::Thread { name: name.into(), source })?;
-        let (geometry, directed) = match ready_rx.recv() {
+        let (geometry, capabilities) = match ready_rx.recv() {
             Ok(Ok(told)) => told,
             Ok(Err(error)) => {
                 let _ = thread.join();
@@ -224,7 +224,7 @@ impl Engine {
         };
         Ok(Engine(Arc::new(Inner {
             geometry,
-            directed,
+            capabilities,
             config: config.clone(),
             commands,
             seats,
@@ -241,9 +241,9 @@ impl Engine {
         &self.0.geometry
     }
 
-    /// Whether faces take gestures and a liveliness.
-    pub fn directed(&self) -> bool {
-        self.0.directed
+    /// What faces follow beside speech and a portrait.
+    pub fn capabilities(&self) -> Capabilities {
+        self.0.capabilities
     }
 
     /// The right to a face, or at once the reason why not.

@@ -66,9 +66,9 @@ pub(super) async fn portrait(service: &Service, look: &str) -> Result<(String, P
     Ok((name, work(service, move || design.draw(size)).await?))
 }
 
-/// The look that is nearest to an uploaded picture, for engines that show designed presenters only.
+/// The look that is nearest to an uploaded picture, where the engine's presenters are such as are designed.
 pub(super) async fn like(service: &Service, portrait: &Portrait) -> Option<String> {
-    if service.rooms.engine_name != "pocket" {
+    if !service.rooms.engine.capabilities().design {
         return None;
     }
     let portrait = portrait.clone();

@@ -70,7 +70,7 @@ pub(super) fn give(service: &Service, handle: &Handle, asked: &Asked) -> Result<
 /// # Errors
 /// 422 with a sentence for engines whose presenters move as they like.
 pub(super) fn possible(service: &Service) -> Result<(), ApiError> {
-    if service.rooms.engine.directed() {
+    if service.rooms.engine.capabilities().direction {
         return Ok(());
     }
     let name = service.rooms.engine_name;

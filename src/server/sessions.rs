@@ -248,7 +248,7 @@ fn possible(service: &Service, wanted: &Wanted) -> Result<(), ApiError> {
         );
     }
     if let Some(prompt) = &wanted.prompt {
-        if !reads(name) {
+        if !service.rooms.engine.capabilities().prompt {
             return cannot("no_prompt", format!("The engine `{name}` does not read prompts; leave `prompt` out."));
         }
         if prompt.chars().count() > MAX_PROMPT {
@@ -256,11 +256,6 @@ fn possible(service: &Service, wanted: &Wanted) -> Result<(), ApiError> {
         }
     }
     Ok(())
-}
-
-/// Whether an engine's pictures follow a prompt.
-fn reads(engine: &str) -> bool {
-    !matches!(engine, "pocket" | "card")
 }
 
 fn printable(text: &str) -> String {

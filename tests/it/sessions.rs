@@ -3,7 +3,7 @@
 use crate::server::{Answer, House, house, house_from, settings};
 use futures::{SinkExt, StreamExt};
 use loquent::{
-    avatar::{self, Act, Direction, Generator, OpenOptions, Stream},
+    avatar::{self, Act, Capabilities, Direction, Generator, OpenOptions, Stream},
     media::{Geometry, Portrait},
 };
 use serde_json::{Value, json};
@@ -260,18 +260,18 @@ async fn the_openapi_document_and_the_router_say_the_same() {
     }
 }
 
-/// The test card, which remembers the stage directions of the face it opened last.
-struct Watched(Box<dyn Generator>, Arc<Mutex<Option<Direction>>>);
+/// The test card as an engine that can everything; it remembers with what it opened the last face.
+struct Watched(Box<dyn Generator>, Arc<Mutex<Option<OpenOptions>>>);
 
 impl Generator for Watched {
     fn geometry(&self) -> Geometry {
         self.0.geometry()
     }
-    fn directed(&self) -> bool {
-        true
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { direction: true, prompt: true, design: true }
     }
     fn open(&mut self, portrait: &Portrait, options: &OpenOptions) -> avatar::Result<Box<dyn Stream>> {
-        *self.1.lock().unwrap() = Some(options.direction.clone());
+        *self.1.lock().unwrap() = Some(options.clone());
         self.0.open(portrait, options)
     }
 }
@@ -288,7 +288,7 @@ async fn gestures_and_liveliness_reach_the_face() {
     let session = house.begin().await;
     let direction = async || loop {
         match seen.lock().unwrap().clone() {
-            Some(direction) => return direction,
+            Some(options) => return options.direction,
             None => tokio::time::sleep(Duration::from_millis(5)).await,
         }
     };
@@ -345,4 +345,26 @@ async fn an_engine_that_takes_no_gestures_says_so() {
     let mut socket = house.socket(&session).await;
     socket.say(json!({"type": "gesture", "gesture": "nod"})).await;
     assert_eq!(socket.hear("error").await["code"], "no_gestures");
+}
+
+/// Prompts and nearest looks, too, are a matter of what the generator says, not of what it is called.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_engine_can_is_told_by_its_generator() {
+    let seen = Arc::new(Mutex::new(None));
+    let kept = seen.clone();
+    let able = house_from(settings(), move || Ok(Box::new(Watched(avatar::test_card(), kept.clone())))).await;
+    let plain = house(|_| {}).await;
+    let (path, card) = ("/v1/portraits?consent=test", include_bytes!("../../web/card.png"));
+    let like = able.post(path, "image/png", card).await.json()["nearest"].clone();
+    assert!(like.as_str().is_some_and(|look| look.starts_with("design:")), "{like}");
+    assert!(plain.post(path, "image/png", card).await.json()["nearest"].is_null());
+
+    let begun = able.json("POST", "/v1/sessions", json!({"prompt": "smile"})).await;
+    assert_eq!(begun.status, 201, "{}", begun.text());
+    let heard = async || {
+        while seen.lock().unwrap().as_ref().is_none_or(|o: &OpenOptions| o.prompt.as_deref() != Some("smile")) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), heard()).await.expect("the prompt does not reach the face");
 }

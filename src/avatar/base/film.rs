@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     avatar::{
-        AvatarError, Generator, OpenOptions, Result, Stream,
+        AvatarError, Capabilities, Generator, OpenOptions, Result, Stream,
         s2v::{
             Config, Loading, Mode, Size, Watcher,
             parts::{self, fits},
@@ -177,6 +177,10 @@ impl Film {
 impl Generator for Film {
     fn geometry(&self) -> Geometry {
         self.geometry_for(&self.sample_portrait())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { prompt: true, ..Capabilities::default() }
     }
 
     fn geometry_for(&self, portrait: &Portrait) -> Geometry {

@@ -12,7 +12,7 @@ pub mod design;
 mod portrait;
 mod stream;
 
-use super::{AvatarError, Controls, Generator, OpenOptions, Result, Stream};
+use super::{AvatarError, Capabilities, Controls, Generator, OpenOptions, Result, Stream};
 use crate::{
     media::{Geometry, MediaTime, Portrait, SPEECH_RATE},
     model::{
@@ -277,8 +277,8 @@ impl Generator for Pocket {
         self.shared.geometry.clone()
     }
 
-    fn directed(&self) -> bool {
-        true
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { direction: true, prompt: false, design: true }
     }
 
     fn sample_portrait(&self) -> Portrait {

@@ -30,7 +30,7 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    AvatarError, Fill, Generator, Intake, OpenOptions, Result, Stream,
+    AvatarError, Capabilities, Fill, Generator, Intake, OpenOptions, Result, Stream,
     block::{self, BlockSettings, Continuous},
     clip::{self, ClipSettings, ClipStream, Words},
     speakers::{self, Mask},
@@ -320,6 +320,10 @@ impl S2v {
 impl Generator for S2v {
     fn geometry(&self) -> Geometry {
         self.geometry_for(&self.sample_portrait())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { prompt: true, ..Capabilities::default() }
     }
 
     fn geometry_for(&self, portrait: &Portrait) -> Geometry {

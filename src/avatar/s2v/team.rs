@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     avatar::{
-        AvatarError, Fill, Generator, Intake, OpenOptions, Result, Stream,
+        AvatarError, Capabilities, Fill, Generator, Intake, OpenOptions, Result, Stream,
         block::BlockSettings,
         crew::{Build, Crew, FaceOpening, Line, Made, Picture},
         noise::{normal, whole},
@@ -228,6 +228,10 @@ impl Team {
 impl Generator for Team {
     fn geometry(&self) -> Geometry {
         self.geometry_for(&self.sample_portrait())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { prompt: true, ..Capabilities::default() }
     }
 
     fn geometry_for(&self, portrait: &Portrait) -> Geometry {
