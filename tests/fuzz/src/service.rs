@@ -12,19 +12,19 @@ use loquent::{
     voice::Voice,
 };
 use std::{
-    net::SocketAddr,
-    sync::{Mutex, OnceLock},
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Mutex, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     runtime::Runtime,
 };
-use tokio_tungstenite::{
-    MaybeTlsStream,
-    tungstenite::{Error, Message},
-};
+use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// What takes longer than this to be answered hangs.
 const ANSWERED: Duration = Duration::from_secs(10);
@@ -102,18 +102,43 @@ impl House {
             wire.extend_from_slice(head.as_bytes());
         }
         wire.extend_from_slice(body);
-        let answer = self.exchange(&wire);
+        let answer = self.exchange(&wire, path.is_empty());
         let status = answer.get(9..12).and_then(|s| std::str::from_utf8(s).ok()).unwrap_or("").to_string();
         assert!(!status.starts_with('5') || status == "503" || status == "501", "{}", String::from_utf8_lossy(&answer));
+        // What was begun is ended, or the next inputs find a full house.
+        let head = String::from_utf8_lossy(&answer);
+        let begun = head.lines().take_while(|l| !l.is_empty()).find_map(|l| l.strip_prefix("location: "));
+        if let Some(path) = begun {
+            let wire = format!("DELETE {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.address);
+            self.exchange(wire.as_bytes(), false);
+        }
     }
 
-    fn exchange(&self, wire: &[u8]) -> Vec<u8> {
+    /// From one of many addresses: ports of connections that were closed are not free for a minute, and one address has too
+    /// few of them for thousands of inputs a second.
+    async fn dial(&self) -> TcpStream {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let from = Ipv4Addr::from(0x7f00_0000 | (process << 8 & 0xff_ff00) | (2 + n % 128));
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap_or_else(|e| panic!("no port of {from}: {e}"));
+        let socket =
+            socket.connect(self.address).await.unwrap_or_else(|e| panic!("the service takes no connection: {e}"));
+        socket.set_nodelay(true).unwrap();
+        socket
+    }
+
+    /// What is answered. A client that has finished is not answered what takes a moment, so only one that may have sent half
+    /// a request says that it has.
+    fn exchange(&self, wire: &[u8], finish: bool) -> Vec<u8> {
         self.runtime.block_on(async {
             let mut answer = Vec::new();
-            let Ok(mut socket) = TcpStream::connect(self.address).await else { return answer };
+            let mut socket = self.dial().await;
             // It may answer and close before everything was sent.
             let _ = socket.write_all(wire).await;
-            let _ = socket.shutdown().await;
+            if finish {
+                let _ = socket.shutdown().await;
+            }
             let _ = socket.read_to_end(&mut answer).await;
             answer
         })
@@ -125,7 +150,7 @@ impl House {
         let mut talk = self.talk.lock().unwrap();
         let url = talk.get_or_insert_with(|| self.begin()).clone();
         let said = self.runtime.block_on(async {
-            let connected = tokio_tungstenite::connect_async_with_config(url.as_str(), None, true).await;
+            let connected = tokio_tungstenite::client_async(url.as_str(), self.dial().await).await;
             let mut socket = match connected {
                 Ok((socket, _)) => socket,
                 // It has idled out.
@@ -140,7 +165,7 @@ impl House {
                     0 => Message::Binary(raw.to_vec().into()),
                     1 => Message::Ping(raw[..raw.len().min(125)].to_vec().into()),
                     7 => {
-                        let MaybeTlsStream::Plain(wire) = socket.get_mut() else { return None };
+                        let wire = socket.get_mut();
                         let _ = wire.write_all(raw).await;
                         let _ = wire.shutdown().await;
                         break;
@@ -175,8 +200,9 @@ impl House {
     fn begin(&self) -> String {
         let head = format!("POST /v1/sessions HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n", self.address);
         let wire = format!("{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}");
+        let mut answer = String::new();
         for _ in 0..100 {
-            let answer = String::from_utf8(self.exchange(wire.as_bytes())).unwrap();
+            answer = String::from_utf8(self.exchange(wire.as_bytes(), false)).unwrap();
             let body = answer.split_once("\r\n\r\n").map_or("", |a| a.1);
             if let Ok(begun) = serde_json::from_str::<serde_json::Value>(body)
                 && let Some(path) = begun["urls"]["websocket"].as_str()
@@ -185,6 +211,6 @@ impl House {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        panic!("no session could be begun")
+        panic!("no session could be begun: {answer}")
     }
 }
