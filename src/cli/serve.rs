@@ -143,7 +143,7 @@ async fn serve(config: Config, stop_after: Option<Duration>) -> anyhow::Result<(
     if failure.is_none() && !sessions.is_empty() {
         let (wait, grace) = (config.server.drain_wait_s, config.server.drain_timeout_s);
         let (n, seconds) = (sessions.len(), wait + grace);
-        say!("Stopping: {} have {seconds} s to end; Ctrl-C again ends them now.", conversations(n));
+        say!("Stopping: {}, {seconds} s to end; Ctrl-C again ends them now.", conversations(n));
         let drained = async {
             if wait > 0 && sessions.emptied(Duration::from_secs(wait)).await {
                 return;
