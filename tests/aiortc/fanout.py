@@ -89,7 +89,7 @@ def idle(pid, seconds):
 
 async def main(binary, base, pid, options):
     checks = Checks()
-    examples = pathlib.Path(binary).resolve().parent / "examples"
+    examples = pathlib.Path(binary).resolve().parent.parent / "release/examples"
     count, relayed, seconds = options["viewers"], options["relayed"], options["seconds"]
     async with aiohttp.ClientSession() as http:
         async with http.post(f"{base}/v1/sessions", json={}) as answer:

@@ -4,7 +4,7 @@
 # example `talk` (cargo build --release --example talk).
 set -euo pipefail
 program=$(realpath "${1:?the program}")
-talk=$(dirname "$program")/examples/talk
+talk=$(dirname "$program")/../release/examples/talk
 folder=$(mktemp -d)
 trap 'kill $service 2>/dev/null || true; rm -rf "$folder"' EXIT
 library=$(find /usr/lib -name libfaketimeMT.so.1 | head -1)

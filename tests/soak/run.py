@@ -69,7 +69,7 @@ class Books:
 
 class Soak:
     def __init__(self, binary, http, base, pid, chance):
-        self.viewers = pathlib.Path(binary).resolve().parent / "examples/viewers"
+        self.viewers = pathlib.Path(binary).resolve().parent.parent / "release/examples/viewers"
         self.http, self.base, self.pid, self.chance = http, base, pid, chance
         self.counts = {}
         self.wrong = []
