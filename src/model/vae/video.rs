@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, Video, quiet};
 use crate::model::{
-    Result as Loaded, picture,
+    Result as Loaded,
     taehv::{Small, Taehv},
     weights::Weights,
 };
@@ -422,7 +422,7 @@ impl WanVae {
     /// width · height · 3/2]` bytes where the network lives; on a card nothing but these bytes has to leave it.
     pub fn decode_i420(&self, state: &mut Decoding, latents: &Tensor) -> Result<Tensor> {
         if let Some(small) = &self.small {
-            return picture::i420(&small.decode_next(&mut state.small, latents)?);
+            return small.decode_i420(&mut state.small, latents);
         }
         let parts = self.decode_parts(state, latents, &mut quiet)?;
         Tensor::cat(&parts.into_iter().map(Video::i420).collect::<Result<Vec<_>>>()?, 0)
@@ -431,9 +431,12 @@ impl WanVae {
     /// Whether [`WanVae::decode_i420`] is no dearer than [`WanVae::decode_next`]: it is where a card's planes would first
     /// have to come to the processor.
     pub fn gives_planes(&self) -> bool {
+        if let Some(small) = &self.small {
+            return small.gives_planes();
+        }
         #[cfg(feature = "cuda")]
         if self.card.is_some() {
-            return self.small.is_none();
+            return true;
         }
         self.device().is_cpu()
     }

@@ -18,7 +18,7 @@ use candle_core::Device;
 #[cfg(feature = "cuda")]
 use crate::model::kernels::cuda::{
     gemm::{self, Product},
-    vae::{self as card, Convolution, Way},
+    vae::{self as card, Bend, Convolution, Way},
 };
 use crate::model::{Result as Loaded, nn::convolve, weights::Weights};
 
@@ -244,13 +244,14 @@ impl CausalConv {
             Some(slot) => Some(history.buffer(slot, x.place()?, conv.past(), x.channels()?)?),
             None => None,
         };
-        let way = Way { gain: norm.map(|n| &n.gain), silu: norm.is_some(), cache: cache.as_ref() };
+        let way =
+            Way { gain: norm.map(|n| &n.gain), bend: norm.map_or(Bend::None, |_| Bend::Silu), cache: cache.as_ref() };
         let (sum, input) = match (keep, norm.is_some() || cache.is_some()) {
             (true, _) => {
                 let (sum, input) = x.settled_and(&way)?;
                 (Some(sum), input)
             }
-            (false, true) => (None, x.into(&way)?),
+            (false, true) => (None, x.through(&way)?),
             (false, false) => (None, x.settled()?),
         };
         Ok((sum, card::Video::new(conv.run(&input, x.usual)?, Some(&conv.bias), x.usual)))
@@ -546,7 +547,7 @@ impl Resample {
             return Ok(moved(space.run(&x.spread(1)?, 2 * x.usual)?, 2 * x.usual));
         }
         let cache = history.buffer(self.slot, x.place()?, 2, x.channels()?)?;
-        let joined = x.into(&Way { cache: Some(&cache), ..Way::default() })?;
+        let joined = x.through(&Way { cache: Some(&cache), ..Way::default() })?;
         let y = card::Video::new(time.run(&joined, x.usual)?, Some(&time.bias), x.usual);
         Ok(moved(space.run(&y.spread(2)?, 2 * x.usual)?, 2 * x.usual))
     }

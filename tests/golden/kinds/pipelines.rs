@@ -26,7 +26,7 @@ use super::{
     common::{Got, Outcome, compare, list},
     transformer,
 };
-use crate::data::{Check, Golden, device};
+use crate::data::{Check, Golden, device, precision};
 
 /// `s2v_e2e`.
 pub fn s2v_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
@@ -39,18 +39,23 @@ pub fn live_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
 }
 
 /// `la_tpp`: the official five ranks on five threads give the recorded values, and so does one device; other cuts of the
-/// same work give the same bits.
+/// same work give the same bits, or where the products of bf16 are chosen by timing, on every rank anew, nearly the same.
 pub fn pipelined_check(golden: &Golden, check: &mut Check) -> Result<(), String> {
     let on_one = pipelined(golden).map_err(|e| e.to_string())?;
     let ranks = on_ranks(golden).map_err(|e| e.to_string())?;
     let (official, _) = ranks.first().ok_or("no layout ran")?;
     compare(golden, check, Ok(official.clone()))?;
+    let timed = device().is_cuda() && precision() == DType::BF16;
+    let bound = if timed { 0.05 } else { 0.0 };
     for (got, layout) in &ranks {
         for (name, value) in &on_one {
             let other = got.get(name).ok_or_else(|| format!("{layout:?} gives no {name}"))?;
             let flat = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
-            if flat(value).map_err(|e| e.to_string())? != flat(other).map_err(|e| e.to_string())? {
-                return Err(format!("{name} of {layout:?} is not what one device gives"));
+            let (one, other) = (flat(value).map_err(|e| e.to_string())?, flat(other).map_err(|e| e.to_string())?);
+            let apart = one.iter().zip(&other).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+            let largest = one.iter().fold(0f32, |m, v| m.max(v.abs()));
+            if one.len() != other.len() || !(apart <= bound * largest) {
+                return Err(format!("{name} of {layout:?} is {apart} (of {largest}) from what one device gives"));
             }
         }
     }

@@ -16,10 +16,10 @@ struct Pass {
     const float *gain;   // [channels] with √channels in it; null: no norm
     bf16 *out;           // [past + frames, pixels, channels]; may be null
     bf16 *cache;         // [past, pixels, channels]: read as what came before, replaced by what now came last
-    int frames, past, pixels, channels, silu;
+    int frames, past, pixels, channels, bend;   // bend: 1 SiLU, 2 ReLU
 };
 
-// Sum, RMS norm over channels, SiLU, and the causal past in front: all that lies between two convolutions in one pass.
+// Sum, RMS norm over channels, SiLU or ReLU, and the causal past in front: all that lies between two convolutions in one pass.
 // `LANES` lanes share a pixel and walk through its frames, so that a cache can be read and replaced by the same lane.
 template <int LANES> __global__ void __launch_bounds__(256) pass(Pass p) {
     const int lane = threadIdx.x % LANES;
@@ -92,7 +92,10 @@ template <int LANES> __global__ void __launch_bounds__(256) pass(Pass p) {
 #pragma unroll
                     for (int j = 0; j < 8; j++) v[k][j] *= scale * g[j];
                 }
-                if (p.silu) {
+                if (p.bend == 2) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) v[k][j] = fmaxf(v[k][j], 0.f);
+                } else if (p.bend) {
 #pragma unroll
                     for (int j = 0; j < 8; j++) v[k][j] = v[k][j] / (1.f + __expf(-v[k][j]));
                 }
@@ -242,9 +245,9 @@ extern "C" {
 
 // See `pass`. 1 when channels do not fit (a multiple of 8, at most 768).
 int lq_vae_pass(const void *x, const void *y, const float *bias, void *sum, const float *gain, void *out, void *cache,
-                int frames, int past, int pixels, int channels, int silu, void *stream) {
+                int frames, int past, int pixels, int channels, int bend, void *stream) {
     if (channels % 8 || channels > 8 * EACH * 32) return 1;
-    Pass p{(const bf16 *)x, (const bf16 *)y, bias, (bf16 *)sum, gain, (bf16 *)out, (bf16 *)cache, frames, past, pixels, channels, silu};
+    Pass p{(const bf16 *)x, (const bf16 *)y, bias, (bf16 *)sum, gain, (bf16 *)out, (bf16 *)cache, frames, past, pixels, channels, bend};
     auto s = (cudaStream_t)stream;
     const int vectors = channels / 8, need = (vectors + EACH - 1) / EACH;
     auto grid = [&](int lanes) { return blocks((size_t)pixels * lanes, 256); };

@@ -20,7 +20,7 @@ unsafe extern "C" {
         past: i32,
         pixels: i32,
         channels: i32,
-        silu: i32,
+        bend: i32,
         stream: *mut c_void,
     ) -> i32;
     fn lq_vae_spread(
@@ -90,12 +90,22 @@ fn fits(what: &str, good: bool) -> Result<()> {
     if good { Ok(()) } else { Err(Error::Input(format!("operands of the video {what} do not fit each other"))) }
 }
 
+/// The activation between a sum and the next convolution.
+#[derive(Clone, Copy, Default)]
+#[repr(i32)]
+pub enum Bend {
+    #[default]
+    None,
+    Silu,
+    Relu,
+}
+
 /// What happens to a sum on its way into a convolution.
 #[derive(Default)]
 pub struct Way<'a> {
     /// RMS norm over channels with this gain `[channels]`, f32, `√channels` in it.
     pub gain: Option<&'a Tensor>,
-    pub silu: bool,
+    pub bend: Bend,
     /// `[past, height, width, channels]`: put in front of the result, then replaced by its last frames.
     pub cache: Option<&'a Tensor>,
 }
@@ -149,7 +159,7 @@ impl Video {
                     past as i32,
                     (h * w) as i32,
                     c as i32,
-                    i32::from(way.is_some_and(|w| w.silu)),
+                    way.map_or(Bend::None, |w| w.bend) as i32,
                     context(device)?.stream(),
                 )
             };
@@ -170,7 +180,7 @@ impl Video {
     }
 
     /// Only what goes into the next convolution.
-    pub fn into(&self, way: &Way) -> Result<Tensor> {
+    pub fn through(&self, way: &Way) -> Result<Tensor> {
         Ok(self.pass(false, Some(way))?.1.unwrap_or_else(|| self.x.clone()))
     }
 

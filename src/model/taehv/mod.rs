@@ -4,11 +4,15 @@
 //!
 //! Layers are numbered through in `decoder.N`: 1 a convolution, then three stages of three memory blocks, an
 //! upsampling without weights, a growth in time (1×1) and a convolution, and at 22 the convolution to pixels. A memory
-//! block sees the frame before; that is all the decoder remembers, so streaming equals one pass bit for bit.
+//! block sees the frame before; that is all the decoder remembers, so streaming equals one pass bit for bit. On an NVIDIA
+//! card in bf16 it takes the form of `card`.
+
+#[cfg(feature = "cuda")]
+mod card;
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{Result as Loaded, nn::convolve, weights::Weights};
+use super::{Result as Loaded, nn::convolve, picture, weights::Weights};
 
 /// 3×3 convolution with padding, with or without bias.
 struct Conv(Tensor, Option<Tensor>);
@@ -43,10 +47,12 @@ pub struct Taehv {
     dtype: DType,
     /// Frames that one latent becomes.
     growth: usize,
+    #[cfg(feature = "cuda")]
+    card: Option<card::Decoder>,
 }
 
 /// What a decoding under way remembers: the last frame at every memory block.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Small {
     past: Vec<Option<Tensor>>,
     begun: bool,
@@ -86,17 +92,29 @@ impl Taehv {
             input = next;
         }
         let outlet = Conv::load(w, "decoder.22", (input, 3), 3, true)?;
-        Ok(Taehv { inlet, stages, outlet, dtype: w.dtype(), growth })
+        let net = Taehv {
+            inlet,
+            stages,
+            outlet,
+            dtype: w.dtype(),
+            growth,
+            #[cfg(feature = "cuda")]
+            card: None,
+        };
+        #[cfg(feature = "cuda")]
+        let net = Taehv { card: card::Decoder::of(&net)?, ..net };
+        Ok(net)
     }
 
     /// Decodes further normalised latents `[channels, n, h, w]` to `[3, t, 8h, 8w]` in −1..1, f32; the first latent ever
     /// gives one frame, every other all of its growth (four).
     pub fn decode_next(&self, state: &mut Small, latents: &Tensor) -> Result<Tensor> {
-        let x = latents.transpose(0, 1)?.contiguous()?.to_dtype(self.dtype)?;
-        if x.dim(0)? == 0 {
-            candle_core::bail!("no latents to decode");
+        let x = self.squashed(latents)?;
+        #[cfg(feature = "cuda")]
+        if let Some(card) = &self.card {
+            return card.decode(state, x, self.growth)?.planes().map_err(card::error);
         }
-        let mut x = self.inlet.forward(&((x * (1.0 / 3.0))?.tanh()? * 3.0)?)?.relu()?;
+        let mut x = self.inlet.forward(&x)?.relu()?;
         let mut number = 0;
         for stage in &self.stages {
             for [a, b, c] in &stage.blocks {
@@ -128,6 +146,34 @@ impl Taehv {
         }
         y.transpose(0, 1)?.contiguous()?.to_dtype(DType::F32)?.clamp(0.0, 1.0)?.affine(2.0, -1.0)
     }
+
+    /// [`Taehv::decode_next`] as planar YUV 4:2:0 (BT.601 limited range), `[t, 8w · 8h · 3/2]` bytes; on a card nothing but
+    /// these bytes has to leave it.
+    pub fn decode_i420(&self, state: &mut Small, latents: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(card) = &self.card {
+            return card.decode(state, self.squashed(latents)?, self.growth)?.i420().map_err(card::error);
+        }
+        picture::i420(&self.decode_next(state, latents)?)
+    }
+
+    /// Whether [`Taehv::decode_i420`] is no dearer than [`Taehv::decode_next`].
+    pub fn gives_planes(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.card.is_some() {
+            return true;
+        }
+        self.inlet.0.device().is_cpu()
+    }
+
+    /// `[frames, channels, h, w]`, kept within ±3 softly.
+    fn squashed(&self, latents: &Tensor) -> Result<Tensor> {
+        let x = latents.transpose(0, 1)?.contiguous()?.to_dtype(self.dtype)?;
+        if x.dim(0)? == 0 {
+            candle_core::bail!("no latents to decode");
+        }
+        (x * (1.0 / 3.0))?.tanh()? * 3.0
+    }
 }
 
 #[cfg(test)]
@@ -138,12 +184,13 @@ mod tests {
     use crate::model::weights::Tensors;
     use candle_core::Device;
 
-    /// Small widths, growth 1, 2, 2, and every name of the published file.
-    fn small() -> Taehv {
+    /// Narrow layers, growth 1, 2, 2, and every name of the published file.
+    fn tensors(widths: [usize; 4]) -> Arc<Tensors> {
+        let [first, ..] = widths;
         let mut list: Vec<(String, Vec<usize>)> =
-            vec![("decoder.1.weight".into(), vec![8, 16, 3, 3]), ("decoder.1.bias".into(), vec![8])];
-        for (i, (n, next, times)) in [(8, 6, 1), (6, 4, 2), (4, 4, 2)].into_iter().enumerate() {
-            let at = 3 + 6 * i;
+            vec![("decoder.1.weight".into(), vec![first, 16, 3, 3]), ("decoder.1.bias".into(), vec![first])];
+        for (i, times) in [1, 2, 2].into_iter().enumerate() {
+            let (at, n, next) = (3 + 6 * i, widths[i], widths[i + 1]);
             for b in at..at + 3 {
                 for (k, input) in [(0, 2 * n), (2, n), (4, n)] {
                     list.push((format!("decoder.{b}.conv.{k}.weight"), vec![n, input, 3, 3]));
@@ -153,18 +200,52 @@ mod tests {
             list.push((format!("decoder.{}.conv.weight", at + 4), vec![n * times, n, 1, 1]));
             list.push((format!("decoder.{}.weight", at + 5), vec![next, n, 3, 3]));
         }
-        list.extend([("decoder.22.weight".into(), vec![3, 4, 3, 3]), ("decoder.22.bias".into(), vec![3])]);
-        let random = |s: &[usize]| Tensor::randn(0f32, 0.2, s, &Device::Cpu).unwrap();
-        let source = Tensors::new(list.iter().map(|(n, s)| (n.clone(), random(s))), "test");
-        let w = Weights::new(Arc::new(source), &Device::Cpu, DType::F32);
+        let last = widths[3];
+        list.extend([("decoder.22.weight".into(), vec![3, last, 3, 3]), ("decoder.22.bias".into(), vec![3])]);
+        // Scaled by what each layer sums up, or every pixel would be black or white.
+        let random = |s: &[usize]| {
+            let summed = s[1..].iter().product::<usize>() as f64;
+            let spread = if s.len() == 1 { 0.1 } else { summed.powf(-0.5) };
+            Tensor::randn(0f64, spread, s, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
+        };
+        Arc::new(Tensors::new(list.iter().map(|(n, s)| (n.clone(), random(s))), "test"))
+    }
+
+    fn net(tensors: &Arc<Tensors>, device: &Device, dtype: DType) -> Taehv {
+        let w = Weights::new(tensors.clone(), device, dtype);
         let net = Taehv::load(&w, 16).unwrap();
         assert_eq!(w.finish().unwrap().unexpected, Vec::<String>::new());
         net
     }
 
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn card_small_decoder_agrees_with_the_processor_and_streams_bit_for_bit() {
+        let card = crate::model::kernels::cuda::open(0).unwrap();
+        let tensors = tensors([32, 16, 8, 8]);
+        let z = Tensor::randn(0f32, 1.0, (16, 5, 3, 4), &Device::Cpu).unwrap();
+        let want = net(&tensors, &Device::Cpu, DType::F32).decode_next(&mut Small::default(), &z).unwrap();
+        let on_card = net(&tensors, &card, DType::BF16);
+        assert!(on_card.card.is_some());
+        let z = z.to_device(&card).unwrap();
+        let whole = on_card.decode_next(&mut Small::default(), &z).unwrap();
+        let mut state = Small::default();
+        let parts =
+            [(0, 1), (1, 3), (4, 1)].map(|(at, n)| on_card.decode_next(&mut state, &z.narrow(1, at, n).unwrap()));
+        let joined = Tensor::cat(&parts.map(Result::unwrap), 1).unwrap();
+        let planes = on_card.decode_i420(&mut Small::default(), &z).unwrap().to_device(&Device::Cpu).unwrap();
+        let flat = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(flat(&whole), flat(&joined));
+        let of_planes = picture::i420(&whole.to_device(&Device::Cpu).unwrap()).unwrap();
+        assert_eq!(of_planes.to_vec2::<u8>().unwrap(), planes.to_vec2::<u8>().unwrap());
+        let (got, want) = (flat(&whole), flat(&want));
+        let (apart, all) = got.iter().zip(&want).fold((0.0, 0.0), |(a, b), (g, w)| (a + (g - w) * (g - w), b + w * w));
+        assert!((apart / all).sqrt() < 0.03, "{}", (apart / all).sqrt());
+    }
+
     #[test]
     fn streaming_equals_one_pass_bit_for_bit() {
-        let net = small();
+        let net = net(&tensors([8, 6, 4, 4]), &Device::Cpu, DType::F32);
         let z = Tensor::randn(0f32, 1.0, (16, 5, 3, 4), &Device::Cpu).unwrap();
         let whole = net.decode_next(&mut Small::default(), &z).unwrap();
         assert_eq!(whole.dims(), [3, 17, 24, 32]);
