@@ -1,7 +1,7 @@
-"""Held-out evaluation of the matte head.   python matte.py POCKET.safetensors MATTE.safetensors SPEECH.wav OUT_DIR [--faces 24] [--blocks 6]
+"""Held-out evaluation of the matte.   python matte.py POCKET.safetensors SPEECH.wav OUT_DIR [--faces 24] [--blocks 6] [--size 256]
 
 Faces no training run has seen, streamed through the transformer as at run time; every matte is compared with the
-renderer's own for the same controls.  Writes report.json and sheet.png: picture, true matte, the head's, and both laid
+renderer's own for the same controls.  Writes report.json and sheet.png: picture, true matte, the model's, and both laid
 over stripes.
 """
 import argparse
@@ -20,27 +20,27 @@ import weights                         # noqa: E402
 from data import loudness              # noqa: E402
 from audio import read_wave            # noqa: E402
 from evaluate import FACES_SEED        # noqa: E402
-from model import Matte                # noqa: E402
 from streaming import Pocket           # noqa: E402
 
 
 def over_stripes(picture, matte):
-    """[3, 256, 256] u8, [256, 256] in 0..1 -> [256, 256, 3] u8"""
-    stripes = np.where((np.arange(256) // 16 % 2 == 0)[:, None, None], (40, 200, 60), (230, 40, 200)).astype(np.float32)
+    """[3, N, N] u8, [N, N] in 0..1 -> [N, N, 3] u8"""
+    stripes = np.where((np.arange(len(matte)) // 16 % 2 == 0)[:, None, None], (40, 200, 60), (230, 40, 200)).astype(np.float32)
     return (picture.permute(1, 2, 0).numpy() * matte[..., None] + stripes * (1 - matte[..., None])).round().astype(np.uint8)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("pocket", "matte", "speech", "out"):
+    for name in ("pocket", "speech", "out"):
         parser.add_argument(name)
     parser.add_argument("--faces", type=int, default=24)
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--size", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     os.makedirs(args.out, exist_ok=True)
-    net, head = Pocket(*weights.read(args.pocket)), Matte.load(weights.read(args.matte)[0])
+    net = Pocket(*weights.read(args.pocket))
     faces = torch.from_numpy(ps.identity(np.random.default_rng(FACES_SEED), args.faces))
     _, features, visemes = net.features(read_wave(args.speech)[0][:args.blocks * 2560 + 3200])
     visemes = visemes[:4 * args.blocks].clamp(0, 1)
@@ -48,19 +48,17 @@ if __name__ == "__main__":
     for i, face in enumerate(faces):
         g = torch.Generator().manual_seed(i)
         c = ps.controls(1, 4 * args.blocks, g, "cpu", loudness(visemes[None]))[0]
-        stream = net.open(net.encode_picture(ps.render(ps.neutral(face[None]))[0]), 1)
+        stream = net.open(net.encode_picture(ps.render(ps.neutral(face[None]), args.size)[0]), 1, args.size)
         for b in range(args.blocks):
             at = slice(4 * b, 4 * b + 4)
-            before = stream.memory
             frames = stream.next(features[at], c[at], torch.randn(16, 32, 32, generator=g))
             if b < 2:
                 continue
-            wide, fine, _ = net.features_of(stream.latent, before)
-            got = head(wide[None], fine[None])[0].clamp(0, 1).numpy()
-            true = ps.render_matte(ps.assemble(face[None], c[None, at], visemes[None, at])[0]).numpy() / 255.
+            frames, got = frames[:, :3], frames[:, 3].numpy() / 255.
+            true = ps.render_matte(ps.assemble(face[None], c[None, at], visemes[None, at])[0], args.size).numpy() / 255.
             for f in range(4):
                 soft = cv2.dilate(((true[f] > .02) & (true[f] < .98)).astype(np.uint8), np.ones((5, 5)))
-                soft[170:] = 0                                       # head and hair, not shoulders
+                soft[170 * args.size // 256:] = 0                                       # head and hair, not shoulders
                 error = np.abs(got[f] - true[f])
                 rows.append((error.mean(), error[soft > 0].mean(), error[soft == 0].mean(), (error > .5).mean(),
                              ((got[f] > .5) & (true[f] > .5)).sum() / ((got[f] > .5) | (true[f] > .5)).sum()))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import presenters as ps
+from model import REFERENCE
 
 FIELDS = {"skin": (0, 3), "hair": (3, 6), "iris": (6, 9), "cloth": (9, 12), "lip": (12, 15), "back1": (15, 18), "back2": (18, 21), "head_w": 21, "head_h": 22,
           "chin": 23, "eye": 24, "eye_gap": 25, "eye_y": 26, "brow_h": 27, "mouth_w": 28, "mouth_y": 29, "nose": 30, "hair_style": 31, "hair_v": 32,
@@ -66,7 +67,7 @@ if __name__ == "__main__":
     folder = sys.argv[1]
     os.makedirs(folder, exist_ok=True)
     ids, identities = cast()
-    pictures = ps.render(ps.neutral(identities))
+    pictures = ps.render(ps.neutral(identities), REFERENCE)
     for name, picture in zip(ids, pictures):
         cv2.imwrite(os.path.join(folder, name + ".png"), picture.permute(1, 2, 0).numpy()[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
     entries = [{"id": c[0], "name": c[1], "description": c[2], "identity": [round(float(v), 4) for v in i]} for c, i in zip(CAST, identities)]

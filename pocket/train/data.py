@@ -23,6 +23,7 @@ class Speech:
         self.mel = torch.from_numpy(np.concatenate([f["mel"] for f in files])).to(device)       # u8 [2N, 64]
         self.vis = torch.from_numpy(np.concatenate([f["vis"] for f in files])).to(device)       # u8 [N, 6]
         self.frames = len(self.vis)
+        self.utterances = [int(n) for f in files if "utterances" in f for n in f["utterances"]]
         ends = np.cumsum([len(f["vis"]) for f in files])
         spans = [np.arange(end - len(f["vis"]), end) for f, end in zip(files, ends)]
         often = [max([1] + [n for family, n in OFTEN.items() if family in os.path.basename(name)]) for name in names]

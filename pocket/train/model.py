@@ -16,7 +16,7 @@ CONFIG = {
     "rope_half": False, "cond": "reference", "prediction": "sample", "reference_gate": True, "framepack": "still",
     "sigmas": {"1": [1.0], "2": [1.0, 0.5], "3": [1.0, 0.67, 0.33], "4": [1.0, 0.75, 0.5, 0.25]}, "default_steps": 2,
     "size": [256, 256], "sizes": list(SIZES), "reference_size": REFERENCE, "fine_blocks": 3, "matte": "joint", "fps": 25, "latent": [16, 32, 32], "vae": "patch", "audio": "mel", "gelu": "erf", "sample_rate": 16000,
-    "audio_dilation": [1, 1, 2, 2, 4, 8, 16, 2], "audio_ahead": [1, 1, 1, 1, 1, 0, 0, 0],
+    "audio_width": 192, "audio_dilation": [1, 1, 2, 2, 4, 8, 16, 2], "audio_ahead": [1, 1, 1, 1, 1, 0, 0, 0],
 }
 
 
@@ -93,72 +93,49 @@ class Decoder(nn.Module):
         return x.view(b, t * 4, *x.shape[1:])
 
 
-class Matte(nn.Module):
-    """Of the 256-pixel form: how much the presenter covers the background, read from the frozen decoder's features."""
-
-    @classmethod
-    def load(cls, tensors):
-        """From the tensors of a weights file, in which the BatchNorms are folded away"""
-        head = cls().eval()
-        for name, module in head.named_children():
-            conv = module[0] if isinstance(module, nn.Sequential) else module
-            conv.weight.data, conv.bias = tensors[f"matte.{name}.weight"], nn.Parameter(tensors[f"matte.{name}.bias"])
-            if isinstance(module, nn.Sequential):
-                module[1] = nn.Identity()
-        return head
-
-    def __init__(self):
-        super().__init__()
-        self.wide, self.near, self.down = ConvNorm(112, 24, 1), ConvNorm(24, 24), ConvNorm(24, 32, 3, 2)
-        self.far1, self.far2, self.up = ConvNorm(32, 32), ConvNorm(32, 32), ConvNorm(32, 96, 1)
-        self.join, self.frames = ConvNorm(24, 24), ConvNorm(24, 128, 1)
-        self.fine1, self.fine2, self.out = ConvNorm(40, 16), ConvNorm(16, 16), nn.Conv2d(16, 16, 3, 1, 1)
-
-    def forward(self, wide, fine):
-        """[B, 112, 32, 32], [B, 4, 32, 64, 64] -> [B, 4, 256, 256]; below 0 means none, above 1 all"""
-        near = F.relu(self.near(F.relu(self.wide(wide))))
-        far = F.relu(self.far2(F.relu(self.far1(F.relu(self.down(near))))))
-        x = F.relu(self.join(F.relu(near + F.pixel_shuffle(self.up(far), 2))))
-        x = F.relu(F.pixel_shuffle(self.frames(x).unflatten(1, (4, 32)).flatten(0, 1), 2))
-        x = F.relu(self.fine2(F.relu(self.fine1(torch.cat([fine.flatten(0, 1), x], 1)))))
-        return F.pixel_shuffle(self.out(x), 4).view(len(wide), 4, 256, 256)
-
-
 class Probe(nn.Module):
-    """Reads mouth and pose from pixels; only for evaluation.  Output: opening, width, press, fv, then the ten controls."""
+    """Reads mouth and pose from pixels; only for evaluation.  Output: opening, width, press, fv, then the ten controls.
+    The mouth is read from its own part of the picture, twice as fine: the width of small mouths is a matter of single pixels."""
+    AROUND = slice(112, 208), slice(64, 192)              # where the mouth can be, at 256 pixels
 
     def __init__(self):
         super().__init__()
-        layers, c = [], 48
-        for out, stride in ((64, 1), (64, 2), (96, 1), (96, 2), (128, 2), (128, 2)):
-            layers += [nn.Conv2d(c, out, 3, stride, 1), nn.ReLU()]
-            c = out
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU(), nn.Linear(256, 14))
+        self.net = self.reader(48, ((64, 1), (64, 2), (96, 1), (96, 2), (128, 2), (128, 2)), 128 * 16, 14)
+        self.mouth = self.reader(12, ((48, 1), (64, 2), (64, 1), (96, 2), (96, 1), (128, 2)), 128 * 48, 4)
+
+    @staticmethod
+    def reader(c, layers, flat, out):
+        net = []
+        for wide, stride in layers:
+            net += [nn.Conv2d(c, wide, 3, stride, 1), nn.ReLU()]
+            c = wide
+        return nn.Sequential(*net, nn.Flatten(), nn.Linear(flat, 256), nn.ReLU(), nn.Linear(256, out))
 
     def forward(self, x):
-        return self.net(F.pixel_unshuffle(x, 4))
+        mouth = self.mouth(F.pixel_unshuffle(x[..., self.AROUND[0], self.AROUND[1]], 2))
+        return torch.cat([mouth, self.net(F.pixel_unshuffle(x, 4))[:, 4:]], 1)
 
 
 # ------------------------------------------------------------------ audio net
 class AudioBlock(nn.Module):
-    def __init__(self, d, dilation, ahead):
+    def __init__(self, d, dilation, ahead, drop):
         super().__init__()
-        self.pad = (4 * dilation - ahead, ahead)
+        self.pad, self.drop = (4 * dilation - ahead, ahead), drop
         self.norm = nn.LayerNorm(d)
         self.conv, self.proj = nn.Conv1d(d, d, 5, dilation=dilation), nn.Conv1d(d, d, 1)
         self.scale = nn.Parameter(torch.full((d,), .3))
 
     def forward(self, x):
         h = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return x + self.scale[:, None] * self.proj(F.dropout(F.gelu(self.conv(F.pad(h, self.pad))), .1, self.training))
+        return x + self.scale[:, None] * self.proj(F.dropout(F.gelu(self.conv(F.pad(h, self.pad))), self.drop, self.training))
 
 
 class AudioNet(nn.Module):
-    def __init__(self, d=FEATURES):
+    def __init__(self, d=CONFIG["audio_width"], drop=.1):
         super().__init__()
         self.conv_in = nn.Conv1d(64, d, 3)
-        self.blocks = nn.ModuleList(AudioBlock(d, k, a) for k, a in zip(CONFIG["audio_dilation"], CONFIG["audio_ahead"]))
-        self.down, self.norm, self.visemes = nn.Conv1d(d, d, 2, stride=2), nn.LayerNorm(d), nn.Linear(d, VISEMES)
+        self.blocks = nn.ModuleList(AudioBlock(d, k, a, drop) for k, a in zip(CONFIG["audio_dilation"], CONFIG["audio_ahead"]))
+        self.down, self.norm, self.visemes = nn.Conv1d(d, FEATURES, 2, stride=2), nn.LayerNorm(FEATURES), nn.Linear(FEATURES, VISEMES)
 
     def forward(self, mel):
         """[B, 2T, 64] -> features [B, T, 192]"""

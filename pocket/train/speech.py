@@ -420,7 +420,7 @@ def build_evaluation(seed, folder, seconds=12):
         all_tracks.append(np.clip(np.round(track * 100 + 100), 0, 255).astype(np.uint8))
         index.append({"name": name, "language": name[:2], "family": family, "voice": voice or "flite awb", "frames": len(track)})
         print(name, len(track) / 25, "s", flush=True)
-    np.savez_compressed(os.path.join(folder, "held_out.npz"), mel=np.concatenate(mels), vis=np.concatenate(all_tracks))
+    np.savez_compressed(os.path.join(folder, "held_out.npz"), mel=np.concatenate(mels), vis=np.concatenate(all_tracks), utterances=np.array([len(t) for t in all_tracks]))
     with open(os.path.join(folder, "index.json"), "w") as f:
         json.dump(index, f, indent=1)
     print("unknown phonemes", sorted(UNKNOWN.items(), key=lambda z: -z[1])[:20])

@@ -5,6 +5,7 @@
 On a CPU it trains with one thread (a batch of 12); PROBE_SECONDS 0 leaves the probe out.
 """
 import argparse
+import copy
 import os
 import time
 
@@ -25,11 +26,31 @@ parser.add_argument("probe_seconds", type=float)
 parser.add_argument("--resume")
 parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--batch", type=int, default=192 if GPU else 12)
+parser.add_argument("--dropout", type=float, default=.1)
+parser.add_argument("--weight-decay", type=float, default=.02)
 parser.add_argument("--max-steps", type=int, default=10 ** 9)
 args = parser.parse_args()
 out = args.out
 WEIGHT = [1.2, 1.2, 1.5, .8, .6, .6]   # of the visemes' errors
 SEEN = [.25, .35, .4, .4]              # of the errors of what is seen: opening, width, press, lip under teeth
+REST = [0., 0., .12, 0., 0., 0.]       # visemes of a mouth that says nothing
+
+
+COLD, QUIET = .3, .25                  # of the windows: how many are heard from nothing; how many begin after silence
+
+
+def begun(m, v, g):
+    """Windows as a live session hears them: some from the very first frame, some silent up to a moment.  The net must know a voice
+    after a word, not after two seconds.  m [B, 2(LEFT+T+RIGHT), 64], v [B, T, 6] -> the same, and how many frames were left out."""
+    u = torch.rand(3, len(m), device=m.device, generator=g)
+    first = (u[0] * (LEFT + v.shape[1] // 2)).long()[:, None] * (u[1] < QUIET)[:, None]           # frames of silence
+    at = torch.arange(m.shape[1] // 2, device=m.device)
+    quiet = (at[None] < first)
+    noise = 1.5 * u[2][:, None, None] + .4 * torch.rand(m.shape, device=m.device, generator=g)
+    m = torch.where(quiet.repeat_interleave(2, 1)[..., None], noise, m)
+    v = torch.where(quiet[:, LEFT:LEFT + v.shape[1], None], torch.tensor(REST, device=v.device), v)
+    cut = int(torch.randint(0, LEFT + 1, (1,))) if float(torch.rand(1)) < COLD else 0
+    return m[:, 2 * cut:], v, cut
 
 
 def correlation(a, b):
@@ -42,21 +63,29 @@ def main():
     g = torch.Generator(device=DEVICE).manual_seed(3)
     speech = Speech(args.data, DEVICE)
     held = Speech(args.data, DEVICE, "held_out.npz")
-    net = AudioNet().to(DEVICE)
+    net = AudioNet(drop=args.dropout).to(DEVICE)
     if args.resume:
         net.load_state_dict(load(args.resume), strict=False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(.9, .98), weight_decay=.02, fused=GPU)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(.9, .98), weight_decay=args.weight_decay, fused=GPU)
+    mean = copy.deepcopy(net).requires_grad_(False).eval()                    # of the weights, over the last steps
     batch, length = args.batch, 96
     weight, seen = torch.tensor(WEIGHT, device=DEVICE), torch.tensor(SEEN, device=DEVICE)
     start, step = time.time(), 0
 
+    lengths = held.utterances
+    size = max(lengths)
+    heard, true = torch.zeros(len(lengths), 2 * size, 64, device=DEVICE), torch.zeros(len(lengths), size, 6, device=DEVICE)
+    for i, (n, end) in enumerate(zip(lengths, np.cumsum(lengths))):
+        heard[i, :2 * n], true[i, :n] = held.mel[2 * (end - n):2 * end].float() * (11 / 255), held.vis[end - n:end].float() / 100 - 1
+    inside = torch.arange(size, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+
     def evaluate():
-        net.eval()
+        """r of the six visemes, of opening and width as seen; opening and width in the first three seconds of a clip"""
         with torch.no_grad():
-            s = torch.arange(LEFT, held.frames - length - RIGHT, length, device=DEVICE)
-            y, v = net.visemes(net(held.mels(s, length)))[:, LEFT:LEFT + length], held.visemes(s, length)
-            net.train()
-            return [round(correlation(a[..., k], b[..., k]), 3) for a, b in ((y, v), (ps.mouth(y), ps.mouth(v))) for k in range(a.shape[-1])][:8]
+            y = mean.visemes(mean(heard))
+        r = lambda a, b, where, k: round(correlation(a[where][:, k], b[where][:, k]), 3)
+        early = inside & (torch.arange(size, device=DEVICE) < 75)
+        return [r(y, true, inside, k) for k in range(6)] + [r(ps.mouth(y), ps.mouth(true), w, k) for w in (inside, early) for k in (0, 1)]
     while True:
         p = (time.time() - start) / args.audio_seconds
         if p >= 1 or step >= args.max_steps:
@@ -67,9 +96,9 @@ def main():
             s = speech.starts(batch, length, g)
             u = torch.rand(2, batch, device=DEVICE, generator=g)
             m, v = speech.hurried(s, length, torch.where(u[0] < .6, .82 + .4 * u[1], 1.))
-            m = augment(m, g)
+            m, v, cut = begun(augment(m, g), v, g)
         with half_precision():
-            y = net.visemes(net(m))[:, LEFT:LEFT + length]
+            y = net.visemes(net(m))[:, LEFT - cut:LEFT - cut + length]
         y = y.float()
         loss = ((y - v).pow(2) * weight).mean() + .5 * ((y.diff(dim=1) - v.diff(dim=1)).pow(2) * weight).mean()
         loss = loss + ((ps.mouth(y) - ps.mouth(v)).pow(2) * seen).mean()
@@ -78,12 +107,14 @@ def main():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
         optimizer.step()
         step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), 1 - min(.999, step / (step + 10.)))
         if step % (500 if GPU else 50) == 0:
             log("audio", step, f"p {p:.2f} loss {loss.item():.5f}", evaluate())
             if step % (1000 if GPU else 100) == 0:
-                save(os.path.join(out, "audio.safetensors"), net.state_dict())
-    save(os.path.join(out, "audio.safetensors"), net.state_dict())
-    log("audio net: held-out correlation of jaw, width, press, fv, tongue, upper; of opening and width as seen", evaluate(), "steps", step)
+                save(os.path.join(out, "audio.safetensors"), mean.state_dict())
+    save(os.path.join(out, "audio.safetensors"), mean.state_dict())
+    log("audio net: held-out correlation of jaw, width, press, fv, tongue, upper; of opening and width as seen, and in the first 3 s", evaluate(), "steps", step)
 
     if not args.probe_seconds:
         return
@@ -114,7 +145,7 @@ def main():
         optimizer.step()
         step += 1
         if step % 300 == 0:
-            log("probe", step, f"loss {loss.item():.4f} opening r {correlation(y[:, 0].detach().float(), target[:, 0]):.3f}")
+            log("probe", step, f"loss {loss.item():.4f} r of opening, width, press", [round(correlation(y[:, k].detach().float(), target[:, k]), 3) for k in range(3)])
     save(os.path.join(out, "probe.safetensors"), probe.state_dict())
     log("probe steps", step)
 

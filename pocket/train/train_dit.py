@@ -44,7 +44,7 @@ args = parser.parse_args()
 PARTS = 2
 REFRESH_EVERY, REFRESH = 4, 16 if GPU else 2
 # sizes of the decoded pixels; 512 only when the decoder learns too, so that its part follows the coarse one
-DRAWN = (256, 256, 384, 384, 384, 512) if args.together else (256, 384)
+DRAWN = (256, 256, 256, 384, 384, 512) if args.together else (256, 384)
 
 
 class Muon:

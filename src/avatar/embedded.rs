@@ -12,7 +12,7 @@ pub struct Presenter {
     pub name: &'static str,
     /// A few words about how they look.
     pub description: &'static str,
-    /// The portrait as a PNG of the model's size.
+    /// The portrait as a PNG, of the size at which the pocket model encodes portraits.
     pub png: &'static [u8],
 }
 
@@ -20,8 +20,6 @@ const WEIGHTS: &[&[u8]] = &[
     include_bytes!("../../pocket/pocket-00001-of-00002.safetensors"),
     include_bytes!("../../pocket/pocket-00002-of-00002.safetensors"),
 ];
-
-const MATTE: &[&[u8]] = &[include_bytes!("../../pocket/matte.safetensors")];
 
 /// Pictures by the id of `presenters.json`.
 const PICTURES: &[(&str, &[u8])] = &[
@@ -62,11 +60,6 @@ pub(super) fn weights() -> &'static [&'static [u8]] {
     WEIGHTS
 }
 
-/// The pocket model's matte head.
-pub(super) fn matte_weights() -> &'static [&'static [u8]] {
-    MATTE
-}
-
 /// The built-in faces, in the order in which they are shown.
 pub fn presenters() -> &'static [Presenter] {
     &PRESENTERS
@@ -90,7 +83,7 @@ mod tests {
         for p in presenters() {
             assert!(!p.name.is_empty() && p.description.len() > 10, "{p:?}");
             let portrait = picture::decode_portrait(p.png, &picture::PictureLimits::default()).unwrap();
-            assert_eq!((portrait.width, portrait.height), (256, 256), "{}", p.id);
+            assert_eq!((portrait.width, portrait.height), (384, 384), "{}", p.id);
         }
     }
 }

@@ -20,10 +20,7 @@ use crate::{
         audio::{AHEAD, AudioConfig, AudioNet, FEATURES, HOP, Mel},
         dit::{self, Dit, Opening, Schedule, StreamState},
         kernels::{Isa, Pool},
-        vae::{
-            matte::Matte,
-            patch::{Decoder, Encoder, FRAMES, Grid, LATENT},
-        },
+        vae::patch::{Decoder, Encoder, FRAMES, Grid, LATENT},
         weights::{Safetensors, Source, Weights},
     },
 };
@@ -50,7 +47,7 @@ struct Sizes {
     reference_size: Option<usize>,
     #[serde(default)]
     fine_blocks: Option<usize>,
-    /// `joint`: the decoder gives the matte; absent: a head of its own does.
+    /// `joint`: the decoder gives the matte, too; absent: there is none.
     #[serde(default)]
     matte: Option<String>,
     audio: String,
@@ -72,8 +69,6 @@ struct Shared {
     dit: Dit,
     encoder: Encoder,
     decoder: Decoder,
-    /// Absent where the decoder gives the matte.
-    matte: Option<Matte>,
     /// Width and height at which portraits are encoded.
     reference: usize,
     control_scale: [f32; 10],
@@ -239,7 +234,7 @@ fn assemble(
             first_block_frames: FRAMES as u32,
             block_frames: FRAMES as u32,
             look_ahead: MediaTime::from_units(look_ahead as i64, SPEECH_RATE),
-            matte: true,
+            matte: plan.grid.matte,
         },
         grid: [sizes.latent[1], sizes.latent[2]],
         pool: Pool::share(how.threads),
@@ -249,7 +244,6 @@ fn assemble(
         dit: Dit::load(config, &weights.pp("dit"))?,
         encoder: Encoder::load(&weights.pp("vae.encoder"), isa, plan.reference / (2 * sizes.latent[1]))?,
         decoder: Decoder::load(&weights.pp("vae.decoder"), isa, &plan.grid)?,
-        matte: if plan.grid.matte { None } else { Some(matte(isa)?) },
         reference: plan.reference,
         control_scale: std::array::from_fn(|i| scale[i]),
         control_range: std::array::from_fn(|i| [range[2 * i], range[2 * i + 1]]),
@@ -260,16 +254,6 @@ fn assemble(
     }
     weights.finish()?;
     Ok(shared)
-}
-
-/// The matte head comes from the program also where the other weights come from files: it reads the decoder's
-/// features, so it must be trained again after a decoder was.
-fn matte(isa: Isa) -> model::Result<Matte> {
-    let source = Safetensors::from_statics(super::embedded::matte_weights(), "the embedded matte head")?;
-    let weights = Weights::new(Arc::new(source) as Arc<dyn Source>, &Device::Cpu, DType::F32);
-    let matte = Matte::load(&weights.pp("matte"), isa)?;
-    weights.finish()?;
-    Ok(matte)
 }
 
 impl Generator for Pocket {

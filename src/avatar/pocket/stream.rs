@@ -11,10 +11,7 @@ use crate::{
         self,
         audio::{AHEAD, AudioState, BANDS, FEATURES, MelState},
         dit::StreamState,
-        vae::{
-            matte::Bench,
-            patch::{FRAMES, LATENT, Memory},
-        },
+        vae::patch::{FRAMES, LATENT, Memory},
     },
 };
 use std::{
@@ -46,8 +43,6 @@ pub(super) struct Face {
     state: StreamState,
     memory: Memory,
     matte: MatteWish,
-    /// Working space of the matte head, once it was asked for.
-    bench: Option<Bench>,
     /// The next block.
     index: u64,
     /// Time spent on features since the last block.
@@ -75,7 +70,6 @@ impl Face {
             state,
             memory: Memory::new(&shared.decoder, h, w),
             matte: options.matte.clone(),
-            bench: None,
             index: 0,
             listening: Duration::ZERO,
             complete: false,
@@ -139,15 +133,7 @@ impl Stream for Face {
         let generated = Instant::now();
         let s = &self.shared;
         let pictures = s.decoder.decode(&s.pool, &latent, &mut self.memory);
-        let [h, w] = s.grid;
-        let mattes = match &s.matte {
-            _ if !self.matte.get() => None,
-            Some(matte) => {
-                let bench = self.bench.get_or_insert_with(|| Bench::new(h, w));
-                Some(matte.read(&s.pool, &self.memory, bench))
-            }
-            None => s.decoder.mattes(&s.pool, &self.memory),
-        };
+        let mattes = if self.matte.get() { s.decoder.mattes(&s.pool, &self.memory) } else { None };
         let stages = StageTimes {
             features: std::mem::take(&mut self.listening),
             generation: generated - began,

@@ -1,6 +1,5 @@
 //! Autoencoders: pixels to latents and back, block by block.
 
-pub mod matte;
 pub mod patch;
 mod video;
 mod wan;

@@ -198,14 +198,8 @@ impl Memory {
         }
     }
 
-    /// What the last latent looked like just before it became pixels: coarse `[h][w][112]` of all frames, after ReLU.
-    /// For heads that read more than colours.
-    pub(super) fn coarse(&self) -> &Plane {
-        &self.wide_relu[0]
-    }
-
-    /// The same of one frame, fine: `[k·h][k·w][32]`.
-    pub(super) fn fine<T>(&self, frame: usize, read: impl FnOnce(&Plane) -> T) -> T {
+    /// What a frame of the last latent looked like just before it became pixels, `[k·h][k·w][32]` after ReLU.
+    fn fine<T>(&self, frame: usize, read: impl FnOnce(&Plane) -> T) -> T {
         read(&bench(&self.frames[frame]).relu[0])
     }
 }
@@ -326,7 +320,7 @@ fn each(pool: &Pool, make: impl Fn(usize) -> Arc<[u8]> + Sync) -> [Arc<[u8]>; FR
 }
 
 /// Picture `n` of cells of 4×4 values from 0 to 1 as bytes.
-pub(super) fn matte_bytes(cells: &Plane, n: usize) -> Arc<[u8]> {
+fn matte_bytes(cells: &Plane, n: usize) -> Arc<[u8]> {
     let mut matte = Vec::with_capacity(16 * cells.height * cells.width);
     for y in 0..FINE * cells.height {
         let row = cells.row(n, y / FINE).chunks_exact(16);
