@@ -292,7 +292,7 @@ struct Profile {
     measured: &'static str,
 }
 
-const PROFILES: [Profile; 4] = [
+const PROFILES: [Profile; 5] = [
     Profile {
         name: "s2v-quality",
         text: include_str!("../../config/s2v-quality.toml"),
@@ -305,7 +305,14 @@ const PROFILES: [Profile; 4] = [
         text: include_str!("../../config/s2v-live.toml"),
         weights: budget::Stored::Fp8,
         gb: 80.0,
-        measured: "25.0 for 25 s on an H200, 2026-11-24",
+        measured: "25.0 for nine minutes on an H200, 2026-11-27",
+    },
+    Profile {
+        name: "s2v-live-portrait",
+        text: include_str!("../../config/s2v-live-portrait.toml"),
+        weights: budget::Stored::Fp8,
+        gb: 80.0,
+        measured: "25.0 for a minute on an H200, 2026-11-27",
     },
     Profile {
         name: "s2v-48gb",
