@@ -8,7 +8,7 @@
 //! Encoder priming is removed, so that sample 0 is the first sample that was recorded: MP3 by its LAME header, Vorbis
 //! and Opus by their granule positions and pre-skip, AAC and Opus in MP4 by the edit list (`edits.rs`).
 
-use super::{CodecError, Resampler, edits};
+use super::{CodecError, Resampler, edits, guard::guarded};
 use crate::media::{AudioBlock, MediaTime, Pcm, SPEECH_RATE};
 use std::{
     fs::File,
@@ -176,8 +176,10 @@ impl MonoReader {
     fn open(source: &Source) -> Result<MonoReader> {
         let name = source.name();
         let (stream, hint, edit) = source.open()?;
-        let format = symphonia::default::get_probe()
-            .probe(&hint, stream, Default::default(), Default::default())
+        let corrupt = |why| AudioFileError::Corrupt { name: name.clone(), why };
+        let probe = symphonia::default::get_probe();
+        let format = guarded(|| probe.probe(&hint, stream, Default::default(), Default::default()))
+            .map_err(corrupt)?
             .map_err(|fault| AudioFileError::Unknown { name: name.clone(), why: fault.to_string() })?;
         let Some(track) = format.default_track(TrackType::Audio) else {
             return Err(AudioFileError::NoTrack { name });
@@ -206,9 +208,11 @@ impl MonoReader {
             }
             decoder = Decoder::Opus { decoder: opus, buffer: vec![0.0; 5760] };
         } else {
-            let made = symphonia::default::get_codecs()
-                .make_audio_decoder(params, &AudioDecoderOptions::default().gapless(true));
-            decoder = Decoder::Symphonia(made.map_err(|fault| unsupported(format!("its codec ({fault})")))?);
+            let options = AudioDecoderOptions::default().gapless(true);
+            let made = guarded(|| symphonia::default::get_codecs().make_audio_decoder(params, &options));
+            decoder = Decoder::Symphonia(
+                made.map_err(corrupt)?.map_err(|fault| unsupported(format!("its codec ({fault})")))?,
+            );
         }
         // A container may leave the rate to the first packet; then it is learnt there.
         if rate != 0 && !(4_000..=384_000).contains(&rate) {
@@ -240,19 +244,21 @@ impl MonoReader {
     /// The next stretch of sound, appended to `out`; `false` at the end.
     fn read(&mut self, out: &mut Vec<f32>) -> Result<bool> {
         while !self.ended {
-            let packet = match self.format.next_packet() {
-                Ok(Some(packet)) => packet,
-                Ok(None) => break,
-                Err(Fault::ResetRequired) => {
+            let packet = match guarded(|| self.format.next_packet()) {
+                Ok(Ok(Some(packet))) => packet,
+                Ok(Ok(None)) => break,
+                Ok(Err(Fault::ResetRequired)) => {
                     return Err(AudioFileError::Unsupported {
                         name: self.name.clone(),
                         what: "a chain of several streams in one file".into(),
                     });
                 }
-                Err(fault) => {
-                    // What came before is whole; how much is missing is for the caller to judge.
-                    self.truncated = true;
-                    self.first_fault.get_or_insert(fault.to_string());
+                Ok(Err(fault)) => {
+                    self.cut(fault.to_string());
+                    break;
+                }
+                Err(why) => {
+                    self.cut(why);
                     break;
                 }
             };
@@ -301,6 +307,12 @@ impl MonoReader {
         Ok(false)
     }
 
+    /// What came before is whole; how much is missing is for the caller to judge.
+    fn cut(&mut self, why: String) {
+        self.truncated = true;
+        self.first_fault.get_or_insert(why);
+    }
+
     fn resampling(&self, e: CodecError) -> AudioFileError {
         AudioFileError::Unsupported { name: self.name.clone(), what: format!("its sample rate ({e})") }
     }
@@ -312,7 +324,11 @@ impl MonoReader {
     ) -> std::result::Result<(), String> {
         match &mut self.decoder {
             Decoder::Symphonia(decoder) => {
-                let decoded = decoder.decode(packet).map_err(|fault| fault.to_string())?;
+                let decoded = guarded(|| decoder.decode(packet)).inspect_err(|_| {
+                    // What a panic left of the decoder is not used again: the file ends here.
+                    (self.truncated, self.ended) = (true, true);
+                })?;
+                let decoded = decoded.map_err(|fault| fault.to_string())?;
                 let rate = decoded.spec().rate();
                 if self.rate == 0 {
                     self.rate = rate;

@@ -7,6 +7,7 @@ mod badge;
 mod colour;
 mod edits;
 pub mod fragments;
+mod guard;
 mod h264;
 pub mod marks;
 mod movie;

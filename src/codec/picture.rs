@@ -4,19 +4,26 @@
 //! is refused for the price of its header. EXIF orientation is applied, transparency is laid on white, and a picture
 //! larger than any engine uses is made smaller here once instead of being carried around.
 
-use super::{CodecError, scale_i420, to_i420};
+use super::{CodecError, guard::guarded, scale_i420, to_i420};
 use crate::media::{Frame, I420, MediaTime, Pixels, Portrait};
 use image::{
     DynamicImage, ImageDecoder, ImageEncoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage, imageops::FilterType,
 };
 use std::io::Cursor;
 
+/// Most bytes that a picture may take as its decoder gives it: 50 million pixels of four channels fit at 8 bits, not at
+/// 16.
+const MOST_DECODED: u64 = 256 << 20;
+
+/// Most bytes of a PNG's profiles and comments, unfolded: what the decoder allows by itself.
+const MOST_BESIDE: u64 = 64 << 20;
+
 /// What a caller accepts.
 #[derive(Clone, Debug)]
 pub struct PictureLimits {
     /// Largest file, in bytes.
     pub bytes: usize,
-    /// Largest picture, in pixels; bounds memory at about 8 bytes a pixel while decoding.
+    /// Largest picture, in pixels. Whatever this is, a picture that takes more than 256 MiB when decoded is refused.
     pub pixels: u64,
     /// Smallest usable side, in pixels.
     pub smallest_side: u32,
@@ -46,6 +53,12 @@ pub enum PictureError {
         most / 1_000_000
     )]
     TooManyPixels { width: u32, height: u32, most: u64 },
+    #[error(
+        "the picture has {width} × {height} pixels, which take {} MB, and at most {} MB are accepted; save it with 8 bits \
+         a channel, or make it smaller",
+        megabytes(*bytes), megabytes(MOST_DECODED as usize)
+    )]
+    TooDeep { width: u32, height: u32, bytes: usize },
     #[error("the picture has only {width} × {height} pixels; give one of at least {least} × {least}")]
     TooSmall { width: u32, height: u32, least: u32 },
     #[error("the picture is extremely narrow ({width} × {height} pixels); crop it around the face")]
@@ -85,13 +98,17 @@ pub fn decode_portrait(bytes: &[u8], limits: &PictureLimits) -> Result<Portrait,
     }
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut allowed = image::Limits::no_limits();
-    // Room for 16 bits × 4 channels of the largest picture and a decoder's own buffers.
-    allowed.max_alloc = Some(limits.pixels.saturating_mul(12) + (64 << 20));
+    // Counts for PNG alone, and there for everything but the pixels.
+    allowed.max_alloc = Some(MOST_BESIDE);
     reader.limits(allowed);
-    let mut decoder = reader.into_decoder().map_err(corrupt)?;
+    let mut decoder = guarded(|| reader.into_decoder()).map_err(PictureError::Corrupt)?.map_err(corrupt)?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > limits.pixels {
         return Err(PictureError::TooManyPixels { width, height, most: limits.pixels });
+    }
+    let bytes = decoder.total_bytes();
+    if bytes > MOST_DECODED {
+        return Err(PictureError::TooDeep { width, height, bytes: bytes as usize });
     }
     if width.min(height) < limits.smallest_side {
         return Err(PictureError::TooSmall { width, height, least: limits.smallest_side });
@@ -101,7 +118,8 @@ pub fn decode_portrait(bytes: &[u8], limits: &PictureLimits) -> Result<Portrait,
     }
     // A broken EXIF block is no reason to refuse a good picture.
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(corrupt)?;
+    let mut picture =
+        guarded(|| DynamicImage::from_decoder(decoder)).map_err(PictureError::Corrupt)?.map_err(corrupt)?;
     let longest = width.max(height);
     if longest > limits.longest_side {
         // At least two pixels survive: the aspect ratio is bounded above.

@@ -1,7 +1,11 @@
-//! How much memory a hostile checkpoint can make the readers take: counted, by an allocator that keeps a tally for each
-//! thread.
+//! How much memory a hostile checkpoint or picture can make the readers take: counted, by an allocator that keeps a
+//! tally for each thread.
 
-use loquent::model::weights::open;
+use image::{ExtendedColorType, ImageEncoder as _};
+use loquent::{
+    codec::picture::{PictureLimits, decode_portrait},
+    model::weights::open,
+};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -172,4 +176,23 @@ fn a_small_file_takes_little_memory_whatever_it_claims() {
     println!("{refused} of 1200 refused, {worst} bytes at most");
     assert!(refused > 200, "{refused}: the mutations do not bite");
     fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_small_picture_takes_little_memory_whatever_it_claims() {
+    // 2304 × 16704 pixels of 16 bits and four channels, found by fuzzing: few enough pixels, too many bytes.
+    let (read, held) = most(|| decode_portrait(include_bytes!("data/deep.png"), &PictureLimits::default()));
+    println!("a deep picture: {held} held, {read:?}");
+    let said = read.unwrap_err().to_string();
+    assert!(held < 16 << 20, "{held} bytes of memory before {said}");
+    assert!(said.contains("2304 × 16704") && said.contains("8 bits"), "{said}");
+    // A colour profile that unfolds into more than the picture could ever take.
+    let mut png = Vec::new();
+    let mut encoder = image::codecs::png::PngEncoder::new(&mut png);
+    encoder.set_icc_profile(vec![0; 300 << 20]).unwrap();
+    encoder.write_image(&[7; 3 * 64 * 64], 64, 64, ExtendedColorType::Rgb8).unwrap();
+    let (read, held) = most(|| decode_portrait(&png, &PictureLimits::default()));
+    println!("a vast profile: {} bytes, {held} held", png.len());
+    assert!(held < 160 << 20, "{} bytes made {held} bytes of memory", png.len());
+    assert_eq!(read.unwrap().rgb[0], 7, "a profile is no reason to refuse a good picture");
 }

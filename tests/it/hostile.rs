@@ -541,3 +541,15 @@ fn spoilt_sound_files_end_in_an_error_or_in_sound() {
     println!("{refused} refused, {read} read");
     assert!(refused > 20 && read > 20);
 }
+
+#[test]
+fn sound_of_more_channels_than_there_are_gets_a_sentence() {
+    // The decoder multiplies them in 16 bits (symphonia-format-riff 0.6.1): where overflow is checked, it panics.
+    for channels in [0u16, 27, 0x8000, 0xfffa] {
+        let mut wav = super::files::wav(16_000, &[1000; 4000]);
+        wav[22..24].copy_from_slice(&channels.to_le_bytes());
+        let error = read_speech(&Source::from(wav), &Limits::default()).expect_err("no such file can be read");
+        println!("{channels} channels: {error}");
+        assert!(error.to_string().starts_with("the uploaded sound is"), "{channels} channels: {error}");
+    }
+}
