@@ -348,6 +348,7 @@ impl Profile {
             sessions: config.engine.sessions,
             resident: if offload == s2v::Offload::Blocks { 0 } else { usize::MAX },
             parked: offload != s2v::Offload::None,
+            small_decoder: config.s2v.small_decoder,
         })
     }
 

@@ -44,6 +44,8 @@ pub struct Plan {
     pub resident: usize,
     /// Only the ring of the step at work is on the card.
     pub parked: bool,
+    /// Pictures come from the small decoder.
+    pub small_decoder: bool,
 }
 
 /// GB (10⁹ bytes) by part.
@@ -160,6 +162,8 @@ impl Plan {
         let step =
             ((linear / matrix + attending / attention + passes) / card.sustained).max(visiting / (card.bus * 1e9));
         let decode = 40.65e12 * self.pixels() / (480.0 * 832.0) / (card.convolution * 1e12) / card.sustained;
+        // 7 ms of 66 at 704×384, 9 of 101 at 480×832 (H200, 2026-11-27).
+        let decode = if self.small_decoder { decode / 10.0 } else { decode };
         // The decoder's work takes its share of the card also when it runs beside.
         FRAMES / (self.steps as f64 * step + decode)
     }
@@ -179,6 +183,7 @@ mod tests {
         sessions: 1,
         resident: LAYERS,
         parked: false,
+        small_decoder: false,
     };
 
     #[test]
@@ -220,5 +225,8 @@ mod tests {
         assert!(LIVE.frames_per_second(&H200) > fps);
         let visiting = Plan { resident: 0, ..quality };
         assert!(visiting.frames_per_second(&H200) < fps);
+        // 506 ms a block were measured.
+        let small = Plan { small_decoder: true, ..quality }.frames_per_second(&H200);
+        assert!((22.4..24.5).contains(&small), "{small}");
     }
 }
