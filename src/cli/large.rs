@@ -32,7 +32,7 @@ pub(super) struct Flags {
     #[arg(long, value_name = "WHAT", value_parser = named::<Offload>, num_args = 0..=1, default_missing_value = "blocks")]
     offload: Option<Offload>,
     /// 480p, 720p, WIDTHxHEIGHT, or an area such as 704*384 in the picture's proportions [default: the mode's official
-    /// area].
+    /// area]. `generate` takes 256x256, 384x384 and 512x512 for the pocket engine, too.
     #[arg(long, value_parser = size)]
     size: Option<String>,
     /// What the picture shows.
@@ -100,6 +100,15 @@ impl Flags {
             ("--audio-ahead-ms", self.audio_ahead_ms.is_some()),
         ];
         given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
+    }
+
+    /// Takes `--size` as the side of the pocket engine's square pictures.
+    pub(super) fn take_square(&mut self) -> anyhow::Result<Option<usize>> {
+        let Some(text) = self.size.take() else { return Ok(None) };
+        match Size::parse(&text) {
+            Ok(Size::Exact(width, height)) if width == height => Ok(Some(width)),
+            _ => bail!("--size {text}: the pocket engine's pictures are square; say --size 384x384, for example"),
+        }
     }
 
     /// `base` with the flags on top; for another engine than the large one, an error if any was given.

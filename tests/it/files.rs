@@ -286,6 +286,24 @@ fn generate_says_what_is_wrong_and_leaves_nothing_behind() {
     assert_eq!(folder.names(), ["dir", "empty.wav", "in.wav", "noise.png"]);
 }
 
+#[test]
+fn pocket_pictures_have_the_size_that_was_asked_for() {
+    let folder = Folder::new("generate-size");
+    std::fs::write(folder.0.join("in.wav"), wav(16_000, &tone(16_000, 0.4))).unwrap();
+    let run = |size: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loquent"));
+        command.current_dir(&folder.0).args(["generate", "--presenter", "ada", "--audio", "in.wav", "--size", size]);
+        command.args(["--out", "o.mp4", "--raw-frames", "f.rgb"]).output().unwrap()
+    };
+    let done = run("384x384");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(std::fs::metadata(folder.0.join("f.rgb")).unwrap().len(), 10 * 3 * 384 * 384);
+    for (size, word) in [("640x384", "square"), ("320x320", "384")] {
+        let said = String::from_utf8_lossy(&run(size).stderr).to_string();
+        assert!(said.contains(word) && !said.contains("panicked"), "{size}: {said}");
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_leaves_no_broken_file() {

@@ -160,8 +160,9 @@ impl Args {
     }
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<()> {
+pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
     let engine = args.engine();
+    let square = if engine == Choice::Pocket { args.large.take_square()? } else { None };
     let official = s2v::Config { size: "official".into(), ..s2v::Config::default() };
     let mut config = args.large.over(engine, official)?;
     config.frames = args.frames.map(|n| n as usize);
@@ -189,7 +190,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     let watcher = if args.quiet { loading::unwatched() } else { loading::shown() };
     let wanted =
-        Wanted { choice: engine, threads: args.threads, size: None, weights: None, large: config, watcher, silent };
+        Wanted { choice: engine, threads: args.threads, size: square, weights: None, large: config, watcher, silent };
     let several = args.manifest.is_some()
         || args.audio.len() > 1
         || args.out.as_ref().is_some_and(|out| out.as_os_str().to_string_lossy().ends_with('/'));
