@@ -61,7 +61,8 @@ fn parse(look: &str) -> Result<Design, ApiError> {
 /// 422 with what is wrong with the look; 503 while others are drawn.
 pub(super) async fn portrait(service: &Service, look: &str) -> Result<(String, Portrait), ApiError> {
     let design = parse(look)?;
-    let size = service.rooms.engine.geometry().width.clamp(256, 512);
+    // Portraits are encoded at 384, or at the pictures' own size where that is larger.
+    let size = service.rooms.engine.geometry().width.clamp(384, 512);
     let name = format!("{DESIGN}{design}");
     Ok((name, work(service, move || design.draw(size)).await?))
 }

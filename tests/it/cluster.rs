@@ -316,7 +316,10 @@ async fn an_intruder_on_the_bus_is_not_believed() {
     sees(&front, 4, 0).await;
     let intruder = async_nats::connect(bus.url()).await.unwrap();
     let mut overheard = intruder.subscribe("loquent.>").await.unwrap();
-    intruder.flush().await.unwrap();
+    // Flushed is not subscribed: the server has come to that when it gives back what was said after it.
+    intruder.publish("loquent.myself", Vec::new().into()).await.unwrap();
+    let subscribed = async { while overheard.next().await.is_some_and(|m| m.subject.as_str() != "loquent.myself") {} };
+    tokio::time::timeout(Duration::from_secs(10), subscribed).await.expect("the bus echoes");
     front.begin().await;
     assert_eq!(worker.used(), 1);
     let mut said = Vec::new();

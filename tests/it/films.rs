@@ -91,10 +91,10 @@ fn each_speaker_has_a_voice_of_its_own() {
     std::fs::write(folder.0.join("silence.wav"), super::files::wav(16_000, &silent)).unwrap();
     let mask = |name: &str, from: u32, to: u32| {
         let inside = |x: u32, _: u32| image::Luma([if (from..to).contains(&x) { 255u8 } else { 0 }]);
-        image::ImageBuffer::from_fn(256, 256, inside).save(folder.0.join(name)).unwrap();
+        image::ImageBuffer::from_fn(384, 384, inside).save(folder.0.join(name)).unwrap();
     };
-    mask("left.png", 0, 100);
-    mask("right.png", 156, 256);
+    mask("left.png", 0, 150);
+    mask("right.png", 234, 384);
     mask("nobody.png", 0, 0);
     for mode in [["--mode", "block"], ["--mode", "clip"]] {
         let plain = ["--checkpoint", "random:tiny", "--presenter", "ada", "--size", "64x64", "--steps", "1"];
