@@ -186,12 +186,12 @@ fn the_large_engine_makes_files_from_a_folder() {
         "1",
     ];
     run(&clip, "c.mp4");
-    // A picture of 256×256 in an area of 4096 pixels; the first clip without its first three frames.
+    // A picture of 384×384 in an area of 4096 pixels; the first clip without its first three frames.
     assert_eq!(probe(&folder.0.join("c.mp4")), "64,64,16/1,13");
     let refused =
         folder.generate(&large).args(["--mode", "block", "--guidance", "3", "--out", "d.mp4"]).output().unwrap();
     assert!(said(&refused).contains("guidance") && refused.status.code() == Some(1), "{}", said(&refused));
     let pocket =
-        folder.generate(&["--audio", "in.wav", "--prompt", "x", "--size", "480p", "--out", "d.mp4"]).output().unwrap();
-    assert!(said(&pocket).contains("the pocket engine has no --size, --prompt"), "{}", said(&pocket));
+        folder.generate(&["--audio", "in.wav", "--prompt", "x", "--shift", "3", "--out", "d.mp4"]).output().unwrap();
+    assert!(said(&pocket).contains("the pocket engine has no --prompt, --shift"), "{}", said(&pocket));
 }
