@@ -147,7 +147,7 @@ class Soak:
 
     async def full_house(self, long):
         """Every place taken, watched and spoken to at the same time."""
-        sessions = [s for s in [await self.begin({}), await self.begin({})] if s]
+        sessions = [s for s in await asyncio.gather(self.begin({}), self.begin({})) if s]
         watching = [await self.viewer(s) for s in sessions]
 
         async def talk(session):
@@ -236,7 +236,8 @@ async def main(binary, base, pid, options, folder, log):
         # Everything is touched before the books are opened: all places at once, caches, pools, the allocator's arenas.
         for _ in range(3):
             await soak.full_house(long)
-        until = time.monotonic() + min(60 * minutes / 4, 300)
+        # Fifteen seconds of visits are too few: what three openings at once need is then seen after the books were opened.
+        until = time.monotonic() + min(max(60 * minutes / 4, 60), 300)
         await asyncio.gather(*(soak.visitors(until) for _ in range(3)))
         await soak.alone()
         first, began = Books(pid), time.monotonic()
