@@ -23,13 +23,17 @@ pub(super) enum Choice {
     S2v,
 }
 
+/// Width and height of the pocket engine's pictures, unless somebody chose one; and where a machine is too slow for that.
+pub(super) const SIZE: usize = 384;
+pub(super) const SMALL: usize = 256;
+
 /// An engine and what it is loaded with.
 #[derive(Clone)]
 pub(super) struct Wanted {
     pub(super) choice: Choice,
     /// For the arithmetic; 0 = all cores.
     pub(super) threads: usize,
-    /// Width and height of the pocket engine's pictures; none = its own.
+    /// Width and height of the pocket engine's pictures; none = [`SIZE`], with `weights` what these say.
     pub(super) size: Option<usize>,
     /// Weights of the pocket engine in files of their own.
     pub(super) weights: Option<std::path::PathBuf>,
@@ -65,10 +69,10 @@ impl Choice {
 pub(super) fn load(wanted: &Wanted, prompts: &[String]) -> anyhow::Result<Box<dyn Generator>> {
     match wanted.choice {
         Choice::Pocket => {
-            let how = Loading { size: wanted.size, ..Loading::on(wanted.threads) };
+            let how = |size| Loading { size, ..Loading::on(wanted.threads) };
             match &wanted.weights {
-                Some(file) => Ok(pocket::load_files(&[file], &how)?),
-                None => Ok(pocket::load_as(&how)?),
+                Some(file) => Ok(pocket::load_files(&[file], &how(wanted.size))?),
+                None => Ok(pocket::load_as(&how(wanted.size.or(Some(SIZE))))?),
             }
         }
         Choice::Card => Ok(avatar::test_card()),

@@ -178,23 +178,37 @@ fn choice(kind: Kind) -> engines::Choice {
     }
 }
 
-/// Loads and warms up the generator on its own thread; takes seconds, with the large model minutes.
+/// Real time that all conversations together may take of the larger pictures: the rest is for encoding and the network.
+const SHARE: f64 = 0.6;
+
+/// Loads and warms up the generator on its own thread; takes seconds, with the large model minutes. Where nobody chose a
+/// size for the pocket engine's pictures and the machine is too slow for the usual one, it is loaded again with smaller ones.
 fn build(config: &Config) -> Result<Engine, engine::EngineError> {
+    let engine = built(config, config.engine.size)?;
+    let takes = engine.stats().real_time_factor * config.engine.sessions as f64;
+    if config.engine.generator != Kind::Pocket || config.engine.size.is_some() || takes <= SHARE {
+        return Ok(engine);
+    }
+    tracing::warn!(
+        "pictures of {0}×{0} would take {1:.0} % of the time they show for {2} at once, so they are {3}×{3} here; \
+         engine.size = {0} insists on them",
+        engines::SIZE,
+        100.0 * takes,
+        config.engine.sessions,
+        engines::SMALL
+    );
+    drop(engine);
+    built(config, Some(engines::SMALL))
+}
+
+fn built(config: &Config, size: Option<usize>) -> Result<Engine, engine::EngineError> {
     // A node that hands everything on draws nothing: it needs no model.
     let choice = match config.engine.sessions {
         0 => engines::Choice::Card,
         _ => choice(config.engine.generator),
     };
     let (threads, large) = (config.engine.threads, config.s2v.clone());
-    let wanted = Wanted {
-        choice,
-        threads,
-        size: config.engine.size,
-        weights: None,
-        large,
-        watcher: loading::logged(),
-        silent: false,
-    };
+    let wanted = Wanted { choice, threads, size, weights: None, large, watcher: loading::logged(), silent: false };
     Engine::start(choice.name(), &config.engine, move || {
         engines::load(&wanted, &[]).map_err(|e| avatar::AvatarError::Weights(format!("{e:#}")))
     })

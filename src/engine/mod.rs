@@ -59,7 +59,7 @@ pub struct Config {
     pub sessions: usize,
     /// Threads for the arithmetic; 0 = all cores. More than two help only if cores are free.
     pub threads: usize,
-    /// Width and height of the pictures; absent = the model's own.
+    /// Width and height of the pictures; absent = what suits the model and the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<usize>,
     /// Denoising steps; absent = what the model was judged best with.
