@@ -299,6 +299,20 @@ fn a_matte_comes_when_it_is_asked_for_and_changes_no_colour() {
         assert!(at(4, 4) < 4 && at(251, 60) < 4, "the background");
         assert!(at(128, 120) > 250 && at(128, 250) > 250, "face and shoulders");
     }
+    // Nothing shines through eyes, teeth, glasses.
+    for presenter in presenters() {
+        let portrait = decode_portrait(presenter.png, &PictureLimits::default()).unwrap();
+        let mut stream = engine.open(&portrait, &options).unwrap();
+        stream.push(&AudioBlock { at: MediaTime::ZERO, samples: speech.clone() }).unwrap();
+        let mut blocks = Vec::new();
+        drain(stream.as_mut(), &mut blocks);
+        assert!(!blocks.is_empty());
+        for frame in blocks.iter().flat_map(|b| &b.frames) {
+            let matte = frame.matte.as_ref().unwrap();
+            let face = (80..155).flat_map(|y| (92..164).map(move |x| y * 256 + x));
+            assert!(face.map(|i| matte[i]).min() > Some(250), "{}", presenter.id);
+        }
+    }
 }
 
 #[test]

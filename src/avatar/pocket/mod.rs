@@ -9,6 +9,7 @@
 
 mod audition;
 pub mod design;
+mod matte;
 mod portrait;
 mod stream;
 

@@ -1,6 +1,6 @@
 //! One face of the pocket engine.
 
-use super::Shared;
+use super::{Shared, matte::solid};
 use crate::{
     avatar::{
         AvatarError, Controls, Direction, Intake, Liveliness, MatteWish, OpenOptions, Result, Stream, Tone,
@@ -134,6 +134,7 @@ impl Stream for Face {
         let s = &self.shared;
         let pictures = s.decoder.decode(&s.pool, &latent, &mut self.memory);
         let mattes = if self.matte.get() { s.decoder.mattes(&s.pool, &self.memory) } else { None };
+        let mattes = mattes.map(|all| all.map(|matte| solid(&matte, s.geometry.width as usize)));
         let stages = StageTimes {
             features: std::mem::take(&mut self.listening),
             generation: generated - began,
