@@ -101,6 +101,12 @@ export async function overlay(checks, options) {
     checks.add('what lies below is seen', `in the corners ${round(1 - at(0.02, 0.02), 3)}, ${round(1 - at(0.98, 0.3), 3)}; in ${round(100 * clear)} % of the page`,
       'wholly, in 15 % or more', at(0.02, 0.02) < 0.01 && at(0.98, 0.3) < 0.01 && clear > 0.15);
     checks.add('the presenter is opaque', round(at(0.5, 0.45), 3), 'at least 0.98', at(0.5, 0.45) >= 0.98);
+    const inside = alpha.filter((_, i) => {
+      const [x, y] = [(i % width) / width, Math.floor(i / width) / height];
+      return x > 0.38 && x < 0.62 && y > 0.34 && y < 0.58;
+    });
+    const least = inside.reduce((a, b) => Math.min(a, b), 1);
+    checks.add('nothing shines through the face', `at its clearest ${round(least, 3)} of ${inside.length} pixels`, 'at least 0.95', engine !== 'pocket' || least >= 0.95);
     checks.add('edges are soft', `${round(100 * soft, 2)} % of the pixels are neither`, 'some', soft > 0.002);
     if (engine === 'pocket') {
       const errors = fringe(cut, 0, Math.round(height * 0.6));
