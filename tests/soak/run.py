@@ -282,7 +282,8 @@ async def main(binary, base, pid, options, folder, log):
 
 def start(binary, engine, folder, log):
     env = {**os.environ, "LOQUENT__NET__BIND": "127.0.0.1", "LOQUENT__SERVER__RECORDINGS_DIR": str(folder)}
-    sets = ["session.idle_timeout_s=0", "session.max_session_s=0", "net.failed_after_ms=3000"]
+    # Three at once and who watches them share the processor: the smaller pictures, always.
+    sets = ["engine.size=256", "session.idle_timeout_s=0", "session.max_session_s=0", "net.failed_after_ms=3000"]
     args = [binary, "serve", "--engine", engine, "--listen", "127.0.0.1:0", "--sessions", "3"]
     for one in sets:
         args += ["--set", one]
