@@ -1,5 +1,6 @@
 //! What of `pocket/` is part of the binary: weights and presenters.
 
+use super::AvatarError;
 use crate::{codec::picture, media::Portrait};
 use serde::Deserialize;
 use std::sync::LazyLock;
@@ -16,9 +17,10 @@ pub struct Presenter {
     pub png: &'static [u8],
 }
 
-const WEIGHTS: &[&[u8]] = &[
-    include_bytes!("../../pocket/pocket-00001-of-00002.safetensors"),
-    include_bytes!("../../pocket/pocket-00002-of-00002.safetensors"),
+/// The shards of the pocket model's weights, deflated by the build script.
+const WEIGHTS: [&[u8]; 2] = [
+    include_bytes!(concat!(env!("OUT_DIR"), "/pocket-00001-of-00002.z")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/pocket-00002-of-00002.z")),
 ];
 
 /// Pictures by the id of `presenters.json`.
@@ -55,9 +57,19 @@ static PRESENTERS: LazyLock<Vec<Presenter>> = LazyLock::new(|| {
     entries.into_iter().filter_map(presenter).collect()
 });
 
-/// The shards of the pocket model's weights.
-pub(super) fn weights() -> &'static [&'static [u8]] {
-    WEIGHTS
+/// The shards of the pocket model's weights, inflated side by side.
+///
+/// # Errors
+/// The program's own file is damaged.
+pub(super) fn weights() -> Result<Vec<Vec<u8>>, AvatarError> {
+    let damaged = |why: &dyn std::fmt::Debug| {
+        AvatarError::Weights(format!("the weights in this program are damaged, install it again: {why:?}"))
+    };
+    std::thread::scope(|scope| {
+        let shards = WEIGHTS.map(|shard| scope.spawn(|| fdeflate::decompress_to_vec(shard)));
+        let inflated = shards.map(|shard| shard.join().map_err(|_| damaged(&"panic"))?.map_err(|e| damaged(&e)));
+        inflated.into_iter().collect()
+    })
 }
 
 /// The built-in faces, in the order in which they are shown.
@@ -73,6 +85,16 @@ pub(super) fn portrait() -> Option<Portrait> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn weights_are_those_of_the_files() {
+        let files = ["pocket/pocket-00001-of-00002.safetensors", "pocket/pocket-00002-of-00002.safetensors"];
+        let inflated = weights().unwrap();
+        assert_eq!(inflated.len(), files.len());
+        for (bytes, file) in inflated.iter().zip(files) {
+            assert!(*bytes == std::fs::read(file).unwrap(), "{file}");
+        }
+    }
 
     #[test]
     fn every_presenter_has_a_name_and_a_picture() {

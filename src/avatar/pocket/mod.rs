@@ -141,8 +141,8 @@ pub fn load(threads: usize) -> Result<Box<dyn Generator>> {
 /// # Errors
 /// A size that the weights have no decoder for.
 pub fn load_as(how: &Loading) -> Result<Box<dyn Generator>> {
-    let shards = super::embedded::weights();
-    let source = Safetensors::from_statics(shards, "the embedded pocket weights").map_err(fits)?;
+    let shards = super::embedded::weights()?;
+    let source = Safetensors::from_vecs(shards, "the embedded pocket weights").map_err(fits)?;
     build(source, how, true)
 }
 

@@ -69,9 +69,9 @@ impl Safetensors {
         Self::build(vec![Bytes::Static(bytes)], origin.to_string())
     }
 
-    /// Several shards that are part of the binary.
-    pub fn from_statics(shards: &[&'static [u8]], origin: &str) -> Result<Self> {
-        Self::build(shards.iter().map(|s| Bytes::Static(s)).collect(), origin.to_string())
+    /// Several shards read by the caller.
+    pub fn from_vecs(shards: Vec<Vec<u8>>, origin: &str) -> Result<Self> {
+        Self::build(shards.into_iter().map(Bytes::Owned).collect(), origin.to_string())
     }
 
     /// Weights read by the caller.
