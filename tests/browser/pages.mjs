@@ -21,25 +21,31 @@ const call = (base, { token }, method, at, body) => fetch(`${base}${at}`, {
 
 const live = (page, ms = 30_000) => page.waitForFunction(() => window.loquent?.video?.videoWidth > 0, null, { timeout: ms, polling: 50 });
 
-/** What is on screen, as RGBA, with a colour laid under the page. */
+/** What is on screen as a PNG, with a colour laid under the page. */
 async function screen(page, colour) {
   await page.evaluate((c) => { document.documentElement.style.background = c; }, colour);
   await sleep(120);
-  const png = await page.screenshot({ type: 'png' });
-  return page.evaluate(async (base64) => {
-    const image = await createImageBitmap(await (await fetch(`data:image/png;base64,${base64}`)).blob());
-    const canvas = new OffscreenCanvas(image.width, image.height);
-    const context = canvas.getContext('2d');
-    context.drawImage(image, 0, 0);
-    return { width: image.width, height: image.height, data: Array.from(context.getImageData(0, 0, image.width, image.height).data) };
-  }, png.toString('base64'));
+  return page.screenshot({ type: 'png' });
 }
 
-/** Per pixel: how much of the page shows through, and the presenter's colour, from one frame before black and white. */
+/** A PNG as RGBA. */
+const pixels = (page, png) => page.evaluate(async (base64) => {
+  const image = await createImageBitmap(await (await fetch(`data:image/png;base64,${base64}`)).blob());
+  const canvas = new OffscreenCanvas(image.width, image.height);
+  const context = canvas.getContext('2d');
+  context.drawImage(image, 0, 0);
+  return { width: image.width, height: image.height, data: Array.from(context.getImageData(0, 0, image.width, image.height).data) };
+}, png.toString('base64'));
+
+/**
+ * Per pixel: how much of the page shows through, and the presenter's colour, from one frame before black and white. Both
+ * are taken before either is read, which is slow: after six seconds without a picture the page lets go of the last one.
+ */
 async function cutout(page) {
   await page.evaluate(() => window.loquent.video.pause());
   await sleep(200);
-  const [black, white] = [await screen(page, '#000'), await screen(page, '#fff')];
+  const shots = [await screen(page, '#000'), await screen(page, '#fff')];
+  const [black, white] = [await pixels(page, shots[0]), await pixels(page, shots[1])];
   const count = black.width * black.height;
   const alpha = Array.from({ length: count }, (_, i) => 1 - (white.data[4 * i + 1] - black.data[4 * i + 1]) / 255);
   const colour = (i) => [0, 1, 2].map((c) => (alpha[i] > 0.02 ? Math.min(255, black.data[4 * i + c] / alpha[i]) : 0));

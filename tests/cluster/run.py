@@ -256,7 +256,8 @@ async def main(program, sessions, dark):
         told = f"{len(begun)} in {whole:.1f} s, each {statistics.median(times):.0f} ms, p95 {times[int(0.95 * len(times))]:.0f} ms"
         check("sessions placed", told, f"{sessions}", len(begun) == sessions)
         used = await in_thread(cluster.used)
-        check("and spread", used, "within a third of each other, and four", max(used.values()) <= 1.34 * min(used.values()) + 4)
+        # A front hears of what the other placed with the next beat: so long each may take the same worker for the freest.
+        check("and spread", used, "within a third of each other, and six", max(used.values()) <= 1.34 * min(used.values()) + 6)
         listed = (await ask("f2", "GET", "/v1/sessions"))[2].get("sessions", [])
         check("seen from a front", len(listed), f"{sessions + 3}", len(listed) == sessions + 3)
         changed = await asyncio.gather(*(ask(w, "PATCH", f"/v1/sessions/{begun[n]['id']}", b'{"background":"keep"}') for n, w in enumerate(WORKERS + FRONTS)))
