@@ -32,7 +32,7 @@ pub(super) struct Flags {
     #[arg(long, value_name = "WHAT", value_parser = named::<Offload>, num_args = 0..=1, default_missing_value = "blocks")]
     offload: Option<Offload>,
     /// 480p, 720p, WIDTHxHEIGHT, or an area such as 704*384 in the picture's proportions [default: the mode's official
-    /// area]. `generate` takes 256x256, 384x384 and 512x512 for the pocket engine, too.
+    /// area]. For the pocket engine `generate` takes 256x256, 384x384 (unless told otherwise) and 512x512.
     #[arg(long, value_parser = size)]
     size: Option<String>,
     /// What the picture shows.

@@ -26,42 +26,68 @@ pub(super) fn solid(matte: &[u8], side: usize) -> Arc<[u8]> {
 /// What is reached from `seeds` over neighbours, where `open` lets through.
 fn flood(side: usize, seeds: impl Iterator<Item = usize>, open: impl Fn(usize) -> bool) -> Vec<bool> {
     let mut reached = vec![false; side * side];
-    let mut waiting = Vec::new();
-    let mut visit = |i: usize, waiting: &mut Vec<usize>| {
-        if !reached[i] && open(i) {
-            reached[i] = true;
-            waiting.push(i);
-        }
-    };
-    for i in seeds {
-        visit(i, &mut waiting);
+    let mut waiting: Vec<usize> = Vec::new();
+    for seed in seeds {
+        waiting.push(seed);
         while let Some(i) = waiting.pop() {
-            let (x, y) = (i % side, i / side);
-            let beside = [(x > 0, i.wrapping_sub(1)), (x + 1 < side, i + 1)];
-            let above = [(y > 0, i.wrapping_sub(side)), (y + 1 < side, i + side)];
-            for (_, next) in beside.into_iter().chain(above).filter(|(inside, _)| *inside) {
-                visit(next, &mut waiting);
+            if reached[i] || !open(i) {
+                continue;
+            }
+            // The whole stretch of the row at once, and what is above and below where that begins to be open.
+            let row = i - i % side;
+            let free = |k: usize, reached: &[bool]| open(k) && !reached[k];
+            let (mut from, mut to) = (i, i + 1);
+            while from > row && free(from - 1, &reached) {
+                from -= 1;
+            }
+            while to < row + side && free(to, &reached) {
+                to += 1;
+            }
+            reached[from..to].fill(true);
+            for beside in
+                [row.checked_sub(side), Some(row + side).filter(|next| *next < side * side)].into_iter().flatten()
+            {
+                let mut before = false;
+                for k in from - row + beside..to - row + beside {
+                    let here = free(k, &reached);
+                    if here && !before {
+                        waiting.push(k);
+                    }
+                    before = here;
+                }
             }
         }
     }
     reached
 }
 
-/// Grown by the width of an edge, along rows and then along columns.
-fn near(mut mask: Vec<bool>, side: usize) -> Vec<bool> {
-    let reach = (side / EDGE).max(1);
-    let mut line = vec![false; side];
-    for (stride, step) in [(side, 1), (1, side)] {
-        for start in (0..side).map(|n| n * stride) {
-            line.iter_mut().enumerate().for_each(|(k, v)| *v = mask[start + k * step]);
-            for k in (0..side).filter(|&k| line[k]) {
-                for j in k.saturating_sub(reach)..(k + reach + 1).min(side) {
-                    mask[start + j * step] = true;
-                }
+/// Grown by the width of an edge, along columns and then along rows; what was reached reaches no further.
+fn near(mask: Vec<bool>, side: usize) -> Vec<bool> {
+    let reach = (side / EDGE).clamp(1, 254) as u8;
+    let left = |was: u8, here: bool| if here { reach + 1 } else { was.saturating_sub(1) };
+    let mut tall = mask.clone();
+    for there in [true, false] {
+        let mut columns = vec![0; side];
+        for n in 0..side {
+            let first = if there { n } else { side - 1 - n } * side;
+            let rows = tall[first..first + side].iter_mut().zip(&mask[first..first + side]);
+            for (c, (grown, &here)) in columns.iter_mut().zip(rows) {
+                *c = left(*c, here);
+                *grown |= *c > 0;
             }
         }
     }
-    mask
+    let mut wide = tall.clone();
+    for (grown, row) in wide.chunks_exact_mut(side).zip(tall.chunks_exact(side)) {
+        let (mut there, mut back) = (0, 0);
+        for k in 0..side {
+            there = left(there, row[k]);
+            grown[k] |= there > 0;
+            back = left(back, row[side - 1 - k]);
+            grown[side - 1 - k] |= back > 0;
+        }
+    }
+    wide
 }
 
 #[cfg(test)]
