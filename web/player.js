@@ -10,6 +10,8 @@ const LONGEST_PAUSE_MS = 10_000;
 const STALL_MS = 6000;
 /** From the offer to the first picture. */
 const START_MS = 15_000;
+/** For the answer to a goodbye. */
+const GOODBYE_MS = 5000;
 
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
@@ -81,12 +83,11 @@ class Kept extends EventTarget {
   async once() {
     const pc = new RTCPeerConnection({ bundlePolicy: 'max-bundle', iceServers: this.iceServers || [] });
     this.pc = pc;
-    let [resource, lost] = [null, false];
+    let lost = false;
     try {
       await this.prepare(pc);
       this.tell('connecting');
-      resource = await exchange(pc, this.url, this.token);
-      this.resource = resource;
+      this.resource = await exchange(pc, this.url, this.token);
       const began = performance.now();
       let connected = false;
       while (!this.stopped && this.pc === pc) {
@@ -106,24 +107,25 @@ class Kept extends EventTarget {
         }
       }
     } finally {
-      pc.close();
       // A connection that was lost is gone at the other end too, and needs no goodbye.
-      if (resource && !lost) this.leave(resource);
-      this.resource = null;
+      this.leave(pc, lost);
     }
   }
 
-  leave(resource) {
+  /** Goodbye, once, and only then the close: by that alone the other end would let go, and find nothing to say goodbye to. */
+  leave(pc, lost = false) {
+    const { resource } = this;
+    this.resource = null;
+    if (!resource || lost) return pc?.close();
+    pc.getReceivers().forEach((r) => r.track.stop());
     const headers = this.token ? { authorization: `Bearer ${this.token}` } : {};
-    fetch(resource, { method: 'DELETE', headers, keepalive: true }).catch(() => {});
+    return fetch(resource, { method: 'DELETE', headers, keepalive: true, signal: AbortSignal.timeout(GOODBYE_MS) }).catch(() => {}).then(() => pc.close());
   }
 
   stop() {
     this.stopped = true;
     removeEventListener('online', this.hurry);
-    this.pc?.close();
-    if (this.resource) this.leave(this.resource);
-    this.resource = null;
+    this.leave(this.pc);
     this.skip?.();
   }
 }

@@ -120,12 +120,22 @@ export async function browser(wav, { width = 1100, height = 760 } = {}) {
   };
 }
 
+/** What the page complains of from now on. That a connection is gone before the goodbye to it is no complaint. */
+export function complaints(page, levels = ['error']) {
+  const [said, left] = [[], new Set()];
+  page.on('request', (r) => { if (r.method() === 'DELETE') left.add(r.url()); });
+  page.on('console', (m) => {
+    const { url } = m.location();
+    if (levels.includes(m.type()) && !(left.has(url) && /status of (404|410)/.test(m.text()))) said.push(`${m.text()} ${url}`);
+  });
+  page.on('pageerror', (e) => said.push(String(e)));
+  return said;
+}
+
 /** Opens the service's page with the probe in it. `bend(port)` may put something between: it answers another port. */
 export async function visit(context, base, options = {}, bend = null) {
   const page = await context.newPage();
-  const said = [];
-  page.on('console', (m) => { if (['error', 'warning'].includes(m.type())) said.push(m.text()); });
-  page.on('pageerror', (e) => said.push(String(e)));
+  const said = complaints(page, ['error', 'warning']);
   if (bend) {
     options.rewrite = true;
     await page.exposeFunction('__rewrite', async (sdp) => {

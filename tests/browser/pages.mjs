@@ -4,7 +4,7 @@ import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { BINARY, OUT, browser, bursts, percentile, round, serve, sleep, speech } from './lib.mjs';
+import { BINARY, OUT, browser, bursts, complaints, percentile, round, serve, sleep, speech } from './lib.mjs';
 
 /** A session of the service: what POST answered. */
 async function session(base, wanted = {}) {
@@ -38,13 +38,14 @@ const pixels = (page, png) => page.evaluate(async (base64) => {
 }, png.toString('base64'));
 
 /**
- * Per pixel: how much of the page shows through, and the presenter's colour, from one frame before black and white. Both
- * are taken before either is read, which is slow: after six seconds without a picture the page lets go of the last one.
+ * Per pixel: how much of the page shows through, and the presenter's colour, from one frame before black and white. The
+ * picture moves on before either is read, which is slow: after six seconds without one the page begins a new connection.
  */
 async function cutout(page) {
   await page.evaluate(() => window.loquent.video.pause());
   await sleep(200);
   const shots = [await screen(page, '#000'), await screen(page, '#fff')];
+  await page.evaluate(() => window.loquent.video.play());
   const [black, white] = [await pixels(page, shots[0]), await pixels(page, shots[1])];
   const count = black.width * black.height;
   const alpha = Array.from({ length: count }, (_, i) => 1 - (white.data[4 * i + 1] - black.data[4 * i + 1]) / 255);
@@ -84,11 +85,7 @@ export async function overlay(checks, options) {
     const made = await session(service.base, engine === 'pocket' ? { presenter: options.presenter || 'farah' } : {});
     chromium = await browser(null, { width: 512, height: 512 });
     const page = await chromium.context.newPage();
-    const said = [];
-    // What the test itself took away: the page's goodbye to it may find nothing, and the browser says so.
-    let taken = null;
-    page.on('console', (m) => { if (m.type() === 'error' && (!taken || m.location().url !== taken)) said.push(m.text()); });
-    page.on('pageerror', (e) => said.push(String(e)));
+    const said = complaints(page);
     await page.goto(`${service.base}${made.urls.overlay}`);
     await live(page);
     await sleep(2500);
@@ -119,13 +116,13 @@ export async function overlay(checks, options) {
       const mean = errors.reduce((a, b) => a + b, 0) / Math.max(1, errors.length);
       checks.add('fringe at head and hair', `mean ${round(mean, 1)} of 255, p95 ${round(percentile(errors, 0.95), 1)} (${errors.length} soft pixels)`, 'mean at most 6', errors.length > 50 && mean <= 6);
     }
-    await page.evaluate(() => window.loquent.video.play());
     // The server lets go: the page comes back by itself.
-    taken = await page.evaluate(() => new URL(window.loquent.kept.resource, location.href).href);
     const tries = await page.evaluate(async (token) => {
-      const { kept } = window.loquent;
-      await fetch(kept.resource, { method: 'DELETE', headers: { authorization: `Bearer ${token}` } });
-      return kept.tries;
+      while (!window.loquent.kept.resource) await new Promise((done) => setTimeout(done, 50));
+      const { resource, tries: before } = window.loquent.kept;
+      const { status } = await fetch(resource, { method: 'DELETE', headers: { authorization: `Bearer ${token}` } });
+      if (status !== 200) throw new Error(`DELETE ${resource} was answered ${status}`);
+      return before;
     }, made.token);
     await page.waitForFunction((n) => window.loquent.kept.tries > n && window.loquent.video.readyState >= 2 && !window.loquent.video.paused, tries, { timeout: 40_000 });
     const before = await page.evaluate(() => window.loquent.cutout.drawn);
