@@ -237,13 +237,14 @@ fn announce(config: &Config, engine: &Engine, http: std::net::SocketAddr) {
     let stats = engine.stats();
     say!("Loquent {}", env!("CARGO_PKG_VERSION"));
     say!(
-        "  engine  {}, {}x{} at {} frames a second, {} at once, real-time factor {:.2}",
+        "  engine  {}, {}x{} at {} frames a second, {} at once, real-time factor {:.2}{}",
         choice(config.engine.generator).name(),
         g.width,
         g.height,
         g.fps,
         conversations(stats.slots),
-        stats.real_time_factor
+        stats.real_time_factor,
+        if stats.slots > 1 { " each" } else { "" }
     );
     say!("  http    {http}: page, API, /healthz, /readyz, /metrics");
     say!("  media   {}", media(&config.net));
