@@ -26,7 +26,7 @@ import scipy.signal as sig
 import audio as sound
 from audio import MEL_LEVELS, RATE, log_mel, music, read_wave, to_rate, write_wave
 from sentences import SENTENCES
-from voices import FESTIVAL, KOKORO_LANGUAGES, Ipa, Joe, Kokoro, festival
+from voices import FESTIVAL, KOKORO_LANGUAGES, Ipa, Joe, Kokoro, festival, silences, without
 
 TRACK_RATE = 100
 REST = (0.0, 0.0, 0.12, 0.0, 0.0, 0.0, 1.6)
@@ -106,6 +106,16 @@ UNKNOWN = {}
 def renamed(segments, language):
     """Segments of espeak-ng's phonemes as SHAPES names them"""
     return [(a, b, "ɨ" if language == "ru" and p == "y" else ESPEAK.get(p.lstrip("ˈˌ"), p)) for a, b, p in segments]
+
+
+def paused(segments, audio):
+    """espeak-ng now and then gives a pause to the vowel before it: where a mouth that the sound opens is silent for 90 ms, it rests"""
+    gaps, out = silences(audio), []
+    for a, b, phoneme in segments:
+        shape = shape_of(STRESS.sub("", phoneme))
+        within = [(max(a, u), min(b, v)) for u, v in gaps if shape and shape[0] > .3 and min(b, v) - max(a, u) >= .09]
+        out += without((a, b, phoneme), within) + [(u, v, "_") for u, v in within]
+    return sorted(out)
 
 
 def vowelled(text, rng):
@@ -373,7 +383,7 @@ class Speaker:
         throat = any_throat(r) if not self.held_out and r.random() < .7 else None
         variant = "+throat" if throat else r.choice(HELD_OUT_VARIANTS if self.held_out else TRAIN_VARIANTS)
         said = self.espeak.speak(self.texts.pick(language), voice + variant, int(r.randint(115, 230) / slowness), r.randint(20, 85), r.randint(20, 90), throat)
-        return said and (said[0], renamed(said[1], language))
+        return said and (said[0], paused(renamed(said[1], language), said[0]))
 
     def say(self, voice=None, language=None, family=None):
         """(audio, 25 Hz track, family) cut to whole video frames, or None."""

@@ -129,20 +129,27 @@ def spans(symbols, lengths, hop, start, audio):
     return heard(segments, audio)
 
 
-def heard(segments, audio, hop=160, shortest=9):
-    """Segments with rests where the audio is silent for at least `shortest` hops"""
+def silences(audio, hop=160, shortest=9):
+    """[(start, end)] in seconds where `audio` at 16 kHz is silent for at least `shortest` hops"""
     n = len(audio) // hop
     level = np.sqrt((audio[:n * hop].reshape(n, hop) ** 2).mean(1))
     quiet = np.concatenate([[0], np.convolve(level, np.ones(3) / 3, "same") < .012 * np.abs(audio).max(), [0]]).astype(int)
-    edges = np.flatnonzero(np.diff(quiet)).reshape(-1, 2)
-    out = []
-    silences = [(a * hop / 16000, b * hop / 16000) for a, b in edges if b - a >= shortest]
-    for a, b, phoneme in segments:
-        parts = [(a, b)]
-        for u, v in silences:
-            parts = [z for c, d in parts for z in ((c, min(d, u)), (max(c, v), d)) if z[1] - z[0] > .004]
-        out += [(max(0., c), d, phoneme) for c, d in parts if d > .01]
-    return sorted(out + [(u, v, "_") for u, v in silences])
+    return [(a * hop / 16000, b * hop / 16000) for a, b in np.flatnonzero(np.diff(quiet)).reshape(-1, 2) if b - a >= shortest]
+
+
+def without(segment, gaps):
+    """What is left of a segment (start, end, phoneme)"""
+    a, b, phoneme = segment
+    parts = [(a, b)]
+    for u, v in gaps:
+        parts = [z for c, d in parts for z in ((c, min(d, u)), (max(c, v), d)) if z[1] - z[0] > .004]
+    return [(max(0., c), d, phoneme) for c, d in parts if d > .01]
+
+
+def heard(segments, audio):
+    """Segments with rests where the audio is silent"""
+    gaps = silences(audio)
+    return sorted([part for segment in segments for part in without(segment, gaps)] + [(u, v, "_") for u, v in gaps])
 
 
 class Kokoro:
