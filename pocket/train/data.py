@@ -11,7 +11,8 @@ import presenters as ps
 LEFT, RIGHT = 48, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead, 72 back)
 
 
-OFTEN = {"kokoro": 3, "festival": 2, "joe": 2}       # how often a second of these voices is heard, which are nearest to people and fewest
+# how often a second of these voices is heard: those nearest to people, and those that differ most
+OFTEN = {"kokoro": 3, "festival": 2, "joe": 2, "throat": 2}
 
 
 class Speech:

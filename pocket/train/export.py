@@ -1,7 +1,8 @@
-"""Checkpoints -> the weights file.   python export.py MODELS_DIR DIT_PATH OUT.safetensors [--shards] [--steps N]
+"""Checkpoints -> the weights file.   python export.py MODELS_DIR DIT_PATH OUT.safetensors [--shards] [--steps N] [--audio-only]
 
 MODELS_DIR holds ae.safetensors and audio.safetensors; DIT_PATH may be in parts (PATH.0, PATH.1); a decoder.safetensors
-beside it (training together) replaces the autoencoder's decoder.
+beside it (training together) replaces the autoencoder's decoder.  With --audio-only DIT_PATH is a weights file, and all but the
+audio net is taken from it.
 """
 import argparse
 import os
@@ -13,6 +14,15 @@ import weights
 from common import load
 from model import CONFIG, AudioNet, Decoder, Encoder, Transformer
 from audio import MEL_FILTERS
+
+
+def with_audio(models, path):
+    """The tensors of a weights file with the audio net of MODELS_DIR"""
+    tensors, _ = weights.read(path)
+    for k, v in load(os.path.join(models, "audio.safetensors")).items():
+        assert tensors["audio." + k].shape == v.shape, k
+        tensors["audio." + k] = v
+    return tensors
 
 
 def tensors_of(models, dit_path):
@@ -38,10 +48,11 @@ if __name__ == "__main__":
     parser.add_argument("dit")
     parser.add_argument("out")
     parser.add_argument("--shards", action="store_true")
+    parser.add_argument("--audio-only", action="store_true")
     parser.add_argument("--steps", type=int, default=CONFIG["default_steps"])
     args = parser.parse_args()
     config = {**CONFIG, "default_steps": args.steps, "control_names": ps.CONTROL_NAMES, "control_neutral": ps.NEUTRAL}
-    tensors = tensors_of(args.models, args.dit)
+    tensors = (with_audio if args.audio_only else tensors_of)(args.models, args.dit)
     if args.shards:
         for file in weights.write_shards(args.out, tensors, config):
             print(file, os.path.getsize(file))
