@@ -8,8 +8,13 @@
 //! before its pause has asked something and gets raised brows and a tilted head. Where nothing is said it listens to
 //! somebody: its eyes stay, it nods slightly now and then. [`BOUNDS`] hold the head at any liveliness; gestures
 //! ([`Gesture`]) may use all of the trained range.
+//!
+//! `listening` follows the voice, `gestures` carries out what it is told; what it does of itself is here.
 
-use super::{Act, Gesture, Tone};
+mod gestures;
+mod listening;
+
+use super::{Gesture, Tone};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
@@ -34,10 +39,6 @@ const SMILE: usize = 9;
 /// Yaw, pitch, roll, dx and dy of the head's own motion stay within ± these, in the renderer's units: the tip of the
 /// nose never leaves a box of ±4 % of the picture's width and ±3 % of its height around its rest.
 pub const BOUNDS: [f32; 5] = [0.36, 0.32, 0.05, 0.03, 0.022];
-/// Semitones that a voice ends above its middle when it asks.
-const ASKED: f32 = 3.0;
-/// Gestures carried out at once; the oldest gives way.
-const AT_ONCE: usize = 8;
 
 /// A value drawn towards a target without overshoot (critically damped).
 #[derive(Clone, Copy, Default)]
@@ -156,20 +157,6 @@ impl Liveliness {
         self.amount = liveliness.clamp(0.0, super::LIVELIEST);
     }
 
-    /// Begins a gesture.
-    pub fn act(&mut self, gesture: Gesture) {
-        let looks = [Act::LookLeft, Act::LookRight, Act::LookUp, Act::LookDown, Act::LookAhead];
-        if looks.contains(&gesture.act) {
-            // It looks at one place at a time.
-            self.acts.retain(|(running, _)| !looks.contains(&running.act));
-        }
-        self.acts.retain(|(running, _)| running.act != gesture.act);
-        if self.acts.len() == AT_ONCE {
-            self.acts.remove(0);
-        }
-        self.acts.push((gesture, 0.0));
-    }
-
     /// 0..1.
     fn chance(&mut self) -> f32 {
         (self.rng.next_u32() >> 8) as f32 / (1 << 24) as f32
@@ -277,114 +264,6 @@ impl Liveliness {
         sway
     }
 
-    /// What is held: looks, smile, brows. Gives where it looks, if it was told to look somewhere.
-    fn directed(&mut self, target: &mut Controls) -> Option<[f32; 2]> {
-        let mut look = None;
-        for (gesture, _) in &self.acts {
-            let s = gesture.width();
-            let mut turn = |gaze: [f32; 2], yaw: f32, pitch: f32| {
-                look = Some(gaze.map(|g| g * s));
-                target[YAW] += s * (yaw - target[YAW]);
-                target[PITCH] += s * (pitch - target[PITCH]);
-            };
-            match gesture.act {
-                Act::LookLeft => turn([-0.75, 0.0], -0.34, 0.0),
-                Act::LookRight => turn([0.75, 0.0], 0.34, 0.0),
-                Act::LookUp => turn([0.0, -0.5], 0.0, -0.28),
-                Act::LookDown => turn([0.0, 0.5], 0.0, 0.28),
-                Act::LookAhead => turn([0.0, 0.0], 0.0, 0.0),
-                Act::Smile => target[SMILE] += s * (0.85 - target[SMILE]),
-                Act::RaiseBrows => target[BROW] += s * (0.65 - target[BROW]),
-                Act::Frown => target[BROW] += s * (-0.42 - target[BROW]),
-                Act::Nod | Act::Shake | Act::Blink => {}
-            }
-        }
-        look
-    }
-
-    /// Nods, shakes and blinks, which are quicker than the springs; ends what is over.
-    fn quick_acts(&mut self, out: &mut Controls) {
-        use std::f32::consts::TAU;
-        let mut blink = false;
-        for (gesture, age) in &mut self.acts {
-            let s = gesture.width();
-            // Two and a half swings that fade in and out.
-            let swing = |length: f32| (*age / length * 2.0 * TAU).sin() * (*age / length * std::f32::consts::PI).sin();
-            match gesture.act {
-                Act::Nod => out[PITCH] += 0.22 * s * swing(NOD),
-                Act::Shake => out[YAW] += 0.24 * s * swing(SHAKE),
-                Act::Blink => blink |= *age == 0.0,
-                _ => {}
-            }
-            *age += 1.0;
-        }
-        self.acts.retain(|(gesture, age)| *age < gesture.frames());
-        if blink && self.blink.is_none() {
-            self.next_blink = self.frame + 1;
-        }
-    }
-
-    /// Follows the voice; says whether a syllable was stressed.
-    fn listen(&mut self, tone: Tone) -> bool {
-        let level = if tone.level.is_finite() { tone.level.clamp(0.0, 1.0) } else { 0.0 };
-        let db = 20.0 * level.max(1e-4).log10();
-        // The floor follows quickly down and slowly up, and never believes that speech is noise.
-        let rate = if db < self.floor_db { 0.2 } else { 0.004 };
-        self.floor_db = (self.floor_db + rate * (db - self.floor_db)).clamp(-80.0, -35.0);
-        let now = ((db - self.floor_db - 8.0) / 22.0).clamp(0.0, 1.0);
-        let before = self.quick;
-        self.quick += (now - self.quick) * if now > self.quick { 0.5 } else { 0.25 };
-        self.slow += (now - self.slow) * 0.06;
-        self.follow_pitch(tone.pitch);
-        if self.quick > 0.2 {
-            if self.silent_s > 0.6 {
-                (self.spoken_s, self.middle, self.voiced) = (0.0, None, 0);
-            }
-            self.spoken_s += 1.0 / FPS;
-            self.silent_s = 0.0;
-        } else {
-            let was = self.silent_s;
-            self.silent_s += 1.0 / FPS;
-            // A pause after some speech: often a nod or a blink, as people do at the end of a phrase; not after a
-            // question, which waits for its answer.
-            if was <= 0.28 && self.silent_s > 0.28 && self.spoken_s > 1.2 {
-                let draw = self.chance();
-                if self.has_asked() {
-                    self.asked = 32;
-                    self.gaze = [0.0; 2];
-                    self.next_gaze = self.next_gaze.max(self.frame + 40);
-                } else if draw < 0.35 && self.nod.is_none() {
-                    self.nod = Some((self.between(0.05, 0.11), 0.0));
-                } else if draw < 0.6 {
-                    self.blink_soon();
-                }
-            }
-        }
-        self.quick > 0.55 && self.quick - before > 0.16
-    }
-
-    /// Keeps the middle of the phrase's pitch and its end.
-    fn follow_pitch(&mut self, pitch: Option<f32>) {
-        let Some(hz) = pitch.filter(|hz| hz.is_finite() && *hz > 20.0) else { return };
-        let semitones = 12.0 * (hz / 100.0).log2();
-        let middle = self.middle.get_or_insert(semitones);
-        // What jumps by an octave was heard wrongly.
-        if (semitones - *middle).abs() > 11.0 {
-            return;
-        }
-        *middle += 0.04 * (semitones - *middle);
-        self.recent.rotate_left(1);
-        self.recent[4] = semitones;
-        self.voiced += 1;
-    }
-
-    /// Whether the phrase that just ended rose like a question.
-    fn has_asked(&self) -> bool {
-        let (Some(middle), true) = (self.middle, self.voiced > 12) else { return false };
-        let end = self.recent[2..].iter().sum::<f32>() / 3.0;
-        end - middle > ASKED && end > self.recent[0]
-    }
-
     fn move_head(&mut self, stressed: bool) {
         // Half as wide when it only listens.
         let amount = 0.45 + 0.55 * self.slow.min(1.0);
@@ -473,31 +352,11 @@ impl Liveliness {
     }
 }
 
-/// Frames that a nod and a shake take.
-const NOD: f32 = 30.0;
-const SHAKE: f32 = 38.0;
-
-impl Gesture {
-    /// What is not a number is no movement.
-    fn width(&self) -> f32 {
-        if self.strength.is_nan() { 0.0 } else { self.strength.clamp(0.0, 1.0) }
-    }
-
-    fn frames(&self) -> f32 {
-        match self.act {
-            Act::Nod => NOD,
-            Act::Shake => SHAKE,
-            Act::Blink => 1.0,
-            _ => self.seconds.clamp(0.1, super::LONGEST_S) * FPS,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const RANGE: [[f32; 2]; 10] = [
+    pub(super) const RANGE: [[f32; 2]; 10] = [
         [-0.6, 0.6],
         [-0.55, 0.55],
         [-0.07, 0.07],
@@ -511,7 +370,7 @@ mod tests {
     ];
 
     /// Phrases of two seconds with syllables at 4 Hz, pauses of one.
-    fn voice(frame: usize) -> f32 {
+    pub(super) fn voice(frame: usize) -> f32 {
         let t = frame as f32 / FPS;
         if t % 3.0 < 2.0 { 0.12 * (0.5 + 0.5 * (t * 4.0 * std::f32::consts::TAU).sin()) } else { 0.001 }
     }
@@ -575,78 +434,6 @@ mod tests {
                     }
                 }
             }
-        }
-    }
-
-    #[test]
-    fn a_question_raises_brows_and_a_statement_does_not() {
-        // A phrase of two seconds whose last 400 ms rise, or fall, by five semitones; then silence.
-        let after = |seed: u64, bend: f32| {
-            let mut life = Liveliness::new(seed, RANGE);
-            let mut highest = f32::MIN;
-            for frame in 0..25 * 4 {
-                let t = frame as f32 / FPS;
-                let spoken = t < 2.0;
-                let bent = bend * ((t - 1.6) / 0.4).clamp(0.0, 1.0);
-                let pitch = spoken.then(|| 120.0 * 2f32.powf(bent / 12.0));
-                let c = life.next(Tone { level: if spoken { 0.1 } else { 0.0 }, pitch });
-                if t > 2.5 {
-                    highest = highest.max(c[BROW]);
-                }
-            }
-            highest
-        };
-        for seed in 0..10 {
-            assert!(after(seed, 5.0) > 0.2, "a question: {}", after(seed, 5.0));
-            assert!(after(seed, -5.0) < 0.2, "a statement: {}", after(seed, -5.0));
-        }
-    }
-
-    #[test]
-    fn gestures_are_done_held_and_end() {
-        let lived = |act: Act| {
-            let mut life = Liveliness::new(4, RANGE);
-            (0..50).for_each(|_| assert_eq!(life.next(0.0).len(), 10));
-            life.act(Gesture { act, strength: 1.0, seconds: 2.0 });
-            (0..250).map(|_| life.next(0.0)).collect::<Vec<Controls>>()
-        };
-        let mean = |c: &[Controls], i: usize| c.iter().map(|c| c[i]).sum::<f32>() / c.len() as f32;
-        for (act, control, toward) in [
-            (Act::LookLeft, GAZE_X, -0.6),
-            (Act::LookRight, GAZE_X, 0.6),
-            (Act::LookUp, GAZE_Y, -0.4),
-            (Act::LookDown, GAZE_Y, 0.4),
-            (Act::LookLeft, YAW, -0.2),
-            (Act::LookRight, YAW, 0.2),
-            (Act::LookUp, PITCH, -0.15),
-            (Act::LookDown, PITCH, 0.15),
-            (Act::Smile, SMILE, 0.6),
-            (Act::RaiseBrows, BROW, 0.5),
-            (Act::Frown, BROW, -0.3),
-        ] {
-            let life = lived(act);
-            let held = mean(&life[35..50], control);
-            assert!(held / toward >= 1.0, "{act:?}: {held}, wanted {toward}");
-            let after = mean(&life[125..], control);
-            assert!(after.abs() < 0.6 * toward.abs() || control == SMILE && after < 0.5, "{act:?} stays: {after}");
-        }
-        for (act, control) in [(Act::Nod, PITCH), (Act::Shake, YAW)] {
-            let life = lived(act);
-            let (low, high) =
-                life[..40].iter().fold((f32::MAX, f32::MIN), |(l, h), c| (l.min(c[control]), h.max(c[control])));
-            assert!(high - low > 0.25, "{act:?} {low} {high}");
-        }
-        assert!(lived(Act::Blink)[..8].iter().any(|c| c[BLINK] > 0.9));
-        // All at once, again and again: still inside the trained range.
-        let mut life = Liveliness::new(1, RANGE);
-        life.amount(2.0);
-        for frame in 0..2500 {
-            if frame % 7 == 0 {
-                let (_, act) = Act::ALL[frame / 7 % Act::ALL.len()];
-                life.act(Gesture { act, strength: f32::INFINITY, seconds: f32::NAN });
-            }
-            let c = life.next(voice(frame));
-            assert!(c.iter().zip(RANGE).all(|(v, [low, high])| (low..=high).contains(v)), "{c:?}");
         }
     }
 
