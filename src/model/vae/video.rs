@@ -4,7 +4,10 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::wan::{CausalConv, Head, History, Layer, Loader, Probe, Video, quiet};
+use super::{
+    chunk::{History, Probe, Video, quiet},
+    wan::{CausalConv, Head, Layer, Loader},
+};
 use crate::model::{
     Result as Loaded,
     taehv::{Small, Taehv},
