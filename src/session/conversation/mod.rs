@@ -1,16 +1,18 @@
 //! Ties ingest, playout, ladder and machine together: events in, [`Effect`]s out, `now` always an argument. Owns all
-//! that changes in one conversation; ending it is dropping it.
+//! that changes in one conversation; ending it is dropping it. `play` sends on what is due, `measure` tells how it goes.
+
+mod measure;
+mod play;
 
 use super::{
-    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, LinkStats, Machine, Made, Metrics, Output,
-    Picture, Playout, Reason, SessionEvent, SpeechQueue, State, encoder::EncoderReport, fan::CONGESTED, ledger::Ledger,
-    playout::Due, stage::Stage,
+    Config, EncodedAudio, Ingest, Input, Job, Ladder, Line, LinkEvent, Machine, Made, Metrics, Output, Picture,
+    Playout, Reason, SessionEvent, SpeechQueue, State, ledger::Ledger, stage::Stage,
 };
 use crate::{
     codec::{CodecError, VoiceEncoder, picture::cover},
     media::{AudioBlock, Epoch, Frame, FrameBlock, Geometry, I420, MediaTime, Portrait, SPEECH_RATE},
 };
-use bytes::Bytes;
+use measure::smooth;
 use std::{
     collections::VecDeque,
     sync::Arc,
@@ -373,20 +375,6 @@ impl Conversation {
         if self.hosted { self.line.sinks > 0 } else { self.machine.flowing() || self.line.watched > 0 }
     }
 
-    /// From now on somebody watches: what was held or skipped before does not count.
-    fn begin_showing(&mut self, now: Instant) {
-        if let Some(stage) = &mut self.stage {
-            stage.playout.listen(now);
-            let so_far = stage.playout.stats();
-            self.before = (so_far.held, so_far.skipped);
-        }
-    }
-
-    /// A picture for somebody who may have none: at once, as a keyframe.
-    pub fn want_keyframe(&mut self) {
-        self.want_keyframe = true;
-    }
-
     /// Carries out an interruption before anything newer is heard.
     fn cut(&mut self, now: Instant) {
         let interrupts = self.speech.interrupts();
@@ -481,142 +469,4 @@ impl Conversation {
             }
         }
     }
-
-    fn play(&mut self, now: Instant) -> Result<(), CodecError> {
-        let flowing = self.flowing();
-        while let Some(due) = self.stage.as_mut().and_then(|s| s.playout.poll(now)) {
-            match due {
-                Due::Voice { at, wall, samples } => {
-                    let played = self.ledger.played(at + MediaTime::from_millis(20));
-                    self.effects.extend(played.into_iter().map(Effect::Tell));
-                    if flowing {
-                        let data = Bytes::from(self.voice.encode(&samples)?);
-                        let duration = MediaTime::from_millis(20);
-                        self.effects.push_back(Effect::Voice(EncodedAudio { at, duration, data }, wall));
-                    }
-                }
-                Due::Frame { frame, wall, .. } => {
-                    if let Some(stage) = &mut self.stage {
-                        stage.shown = true;
-                        if stage.cut_at.take_if(|at| frame.at >= *at).is_some() {
-                            // Another face: cheaper whole than as changes, and clear at once.
-                            self.want_keyframe = true;
-                        }
-                    }
-                    let thinned = (frame.at.units(self.geometry.fps) as u64) % u64::from(self.ladder.rung().every) != 0;
-                    self.last_picture = Some(frame.clone());
-                    if !flowing || (thinned && !self.want_keyframe) {
-                        continue;
-                    }
-                    if self.line.queue > CONGESTED && !self.want_keyframe {
-                        self.congested += 1;
-                        continue;
-                    }
-                    let at = frame.at;
-                    self.show(Picture::Rgb(frame), at, wall, now);
-                }
-                Due::Held { at, wall } => {
-                    // Nothing new, but a viewer who cannot decode needs the old one afresh.
-                    if let Some(frame) = self.last_picture.clone().filter(|_| flowing && self.keyframe_due(now)) {
-                        self.show(Picture::Rgb(frame), at, wall, now);
-                    }
-                }
-            }
-        }
-        if flowing && self.keyframe_due(now) && !self.stage.as_ref().is_some_and(|s| s.shown) {
-            self.show_portrait(now);
-        }
-        Ok(())
-    }
-
-    fn keyframe_due(&self, now: Instant) -> bool {
-        self.want_keyframe && now >= self.keyframe_allowed
-    }
-
-    fn show_portrait(&mut self, now: Instant) {
-        let Some(planes) = self.portrait.clone() else { return };
-        // Before the timeline begins; its first picture comes later than this.
-        let latest = self.stage.as_ref().map(|s| s.origin - MediaTime::from_millis(20));
-        let at = self.elapsed(now).min(latest.unwrap_or(self.elapsed(now)));
-        self.show(Picture::Planes(planes), at, now, now);
-    }
-
-    fn show(&mut self, picture: Picture, at: MediaTime, wall: Instant, now: Instant) {
-        if self.keyframe_due(now) {
-            self.want_keyframe = false;
-            self.keyframe_allowed = now + Duration::from_millis(u64::from(self.config.keyframe_spacing_ms));
-            self.effects.push_back(Effect::Keyframe);
-        }
-        // Times on the wire rise; a repeated picture comes one unit of the 90 kHz clock later.
-        let at = if at > self.last_at { at } else { self.last_at + MediaTime::from_units(1, 90_000) };
-        self.last_at = at;
-        let duration = self.geometry.frame_span();
-        let spoken = self.stage.as_ref().and_then(|s| s.ingest.spoken(at));
-        self.effects.push_back(Effect::Show(Job {
-            picture,
-            at,
-            duration,
-            wall,
-            rung: self.ladder.rung(),
-            fps: self.ladder.fps(),
-            bitrate: self.ladder.bitrate(),
-            max_bitrate: self.ladder.most(),
-            spoken,
-        }));
-    }
-
-    /// Who watches, and the pictures that left for the viewer since the last call where that is known, as of the next
-    /// [`Conversation::measure`].
-    pub fn audience(&mut self, sinks: usize, (dropped, slowed): (u64, u64), left: Option<u64>) {
-        self.left = left;
-        let m = &mut self.metrics;
-        (m.sinks, m.sink_pictures_dropped, m.sinks_slowed) = (sinks as u64, dropped, slowed);
-    }
-
-    /// About once a second: folds in what the encoder and the link measured, tells the page.
-    pub fn measure(&mut self, report: &EncoderReport, replaced: u64, link: &LinkStats, now: Instant) {
-        let seconds = now.saturating_duration_since(self.measured).as_secs_f64().max(1e-3);
-        self.measured = now;
-        let rung = self.ladder.rung();
-        let m = &mut self.metrics;
-        // What was encoded may yet wait, or be dropped, before the viewer's line.
-        let sent = self.left.take().unwrap_or(report.frames);
-        m.fps = sent as f64 / seconds;
-        m.bitrate = (report.bytes as f64 * 8.0 / seconds) as u64;
-        m.frames_sent += sent;
-        self.ladder.used(m.bitrate);
-        if report.frames > 0 {
-            smooth(&mut m.encode_ms, report.encode.as_secs_f64() * 1e3 / report.frames as f64, 0.3);
-        }
-        let mut delays = report.delays.clone();
-        delays.sort_unstable();
-        let trip = link.round_trip.unwrap_or_default();
-        m.delay_server_ms = delays.get(delays.len() / 2).map(|d| d.as_secs_f64() * 1e3);
-        m.delay_ms = m.delay_server_ms.map(|d| d + (trip + link.pacer_queue).as_secs_f64() * 1e3);
-        m.round_trip_ms = link.round_trip.map(|d| d.as_secs_f64() * 1e3);
-        m.lost_out = link.lost_out;
-        (m.width, m.height, m.nominal_fps) = (rung.width, rung.height, self.ladder.fps());
-        let span = self.geometry.block_span(1).as_secs_f64() * 1e3;
-        let frames = f64::from(self.geometry.block_frames);
-        // The engine and the encoder work side by side.
-        m.real_time_factor = self.pace_ms.max(frames * m.encode_ms) / span;
-        if let Some(stage) = &self.stage {
-            let (i, p) = (stage.ingest.stats(), stage.playout.stats());
-            m.frames_held = p.held.saturating_sub(self.before.0);
-            m.frames_skipped = p.skipped.saturating_sub(self.before.1) + self.congested + replaced;
-            m.playout_delay_ms = p.delay.as_secs_f64() * 1e3;
-            (m.lost_in, m.repaired_in, m.concealed_in_ms) = (i.lost, i.repaired, i.concealed_ms);
-            (m.late_in, m.padding_in, m.drift_ppm) = (i.late + i.dropped, i.padding, i.drift_ppm);
-        }
-        m.interruptions = self.interrupts;
-        m.speech_buffered_ms = self.speech.buffered().as_secs_f64() * 1e3;
-        if self.machine.flowing() {
-            self.effects.push_back(Effect::Message(self.metrics.wire().to_string()));
-        }
-        self.effects.push_back(Effect::Tell(SessionEvent::Metrics(Arc::new(self.metrics.clone()))));
-    }
-}
-
-fn smooth(mean: &mut f64, new: f64, share: f64) {
-    *mean = if *mean == 0.0 { new } else { *mean + share * (new - *mean) };
 }
