@@ -4,7 +4,7 @@
 //!
 //! What comes out does not depend on how the work is cut: each output is one chain of the same tile products.
 
-use super::conv::Stretch;
+use super::packed::Stretch;
 use super::tile::UNIT;
 use std::{arch::asm, arch::x86_64::*, cell::RefCell, sync::OnceLock};
 

@@ -8,11 +8,13 @@ pub mod cuda;
 pub mod dit_attention;
 pub mod dit_linear;
 pub mod dit_rows;
+mod packed;
 mod pool;
 mod simd;
 mod tile;
 
-pub use conv::{Conv, Output, Packed, Plane, conv_plain};
+pub use conv::{Conv, Output, Plane, conv_plain};
+pub use packed::Packed;
 pub use pool::Pool;
 pub use tile::Isa;
 
