@@ -30,6 +30,7 @@ parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--batch", type=int, default=192 if GPU else 12)
 parser.add_argument("--length", type=int, default=96, help="video frames of a window")
 parser.add_argument("--shut", type=float, default=0, help="errors count so many times more while the lips are to be shut")
+parser.add_argument("--hold", type=float, default=0, help="weight of what features lose of --resume's; a transformer that stays as it is needs this")
 parser.add_argument("--threads", type=int, default=1, help="on a CPU")
 parser.add_argument("--seed", type=int, default=3)
 parser.add_argument("--dropout", type=float, default=.1)
@@ -83,7 +84,11 @@ def main():
     net = AudioNet(drop=args.dropout).to(DEVICE)
     if args.resume:
         net.load_state_dict(audio_net(args.resume))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(.9, .98), weight_decay=args.weight_decay, fused=GPU)
+    # The transformer reads more from a feature than the visemes do. Held are all directions but theirs, to those of the clean sound.
+    first = copy.deepcopy(net).requires_grad_(False).eval()
+    read, written = first.visemes.weight, torch.linalg.pinv(first.visemes.weight)
+    net.visemes.requires_grad_(not args.hold)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr, betas=(.9, .98), weight_decay=args.weight_decay, fused=GPU)
     mean = copy.deepcopy(net).requires_grad_(False).eval()                    # of the weights, over the last steps
     batch, length = args.batch, args.length
     weight, seen = torch.tensor(WEIGHT, device=DEVICE), torch.tensor(SEEN, device=DEVICE)
@@ -113,13 +118,18 @@ def main():
             s = speech.starts(batch, length, g)
             u = torch.rand(2, batch, device=DEVICE, generator=g)
             m, v = speech.hurried(s, length, torch.where(u[0] < .6, .82 + .4 * u[1], 1.))
+            known = first(m)[:, LEFT:LEFT + length] if args.hold else None
             m, v, cut = begun(augment(m, g), v, g)
         with half_precision():
-            y = net.visemes(net(m))[:, LEFT - cut:LEFT - cut + length]
+            f = net(m)[:, LEFT - cut:LEFT - cut + length]
+            y = net.visemes(f)
         y = y.float()
         shut = 1 + args.shut * (v[..., 2:3] > .5).float()
         loss = ((y - v).pow(2) * weight * shut).mean() + .5 * ((y.diff(dim=1) - v.diff(dim=1)).pow(2) * weight).mean()
         loss = loss + ((ps.mouth(y) - ps.mouth(v)).pow(2) * seen * shut).mean()
+        if args.hold:
+            apart = f.float() - known
+            loss = loss + args.hold * (apart - apart @ read.T @ written.T).pow(2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
