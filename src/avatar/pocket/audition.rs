@@ -2,8 +2,8 @@
 //!
 //! A picture in the model's range comes back like itself where nothing should move (upper half) and moves its mouth
 //! where a presenter's mouth is. Of 24 drawn and the twelve built-in presenters the worst had 30.7 dB and a movement of
-//! 10.9. Photographs, faces at another place or size, painted-over mouths, noise and flat fields all fail one of the two
-//! bounds: of those that come back like themselves none moved by more than 5.3.
+//! 19.1. Photographs, faces at another place or size, painted-over mouths, noise and flat fields all fail one of the two
+//! bounds: of those that come back like themselves none moved by more than 10.4.
 
 use super::{Shared, design};
 use crate::{
@@ -23,7 +23,7 @@ use std::{
 const LEAST_LIKENESS_DB: f64 = 25.0;
 /// Mean difference of the mouth's pixels between the two frames that differ most (of 255). Not of neighbouring frames:
 /// how fast a mouth opens at such a sound is the audio net's affair.
-const LEAST_MOVEMENT: f64 = 8.0;
+const LEAST_MOVEMENT: f64 = 14.0;
 /// The upper part in which nothing moves, and the mouth (rows, columns), of a picture of 256.
 const STILL_ROWS: usize = 128;
 const MOUTH: [[usize; 2]; 2] = [[140, 192], [86, 170]];
