@@ -119,7 +119,8 @@ class Kept extends EventTarget {
     if (!resource || lost) return pc?.close();
     pc.getReceivers().forEach((r) => r.track.stop());
     const headers = this.token ? { authorization: `Bearer ${this.token}` } : {};
-    return fetch(resource, { method: 'DELETE', headers, keepalive: true, signal: AbortSignal.timeout(GOODBYE_MS) }).catch(() => {}).then(() => pc.close());
+    const answered = fetch(resource, { method: 'DELETE', headers, keepalive: true }).catch(() => {});
+    return Promise.race([answered, sleep(GOODBYE_MS)]).then(() => pc.close());
   }
 
   stop() {
