@@ -147,8 +147,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         if let Some(grown) = r.grown_mib {
             let worst = r.block_most_ms / r.block_p50_ms;
             println!(
-                "{} blocks: {grown:+.0} MiB of the device since the tenth, slowest {worst:.2} × the median",
-                r.blocks
+                "{} blocks: {grown:+.0} MiB of the device since the tenth, slowest {worst:.2} × the median{}",
+                r.blocks,
+                r.step_most.map_or(String::new(), |s| format!(", no step above {s:.2} × the median step"))
             );
         }
         if r.block_ms >= CLIP_MS {

@@ -35,6 +35,10 @@ pub(super) struct Measured {
     pub(super) block_p50_ms: f64,
     pub(super) block_p95_ms: f64,
     pub(super) block_most_ms: f64,
+    /// The slowest denoising step against the median one, at most: what the slowest block took to generate, less as many
+    /// of the fastest block's steps as it had others. Absent where the number of steps is the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) step_most: Option<f64>,
     /// From the order to open the very first face, everything loaded, to its first block of pictures.
     pub(super) first_block_ms: f64,
     /// The same for a face and a prompt that are known, its speech all there: what a visitor waits for. Absent where a
@@ -195,6 +199,7 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
         block_p50_ms: percentile(&mut whole, 0.5),
         block_p95_ms: percentile(&mut whole, 0.95),
         block_most_ms: percentile(&mut whole, 1.0),
+        step_most: steps.map(|n| slowest_step(&mut generation, n)),
         first_block_ms: first.map_or(0.0, ms),
         known,
         grown_mib,
@@ -205,6 +210,13 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
         frames_per_second: f64::from(fps) / factor,
         processor,
     })
+}
+
+/// An upper bound of the slowest of all steps against the median one, from what blocks of `steps` steps took.
+fn slowest_step(blocks: &mut [Duration], steps: usize) -> f64 {
+    let [least, median, most] = [0.0, 0.5, 1.0].map(|q| percentile(blocks, q));
+    let n = steps as f64;
+    (most - least * (n - 1.0) / n) / (median / n)
 }
 
 /// Milliseconds of processor time for one 512 × 512 picture in H.264, median: tells whether the encoder is the fast one.
@@ -268,4 +280,18 @@ fn ms(d: Duration) -> f64 {
 pub(super) fn percentile(values: &mut [Duration], q: f64) -> f64 {
     values.sort_unstable();
     values.get(((values.len() as f64 * q) as usize).min(values.len().saturating_sub(1))).map_or(0.0, |d| ms(*d))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::slowest_step;
+    use std::time::Duration;
+
+    #[test]
+    fn one_slow_step_is_told_from_a_slow_block() {
+        let mut blocks = [400, 400, 404, 401, 520].map(Duration::from_millis);
+        let most = slowest_step(&mut blocks, 4);
+        assert!((most - (520.0 - 300.0) / 100.25).abs() < 1e-9, "{most}");
+        assert!((slowest_step(&mut [Duration::from_millis(100); 3], 4) - 1.0).abs() < 1e-9);
+    }
 }
