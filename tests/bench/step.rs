@@ -11,7 +11,7 @@ use loquent::model::{
     Result,
     dit::{Config, Dit, Opening, Trace},
     kernels::cuda::{self, gemm, rows, time},
-    nn::{Memory, Slot},
+    nn::{self, Activation, Folded, Form, Linear, Memory, Slot, folded},
     weights::{
         Fp8, Weights,
         synth::{imagined, preset},
@@ -111,6 +111,8 @@ fn steps(device: &Device, precision: &str, sizes: &[(usize, usize)]) -> Result<(
         let text = Arc::new(dit.text(&x.text)?);
         let mut state = dit.open(&Opening { reference: &x.reference, motion: None, text: Some(text) }, &schedule)?;
         let audio = dit.audio(&x.audio)?;
+        let all = time::milliseconds(device, 1, RUNS, || dit.audio(&x.audio).map(drop))?;
+        report("audio, once a block", size, precision, &all, 0.0);
         let step = |state: &mut _| dit.forward(state, &x.noise, 0, &audio, None, 30, &mut Trace::off());
         // Four blocks fill the ring; the first runs by launches, the others by the graph.
         for _ in 0..3 {
@@ -182,6 +184,7 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
             }
         }
     }
+    known(device, size)?;
     let (x, y) = (random(&[q, d], 1.0)?, random(&[q, d], 1.0)?);
     let (gate, row) = (Tensor::randn(0f32, 0.1, (1, d), device)?, Tensor::randn(0f32, 1.0, (1, d), device)?);
     let runs = [q];
@@ -194,14 +197,60 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
     Ok(())
 }
 
+/// Attention to a text and to a voice with the output projection in it, piece by piece, and what making it takes.
+fn known(device: &Device, size: (usize, usize)) -> Result<()> {
+    let (d, heads, frames, q) = (5120usize, 40, 3, 3 * frame(size));
+    let random = |shape: &[usize], deviation: f32| -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, deviation, shape, device)?.to_dtype(DType::BF16)?)
+    };
+    let (queries, weight) = (random(&[q, d], 1.0)?, random(&[d], 1.0)?);
+    for (precision, fp8) in [("bf16", false), ("fp8", true)] {
+        let o = Linear::new(random(&[d, d], 0.015)?, Some(random(&[d], 0.1)?))?;
+        let o = if fp8 { o.scaled()? } else { o };
+        let product = |of: &Linear| 2.0 * (q * of.width() * d) as f64 / 1e12;
+        for n in [24, 64, 96] {
+            let (k, v) = (random(&[n + 1, d], 1.0)?, random(&[n + 1, d], 1.0)?);
+            let make = || Folded::new(&o, &k, &v, 512 - n, &weight, heads, 1e-6);
+            let all = time::milliseconds(device, 3, RUNS, || make().map(drop))?;
+            report(&format!("text of {n} tokens made"), size, precision, &all, 0.0);
+            let text = make()?;
+            let all = time::milliseconds(device, 3, RUNS, || text.weights(&queries).map(drop))?;
+            report(&format!("weights of {n} tokens"), size, precision, &all, 0.0);
+            let p = text.weights(&queries)?;
+            let out = text.product();
+            let all = time::milliseconds(device, 3, RUNS, || out.forward_rows(&p, Activation::None).map(drop))?;
+            report(&format!("product of {n} tokens, {} columns", out.width()), size, precision, &all, product(out));
+        }
+        let (k, v) = (random(&[5 * frames, d], 1.0)?, random(&[5 * frames, d], 1.0)?);
+        let form = if fp8 { Form::Scaled } else { Form::Plain(DType::BF16) };
+        let attend = || nn::attention_to_few(&queries, &weight, &k, &v, heads, frames, 1e-6, form);
+        let all = time::milliseconds(device, 3, RUNS, || attend().map(drop))?;
+        report("attention to the voice", size, precision, &all, 0.0);
+        let make = || folded::through_few(&o, &v, heads, frames);
+        let all = time::milliseconds(device, 3, RUNS, || make().map(drop))?;
+        report("voice made", size, precision, &all, 0.0);
+        let Some(out) = make()? else { continue };
+        let weights = || folded::weights_to_few(&queries, &weight, &k, heads, frames, 1e-6, form);
+        let all = time::milliseconds(device, 3, RUNS, || weights().map(drop))?;
+        report("weights of the voice", size, precision, &all, 0.0);
+        let p = weights()?;
+        let all = time::milliseconds(device, 3, RUNS, || out.forward_rows(&p, Activation::None).map(drop))?;
+        report(&format!("product of the voice, {} columns", out.width()), size, precision, &all, product(&out));
+    }
+    Ok(())
+}
+
 /// Relative error of a step's prediction, block after block of a stream, at a tenth of the depth.
 fn errors(device: &Device) -> Result<()> {
     let config = Config { num_layers: 5, audio_inject_layers: vec![0, 4], ..Config::default() };
     let size = (256, 256);
     let x = inputs(device, size)?;
     let mut all: Vec<(String, Vec<Tensor>)> = Vec::new();
-    for precision in ["f32", "bf16", "fp8-linears", "fp8"] {
-        let dit = load(device, precision, config.clone())?;
+    // Named "unfolded": attention to text and voice apart from their output projection.
+    for (precision, fold) in
+        [("f32", true), ("bf16", true), ("fp8-linears", true), ("fp8", true), ("bf16", false), ("fp8", false)]
+    {
+        let dit = load(device, precision, config.clone())?.folding(fold);
         let schedule = Arc::new(dit.schedule_of(4)?);
         let text = Arc::new(dit.text(&x.text)?);
         let opening = Opening { reference: &x.reference, motion: None, text: Some(text) };
@@ -212,13 +261,13 @@ fn errors(device: &Device) -> Result<()> {
             out.push(dit.forward(&mut state, &x.noise, 0, &audio, None, 30, &mut Trace::off())?);
             state.advance(3);
         }
-        all.push((precision.into(), out));
+        all.push((format!("{precision}{}", if fold { "" } else { " unfolded" }), out));
     }
     let relative = |a: &[Tensor], b: &[Tensor]| -> Result<Vec<f32>> {
         let norm = |t: &Tensor| -> Result<f32> { Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()) };
         a.iter().zip(b).map(|(a, b)| Ok(norm(&(a - b)?)? / norm(b)?)).collect()
     };
-    for (i, j) in [(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)] {
+    for (i, j) in [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 1), (3, 1), (5, 4)] {
         let errors = relative(&all[i].1, &all[j].1)?;
         println!(
             "{}",

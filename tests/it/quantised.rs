@@ -8,7 +8,7 @@ use candle_core::{
     quantized::{GgmlDType, QTensor, gguf_file},
 };
 use loquent::model::{
-    dit::{BlockAudio, ClipInputs, Config, Dit, Trace},
+    dit::{BlockAudio, ClipInputs, Config, Dit, Opening, Trace},
     nn::Residual,
     weights::{Adapted, Source, Tensors, Weights, open},
 };
@@ -180,7 +180,7 @@ fn an_adapter_beside_quantised_numbers_equals_the_merged_sum() {
     let mut rng = StdRng::seed_from_u64(9);
     let half = |shape: &[usize], rng: &mut StdRng| random(shape, 0.1, rng);
     let adapter: BTreeMap<String, Tensor> = (0..3)
-        .flat_map(|i| ["self_attn.q", "self_attn.o", "ffn.0"].map(|m| format!("blocks.{i}.{m}")))
+        .flat_map(|i| ["self_attn.q", "self_attn.o", "cross_attn.o", "ffn.0"].map(|m| format!("blocks.{i}.{m}")))
         .flat_map(|m| {
             let out = if m.ends_with("ffn.0") { 512 } else { 256 };
             [
@@ -197,10 +197,12 @@ fn an_adapter_beside_quantised_numbers_equals_the_merged_sum() {
     let beside = weights(merged.clone(), DType::F32).linear("blocks.1.ffn.0", 256, 512, true).unwrap();
     assert_eq!((beside.matrix().kind(), beside.matrix().side().len()), ("Q4K".to_string(), 1));
     let (a, b) = (
-        velocity(&transformer(merged, DType::F32)),
+        velocity(&transformer(merged.clone(), DType::F32)),
         velocity(&transformer(Arc::new(Tensors::new(wide, "wide")), DType::F32)),
     );
     assert!(apart(&a, &b) < 1e-5, "{}", apart(&a, &b));
+    let folded = velocity(&transformer(merged, DType::F32).folding(true));
+    assert!(folded != a && apart(&folded, &a) < 1e-5, "{}", apart(&folded, &a));
     assert!(apart(&a, &velocity(&transformer(source, DType::F32))) > 1e-3, "the adapter changed nothing");
     fs::remove_dir_all(folder).unwrap();
 }
@@ -241,4 +243,40 @@ fn every_voice_reaches_its_own_tokens() {
         }
     }
     assert!(BlockAudio::together(Vec::new()).is_err());
+}
+
+#[test]
+fn attention_made_into_its_projection_is_the_same() {
+    let source: Arc<dyn Source> = Arc::new(Tensors::new(checkpoint(), "bf16"));
+    let (plain, folded) =
+        (|| transformer(source.clone(), DType::F32), || transformer(source.clone(), DType::F32).folding(true));
+    let (a, b) = (velocity(&folded()), velocity(&plain()));
+    // Not the same bits: otherwise nothing was folded.
+    assert!(a != b && apart(&a, &b) < 1e-5, "{}", apart(&a, &b));
+
+    // Blocks of a stream, and two voices.
+    let stream = |dit: &Dit| -> Vec<f32> {
+        let mut rng = StdRng::seed_from_u64(11);
+        let mut input = |shape: &[usize]| random(shape, 1.0, &mut rng);
+        let (reference, noise) = (input(&[16, 1, 8, 8]), input(&[16, 3, 8, 8]));
+        let text = Some(Arc::new(dit.text(&input(&[5, 256])).unwrap()));
+        let mask = |from: usize| {
+            Tensor::cat(
+                &[
+                    &Tensor::zeros((from, 1), DType::F32, &Device::Cpu).unwrap(),
+                    &Tensor::ones((16 - from, 1), DType::F32, &Device::Cpu).unwrap(),
+                ],
+                0,
+            )
+            .unwrap()
+        };
+        let voices = [0, 6].map(|from| (dit.audio(&input(&[25, 32, 12])).unwrap(), mask(from)));
+        let audio = BlockAudio::together(voices.into()).unwrap();
+        let schedule = Arc::new(dit.schedule_of(2).unwrap());
+        let mut state = dit.open(&Opening { reference: &reference, motion: None, text }, &schedule).unwrap();
+        let blocks = (0..2).map(|_| dit.generate(&mut state, &audio, noise.clone(), None, &[]).unwrap());
+        blocks.flat_map(|block| block.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
+    };
+    let (a, b) = (stream(&folded()), stream(&plain()));
+    assert!(a != b && apart(&a, &b) < 1e-5, "{}", apart(&a, &b));
 }

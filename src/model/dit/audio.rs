@@ -8,7 +8,7 @@ use super::{Config, place::Portable};
 use crate::model::{
     Error, Result,
     nn::{
-        Activation, CausalConv1d, Linear, Residual, attention_to_few,
+        Activation, CausalConv1d, Linear, Residual, attention_to_few, folded,
         norm::{self, Affine},
     },
     weights::{Fp8, Weights},
@@ -142,11 +142,34 @@ pub struct Injector {
 pub struct InjectorAudio {
     affine: Affine,
     k: Tensor,
-    v: Tensor,
+    v: Values,
     /// Where it is heard among several voices, `[n, 1]` over a frame's tokens; none = everywhere.
     reach: Option<Tensor>,
     /// The other voices.
     others: Vec<InjectorAudio>,
+}
+
+#[derive(Debug, Clone)]
+enum Values {
+    Kept(Tensor),
+    /// What the output projection makes of them.
+    Folded(Linear),
+}
+
+impl Values {
+    fn copy(&self) -> Result<Self> {
+        Ok(match self {
+            Values::Kept(v) => Values::Kept(v.copy()?),
+            Values::Folded(made) => Values::Folded(folded::copy_of(made)?),
+        })
+    }
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        match self {
+            Values::Kept(v) => vec![v],
+            Values::Folded(made) => folded::read_of(made),
+        }
+    }
 }
 
 impl InjectorAudio {
@@ -160,8 +183,8 @@ impl InjectorAudio {
 
     /// All that an injector reads and that changes from block to block.
     pub(super) fn tensors(&self) -> Vec<&Tensor> {
-        let own = [&self.affine.scale, &self.affine.shift, &self.k, &self.v];
-        own.into_iter().chain(self.others.iter().flat_map(Self::tensors)).collect()
+        let own = [&self.affine.scale, &self.affine.shift, &self.k];
+        own.into_iter().chain(self.v.tensors()).chain(self.others.iter().flat_map(Self::tensors)).collect()
     }
 }
 
@@ -246,14 +269,18 @@ impl Injector {
         })
     }
 
-    /// Shift and scale from the global vector, keys and values from the local tokens.
-    pub fn prepare(&self, audio: &AudioTokens) -> Result<InjectorAudio> {
+    /// Shift and scale from the global vector, keys and values from the local tokens. `fold`: the output projection is
+    /// made into the values where that pays.
+    pub fn prepare(&self, audio: &AudioTokens, fold: bool) -> Result<InjectorAudio> {
         let m = self.adain.forward(&audio.global.silu()?)?.to_dtype(DType::F32)?;
         let d = m.dim(1)? / 2;
         let affine =
             Affine { scale: (m.narrow(1, d, d)? + 1.0)?.contiguous()?, shift: m.narrow(1, 0, d)?.contiguous()? };
         let k = norm::rms_norm(&self.k.forward(&audio.local)?, &self.norm_k, self.eps)?;
-        Ok(InjectorAudio { affine, k, v: self.v.forward(&audio.local)?, reach: None, others: Vec::new() })
+        let v = self.v.forward(&audio.local)?;
+        let made = if fold { folded::through_few(&self.o, &v, self.heads, audio.frames)? } else { None };
+        let v = made.map_or(Values::Kept(v), Values::Folded);
+        Ok(InjectorAudio { affine, k, v, reach: None, others: Vec::new() })
     }
 
     /// Adds to `x` `[frames · n, dim]` what it heard. The LayerNorm's eps is 1e-5 here, unlike everywhere else.
@@ -277,9 +304,18 @@ impl Injector {
     fn heard(&self, x: &mut Residual, audio: &InjectorAudio, frames: usize) -> Result<Tensor> {
         let y = x.norm(&audio.affine, &vec![x.rows() / frames; frames], 1e-5, self.q.form())?;
         let q = self.q.forward_rows(&y, Activation::None)?;
-        let form = self.o.form();
-        let y = attention_to_few(&q, &self.norm_q, &audio.k, &audio.v, self.heads, frames, self.eps, form)?;
-        self.o.forward_rows(&y, Activation::None)
+        match &audio.v {
+            Values::Kept(v) => {
+                let form = self.o.form();
+                let y = attention_to_few(&q, &self.norm_q, &audio.k, v, self.heads, frames, self.eps, form)?;
+                self.o.forward_rows(&y, Activation::None)
+            }
+            Values::Folded(made) => {
+                let form = made.form();
+                let y = folded::weights_to_few(&q, &self.norm_q, &audio.k, self.heads, frames, self.eps, form)?;
+                made.forward_rows(&y, Activation::None)
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use super::{BlockModulation, Config, place::Portable, trace::Trace};
 use crate::model::{
     Error, Result,
     nn::{
-        Activation, Form, Linear, Memory, Residual, Rope, Rows, Slot, attention,
+        Activation, Folded, Form, Linear, Memory, Residual, Rope, Rows, Slot, attention,
         norm::{self, Affine},
     },
     ranks::Share,
@@ -40,6 +40,15 @@ pub struct Projected {
     q: Tensor,
     k: Tensor,
     v: Tensor,
+}
+
+/// What a block knows of the text.
+#[derive(Debug, Clone)]
+pub enum Words {
+    /// Keys and values.
+    Kept(Memory),
+    /// Keys, and what the output projection makes of the values.
+    Folded(Folded),
 }
 
 /// Keys of a sequence before their rotation, and values.
@@ -189,26 +198,38 @@ impl Attention {
         self.finish(&self.queries(&p, rope)?, &self.keys(&p, rope)?, &p.v.contiguous()?)
     }
 
-    /// Keys and values of another sequence, without rotation, ready to be attended to.
-    fn foreign(&self, y: &Tensor) -> Result<Memory> {
+    /// Keys and values of another sequence, without rotation, ready to be attended to. `alike`: so many tokens at its end
+    /// are the same, and may count as one.
+    fn foreign(&self, y: &Tensor, alike: usize) -> Result<Words> {
+        let known = y.dim(0)?.saturating_sub(alike);
+        let fold = alike > 0 && Folded::pays(&self.o, known, self.heads);
+        let y = if fold { &y.narrow(0, 0, known + 1)? } else { y };
         let kv = match &self.inputs {
             Inputs::Apart { k, v, .. } => {
                 KeysValues { k: norm::rms_norm(&k.forward(y)?, &self.norm_k, self.eps)?, v: v.forward(y)? }
             }
             Inputs::Stacked(_) => self.kept(&self.project(&Rows::Plain(y.clone()))?)?,
         };
+        if fold {
+            let folded = Folded::new(&self.o, &kv.k, &kv.v, alike, &self.norm_q, self.heads, self.eps)?;
+            return Ok(Words::Folded(folded));
+        }
         if !self.fp8 {
-            return Ok(Memory::of(kv.k, kv.v));
+            return Ok(Words::Kept(Memory::of(kv.k, kv.v)));
         }
         let memory = self.memory(&kv, kv.k.dims2()?, 1.0)?;
         memory.place(&kv.k, &kv.v)?;
-        Ok(memory)
+        Ok(Words::Kept(memory))
     }
 
-    fn across(&self, y: &Rows, text: &Memory) -> Result<Tensor> {
+    fn across(&self, y: &Rows, words: &Words) -> Result<Tensor> {
         let q = match &self.inputs {
             Inputs::Apart { q, .. } => q.forward_rows(y, Activation::None)?,
             Inputs::Stacked(_) => self.project(y)?.q,
+        };
+        let text = match words {
+            Words::Folded(folded) => return folded.attend(&q),
+            Words::Kept(text) => text,
         };
         let q = text.queries(&q, &self.norm_q, self.eps)?;
         self.o.forward_rows(&text.attend(&q, self.heads, None)?, Activation::None)
@@ -255,9 +276,10 @@ impl Block {
         BlockModulation::new(&self.modulation.to_device(e0.device())?, e0)
     }
 
-    /// The text's keys and values for this block, from embedded text `[tokens, dim]`; none where there is no text.
-    pub fn text(&self, embedded: &Tensor) -> Result<Option<Memory>> {
-        self.text.as_ref().map(|(_, a)| a.foreign(embedded)).transpose()
+    /// The text for this block, from embedded text `[tokens, dim]`; none where there is no text. `alike`: so many tokens
+    /// at its end are the same and may count as one; 0 = each is looked at.
+    pub fn text(&self, embedded: &Tensor, alike: usize) -> Result<Option<Words>> {
+        self.text.as_ref().map(|(_, a)| a.foreign(embedded, alike)).transpose()
     }
 
     /// The tokens of `x` `[tokens, dim]` through the block. `attend` is given the modulated input and returns the
@@ -268,7 +290,7 @@ impl Block {
         x: &mut Residual,
         m: &BlockModulation,
         runs: &[usize],
-        text: Option<&Memory>,
+        text: Option<&Words>,
         trace: &mut Trace,
         attend: impl FnOnce(&Attention, &Rows) -> Result<Tensor>,
     ) -> Result<()> {

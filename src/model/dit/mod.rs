@@ -32,7 +32,7 @@ mod trace;
 use candle_core::{DType, Tensor};
 
 pub use audio::{AudioEncoder, AudioTokens, BlockAudio, Injector, InjectorAudio};
-pub use block::{Attention, Block, Head, KeysValues};
+pub use block::{Attention, Block, Head, KeysValues, Words};
 pub use clip::ClipInputs;
 pub use config::{Cond, Conditioning, Config, FramePack, Prediction};
 pub use motion::{DropMode, FramePacker};
@@ -43,14 +43,14 @@ pub use trace::Trace;
 
 use crate::model::{
     At, Error, Result,
-    nn::{Activation, Linear, Memory, PatchEmbed},
+    nn::{Activation, Linear, PatchEmbed},
     weights::{Fp8, Weights},
 };
 
-/// Keys and values of the text in every block; made once per prompt.
+/// The text in every block; made once per prompt.
 #[derive(Debug, Clone)]
 pub struct TextContext {
-    blocks: Vec<Memory>,
+    blocks: Vec<Words>,
     /// The embedded text `[text_len, dim]`.
     pub embedded: Tensor,
 }
@@ -68,6 +68,8 @@ pub struct Dit {
     device: candle_core::Device,
     /// Whether a stream's rings wait in host memory while another step runs.
     parks: bool,
+    /// See [`Dit::folding`].
+    folds: bool,
 }
 
 /// What only the speech-to-video family has.
@@ -126,6 +128,9 @@ impl Dit {
             head: Head::load(weights, c)?,
             speech,
             device: weights.device().clone(),
+            // What is made once is more than the keys and values it stands for: not where memory is short. On the CPU it
+            // is for tests; the models that run there have no text, or time.
+            folds: !weights.device().is_cpu() && resident >= config.num_layers,
             config,
             parks: false,
         })
@@ -136,6 +141,15 @@ impl Dit {
     /// two rings over the bus.
     pub fn parking(mut self, yes: bool) -> Self {
         self.parks = yes;
+        self.folds &= !yes;
+        self
+    }
+
+    /// Whether attention to the text and to the voice is computed with the output projection made into the values
+    /// ([`crate::model::nn::Folded`]) where that pays: the same up to rounding, and the default on a card that holds
+    /// everything.
+    pub fn folding(mut self, yes: bool) -> Self {
+        self.folds = yes;
         self
     }
 
@@ -183,14 +197,10 @@ impl Dit {
         let zeros = Tensor::zeros((self.config.text_len - n, width), states.dtype(), states.device())?;
         let padded = Tensor::cat(&[states, &zeros], 0)?;
         let embedded = second.forward(&first.forward_with(&padded, Activation::GeluTanh)?)?;
-        self.embedded_text(embedded)
-    }
-
-    /// The same from text that is already embedded, `[tokens, dim]`.
-    pub fn embedded_text(&self, embedded: Tensor) -> Result<TextContext> {
+        let alike = if self.folds { self.config.text_len - n } else { 0 };
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
-            blocks.extend(block.bring(&self.device)?.text(&embedded).at(|| format!("text of block {i}"))?);
+            blocks.extend(block.bring(&self.device)?.text(&embedded, alike).at(|| format!("text of block {i}"))?);
         }
         Ok(TextContext { blocks, embedded })
     }
@@ -213,7 +223,7 @@ impl Dit {
     /// The same from audio tokens.
     pub fn audio_from_tokens(&self, tokens: AudioTokens) -> Result<BlockAudio> {
         let injectors: Result<_> =
-            self.speech()?.injectors.iter().map(|j| j.bring(&self.device)?.prepare(&tokens)).collect();
+            self.speech()?.injectors.iter().map(|j| j.bring(&self.device)?.prepare(&tokens, self.folds)).collect();
         Ok(BlockAudio { injectors: injectors.at(|| "audio keys")?, tokens })
     }
 

@@ -133,6 +133,11 @@ impl Linear {
         self.matrix.dims().1
     }
 
+    /// What is added to the product, `[out]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> Device {
         self.matrix.device()
@@ -153,6 +158,33 @@ impl Linear {
     /// `[n, in]` → `[n, out]`, in the element type of the weights.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, Activation::None)
+    }
+
+    /// What the matrix makes of each of `x` `[n, in]`, without the bias, as a column: `W xᵀ`, `[out, n]`.
+    pub fn columns(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() && x.dim(0)? % 16 == 0 {
+            use crate::model::kernels::cuda::gemm::{Product, product};
+            // The product's operands change places, and no pass over memory turns the result.
+            if let Some((weight, own)) = self.direct()
+                && let Rows::Scaled { stored, units } = &scaled(x, false)?
+            {
+                return product(&Product {
+                    x: weight,
+                    weight: stored,
+                    scales: Some((own, units)),
+                    bias: None,
+                    gelu: false,
+                });
+            }
+            let plain = self.matrix.as_plain().filter(|w| w.dtype() == DType::BF16 && w.is_contiguous());
+            if let (Some(weight), 0) = (plain, self.width() % 8) {
+                let x = &x.to_dtype(DType::BF16)?.contiguous()?;
+                return product(&Product { x: weight, weight: x, scales: None, bias: None, gelu: false });
+            }
+        }
+        let bare = Self { bias: None, packed: OnceLock::new(), ..self.clone() };
+        Ok(bare.forward(x)?.t()?.contiguous()?)
     }
 
     /// The same with an activation.

@@ -3,10 +3,11 @@
 //! Every part computes through one function, so that a faster or a quantised form goes in at one place: matrices in
 //! [`Linear`], attention in [`attention`], norms in [`norm`], rotations in [`rope`]. Where a device can do several of them
 //! in one pass, the parts between two matrices are one operation: [`Residual`] (sum and norm), [`Memory`] (norm, rotation
-//! and storing of keys and values), and they hand on [`Rows`] in the form the next matrix wants.
+//! and storing of keys and values), [`Folded`] (attention to known keys and its output projection), and they hand on [`Rows`] in the form the next matrix wants.
 
 mod attention;
 mod conv;
+pub mod folded;
 pub mod fp8;
 mod linear;
 mod matrix;
@@ -18,6 +19,7 @@ pub mod rope;
 
 pub use attention::{attention, attention_to_few, plain as attention_plain};
 pub use conv::{CausalConv1d, PatchEmbed, convolve};
+pub use folded::Folded;
 pub use linear::{Activation, Linear};
 pub use matrix::{Matrix, Numbers, Side, quantised};
 pub use memory::{Memory, Slot};

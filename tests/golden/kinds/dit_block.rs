@@ -22,7 +22,7 @@ pub fn check(golden: &Golden, check: &mut Check) -> Result<(), String> {
     for layer in list("layers")? {
         let block = dit.block(layer).ok_or("no such block")?;
         let m = block.modulation(&e0).map_err(text)?;
-        let kv = block.text(&words).map_err(text)?;
+        let kv = block.text(&words, 0).map_err(text)?;
         for (i, boundary) in list("boundaries")?.into_iter().enumerate() {
             let runs = [boundary, rows - boundary];
             let mut out = Residual::new(x.copy().map_err(text)?);

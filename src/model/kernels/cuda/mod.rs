@@ -3,6 +3,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `rows.cu`, [`rows`] | fused row-wise operations |
+//! | `weights.cu`, [`weights`] | softmax weights over known keys |
 //! | [`gemm`] | matrix products by cuBLASLt: bf16 with epilogues, e4m3 with a scale per row and per channel |
 //! | `cudnn.cpp`, [`attention`] | scaled dot-product attention by cuDNN: bf16 and e4m3 |
 //! | `vae.cu`, `vae.cpp`, [`vae`] | the video autoencoder: convolutions by cuDNN and the passes between them |
@@ -25,6 +26,7 @@ pub mod time;
 pub mod vae;
 #[cfg(test)]
 mod vae_tests;
+pub mod weights;
 
 use std::{
     collections::HashMap,

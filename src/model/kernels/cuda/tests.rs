@@ -7,7 +7,7 @@ use super::{attention, gemm, rows};
 use crate::model::{
     nn::rope::{Group, Rounding},
     nn::{
-        self, Form, Memory, Residual, Rope, Rows, Slot,
+        self, Activation, Folded, Form, Linear, Memory, Residual, Rope, Rows, Slot, folded,
         norm::{Affine, plain},
     },
 };
@@ -175,6 +175,112 @@ fn few_keys(device: &Device) {
     }
 }
 
+/// What each value weighs in [`attention64`]: `[groups · a, heads, keys of a group]`.
+fn weights64(q: &Tensor, k: &Tensor, bias: Option<&Tensor>, heads: usize, groups: usize) -> Tensor {
+    let ((rows, dim), count) = (q.dims2().unwrap(), k.dims()[0] / groups);
+    let split = |t: &Tensor| {
+        let t = t.reshape((groups, t.dim(0).unwrap() / groups, heads, dim / heads)).unwrap();
+        t.transpose(1, 2).unwrap().contiguous().unwrap()
+    };
+    let scores = split(q).matmul(&split(k).transpose(2, 3).unwrap().contiguous().unwrap()).unwrap();
+    let scores = (scores / ((dim / heads) as f64).sqrt()).unwrap();
+    let scores = bias.map_or(Ok(scores.clone()), |b| scores.broadcast_add(b)).unwrap();
+    let p = candle_nn::ops::softmax(&scores, 3).unwrap();
+    p.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, heads, count)).unwrap()
+}
+
+/// Forms of a projection's weights: the matrix, the same in f64, and its bias in f64.
+fn projection(dim: usize, form: Form, device: &Device) -> (Linear, Tensor, Tensor) {
+    let dtype = if form == Form::Plain(DType::F32) { DType::F32 } else { DType::BF16 };
+    let (w, w64) = pair(&[dim, dim], (dim as f64).sqrt().recip(), dtype, device);
+    let (b, b64) = pair(&[dim], 0.1, dtype, device);
+    let o = Linear::new(w, Some(b)).unwrap();
+    (if form == Form::Scaled { o.scaled().unwrap() } else { o }, w64, b64)
+}
+
+/// Attention to keys of which the last stands for many, made into the output projection.
+fn folded(device: &Device) {
+    let cpu = device.is_cpu();
+    let sizes = [(1, 1, 1, 7), (3, 19, 5, 1), (2, 130, 16, 496), (40, 33, 64, 448), (2, 70, 41, 31), (1, 65, 96, 416)];
+    for (heads, rows, n, alike) in sizes {
+        let (dtype, forms) = if cpu {
+            (DType::F32, vec![Form::Plain(DType::F32)])
+        } else {
+            (DType::BF16, vec![Form::Plain(DType::BF16), Form::Scaled])
+        };
+        let dim = heads * 128;
+        let (q, q64) = pair(&[rows, dim], 3.0, dtype, device);
+        let (w, w64) = pair(&[dim], 1.0, dtype, device);
+        let (k, k64) = pair(&[n + 1, dim], 1.0, dtype, device);
+        let (v, v64) = pair(&[n + 1, dim], 1.0, dtype, device);
+        let ones = Tensor::ones(dim, DType::F64, &Device::Cpu).unwrap();
+        let unit = plain::rms_norm(&q64, &ones, 1e-6).unwrap();
+        // The norm's weight is in the keys, which are rounded after it.
+        let keys = k64.broadcast_mul(&w64).unwrap().to_dtype(dtype).unwrap().to_dtype(DType::F64).unwrap();
+        let bias: Vec<f64> = (0..=n).map(|i| if i < n { 0.0 } else { (alike as f64).ln() }).collect();
+        let bias = Tensor::new(bias, &Device::Cpu).unwrap();
+        let p = weights64(&unit, &keys, Some(&bias), heads, 1).narrow(2, 0, n).unwrap();
+        let all = |t: &Tensor| {
+            let last = t.narrow(0, n, 1).unwrap().broadcast_as((alike, dim)).unwrap().contiguous().unwrap();
+            Tensor::cat(&[&t.narrow(0, 0, n).unwrap(), &last], 0).unwrap()
+        };
+        let attended = attention64(&unit.broadcast_mul(&w64).unwrap(), &all(&k64), &all(&v64), heads, 1);
+        for form in forms {
+            let what = format!("{rows} rows over {n} and {alike} keys, {heads} heads, {form:?}");
+            let (o, o64, b64) = projection(dim, form, device);
+            let folded = Folded::new(&o, &k, &v, alike, &w, heads, 1e-6).unwrap();
+            let got = folded.weights(&q).unwrap().plain().unwrap();
+            let columns = got.dims()[1] / heads;
+            let got = got.reshape((rows, heads, columns)).unwrap().narrow(2, 0, n).unwrap();
+            close(&format!("weights of {what}"), &got.contiguous().unwrap(), &p, bound(form));
+            let want = attended.matmul(&o64.t().unwrap()).unwrap().broadcast_add(&b64).unwrap();
+            let bound = if cpu { 1e-5 } else { 2.5 * bound(form) };
+            close(&what, &folded.attend(&q).unwrap(), &want, bound);
+        }
+    }
+}
+
+/// The same for the few keys of each group.
+fn folded_few(device: &Device) {
+    let cpu = device.is_cpu();
+    for (groups, n, count, heads, head) in [(1, 1, 1, 1, 8), (3, 11, 5, 40, 128), (2, 7, 8, 4, 64), (2, 3, 4, 8, 16)] {
+        let (dtype, forms) = if cpu {
+            (DType::F32, vec![Form::Plain(DType::F32)])
+        } else {
+            (DType::BF16, vec![Form::Plain(DType::BF16), Form::Scaled])
+        };
+        let (dim, own) = (heads * head, heads * count);
+        let (q, q64) = pair(&[groups * n, dim], 3.0, dtype, device);
+        let (w, w64) = pair(&[dim], 1.0, dtype, device);
+        let (k, k64) = pair(&[groups * count, dim], 1.0, dtype, device);
+        let (v, v64) = pair(&[groups * count, dim], 1.0, dtype, device);
+        let q64 = plain::rms_norm(&q64, &w64, 1e-6).unwrap();
+        let p = weights64(&q64, &k64, None, heads, groups).reshape((groups * n, own)).unwrap();
+        let all = (groups * own).next_multiple_of(16);
+        let spread: Vec<Tensor> = (0..groups)
+            .map(|g| p.narrow(0, g * n, n).unwrap().pad_with_zeros(1, g * own, all - (g + 1) * own).unwrap())
+            .collect();
+        let spread = Tensor::cat(&spread, 0).unwrap();
+        let attended = attention64(&q64, &k64, &v64, heads, groups);
+        for form in forms {
+            let what = format!("{groups}·{n} over {count}, {heads}·{head} {form:?}");
+            let weights = folded::weights_to_few(&q, &w, &k, heads, groups, 1e-6, form).unwrap();
+            close(&format!("weights of {what}"), &weights.plain().unwrap(), &spread, bound(form));
+            if dim % 16 != 0 {
+                continue;
+            }
+            let (o, o64, b64) = projection(dim, form, device);
+            let made = folded::through_few(&o, &v, heads, groups).unwrap();
+            assert_eq!(made.is_some(), all * 4 <= dim, "{what}");
+            if let Some(made) = made {
+                let want = attended.matmul(&o64.t().unwrap()).unwrap().broadcast_add(&b64).unwrap();
+                let bound = if cpu { 1e-5 } else { 2.5 * bound(form) };
+                close(&what, &made.forward_rows(&weights, Activation::None).unwrap(), &want, bound);
+            }
+        }
+    }
+}
+
 fn attention64(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize) -> Tensor {
     let (rows, dim) = q.dims2().unwrap();
     let split = |t: &Tensor| {
@@ -193,6 +299,8 @@ fn cpu_and_plain_operations_agree() {
     residual_and_norm(&Device::Cpu);
     memory(&Device::Cpu);
     few_keys(&Device::Cpu);
+    folded(&Device::Cpu);
+    folded_few(&Device::Cpu);
 }
 
 #[test]
@@ -235,6 +343,16 @@ fn card_memory_waits_in_host_memory() {
 #[test]
 fn card_few_keys() {
     few_keys(&card());
+}
+
+#[test]
+fn card_folded() {
+    folded(&card());
+}
+
+#[test]
+fn card_folded_few() {
+    folded_few(&card());
 }
 
 #[test]
