@@ -56,7 +56,7 @@ pub struct Need {
     pub memories: f64,
     /// What the decoder remembers of all sessions.
     pub decoders: f64,
-    /// Activations, workspaces and the driver's own; once, however many sessions there are.
+    /// Activations, a prompt, workspaces and the driver's own; once, however many sessions there are.
     pub working: f64,
 }
 
@@ -111,6 +111,10 @@ const FRAMES: f64 = 12.0;
 /// Conditioning in latent frames: reference, and 19 packed motion latents.
 const CONDITIONING: f64 = 2.5;
 
+/// Tokens of a text, and the largest part of a projection that a short one is made into (`nn::Folded`).
+const TEXT: f64 = 512.0;
+const FOLDED: f64 = 0.8;
+
 /// Elements of the matrices of one transformer block: 8 of attention, 2 of the feed-forward part.
 const MATRICES: f64 = 8.0 * DIM * DIM + 2.0 * DIM * FEED;
 
@@ -142,9 +146,12 @@ impl Plan {
         // Two past frames at every temporal convolution: channels times their count, by the share of the pixels.
         let past = 7.0 * 96.0 + 6.0 * 192.0 / 4.0 + (192.0 + 6.0 * 384.0) / 16.0 + (11.0 * 384.0 + 16.0) / 64.0;
         let decoders = 2.0 * 2.0 * past * self.pixels() * self.sessions as f64;
+        let folds = matches!(self.weights, Stored::Bf16 | Stored::Fp8) && resident == LAYERS as f64 && !self.parked;
+        let text = if folds { FOLDED * DIM * DIM * self.weights.bytes() } else { 2.0 * TEXT * DIM * each };
         // Four tensors of the last level for a block of frames, the transformer's activations, a gigabyte of the driver's.
         let rows = BLOCK * self.tokens();
-        let working = 4.2 * FRAMES * 96.0 * 2.0 * self.pixels() + rows * (6.0 * DIM + 2.0 * FEED) * 2.0 + 1.2e9;
+        let activations = rows * (6.0 * DIM + 2.0 * FEED) * 2.0;
+        let working = 4.2 * FRAMES * 96.0 * 2.0 * self.pixels() + activations + LAYERS as f64 * text + 1.2e9;
         Need { weights: weights / 1e9, memories: memories / 1e9, decoders: decoders / 1e9, working: working / 1e9 }
     }
 
@@ -155,7 +162,7 @@ impl Plan {
         let attention = if self.fp8_memory { card.attention_fp8 } else { card.attention } * 1e12;
         let linear = 2.0 * q * ((6.0 * DIM * DIM + 2.0 * DIM * FEED) * LAYERS as f64 + INJECTORS * 2.0 * DIM * DIM);
         let keys = (self.ring as f64 + CONDITIONING) * n;
-        let attending = 4.0 * q * (keys + 512.0) * DIM * LAYERS as f64;
+        let attending = 4.0 * q * (keys + TEXT) * DIM * LAYERS as f64;
         // Between the products every row passes the memory about 25 times.
         let passes = 25.0 * q * DIM * 2.0 * LAYERS as f64 / (card.memory * 1e9);
         let visiting = (LAYERS - self.resident.min(LAYERS)) as f64 * MATRICES * self.weights.bytes();
