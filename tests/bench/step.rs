@@ -161,6 +161,12 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
             Ok(all) => report(&format!("product {name}"), size, "fp8", &all, tflop),
             Err(e) => println!("product {name} in fp8: {e}"),
         }
+        // A sum made by the product that is added.
+        let y = random(&[q, out], 1.0)?;
+        match time::milliseconds(device, 3, RUNS, || gemm::add_product(&scaled, &y)) {
+            Ok(all) => report(&format!("product {name}, added"), size, "fp8", &all, tflop),
+            Err(e) => println!("product {name}, added, in fp8: {e}"),
+        }
         let all = time::milliseconds(device, 3, RUNS, || rows::quantise(&x, true).map(drop))?;
         report(&format!("gelu+quantise {q}x{width}"), size, "fp8", &all, 0.0);
     }
@@ -193,6 +199,8 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
         let norm = rows::Norm { scale: &row, shift: &row, runs: &runs, eps: 1e-6, out };
         let all = time::milliseconds(device, 3, RUNS, || rows::residual_norm(&x, Some(&sum), Some(&norm)).map(drop))?;
         report(&format!("sum+norm → {out:?}"), size, "-", &all, 0.0);
+        let all = time::milliseconds(device, 3, RUNS, || rows::residual_norm(&x, None, Some(&norm)).map(drop))?;
+        report(&format!("norm → {out:?}"), size, "-", &all, 0.0);
     }
     Ok(())
 }

@@ -74,6 +74,8 @@ struct Key {
     fp8: bool,
     bias: bool,
     gelu: bool,
+    /// Whether it is added to what is there.
+    sum: bool,
 }
 
 /// The library's handle and what was chosen for which shape.
@@ -107,6 +109,8 @@ struct Call {
     weight: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
     y: sys::cublasLtMatrixLayout_t,
+    /// What was there counts so many times.
+    beta: f32,
 }
 
 impl Drop for Call {
@@ -133,6 +137,7 @@ impl Call {
             weight: result::create_matrix_layout(operand, width, out, width as i64).checked()?,
             x: result::create_matrix_layout(operand, width, n, width as i64).checked()?,
             y: result::create_matrix_layout(Type::CUDA_R_16BF, out, n, out as i64).checked()?,
+            beta: if key.sum { 1.0 } else { 0.0 },
         };
         let set = |at: At, value: &[u8]| {
             // SAFETY: `value` is the attribute's type as bytes, of its size.
@@ -207,8 +212,8 @@ impl Call {
     }
 
     fn run(&self, c: &Context, p: &Product, y: &Tensor, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<()> {
-        let (one, zero) = (1f32, 0f32);
-        let (one, zero): (*const c_void, *const c_void) = ((&raw const one).cast(), (&raw const zero).cast());
+        let one = 1f32;
+        let (one, beta): (*const c_void, *const c_void) = ((&raw const one).cast(), (&raw const self.beta).cast());
         let at = |t: &Tensor| address(t).map(|a| a as *const c_void);
         // SAFETY: the layouts describe these tensors (checked in `product`), which live until the call is queued; their
         // memory is reused in stream order.
@@ -217,7 +222,7 @@ impl Call {
                 c.products.handle,
                 self.operation,
                 one,
-                zero,
+                beta,
                 at(p.weight)?,
                 self.weight,
                 at(p.x)?,
@@ -239,6 +244,27 @@ impl Call {
 
 /// Computes a product: `[n, out]`, bf16.
 pub fn product(p: &Product) -> Result<Tensor> {
+    let key = key(p, false)?;
+    let (c, call, y) =
+        (context(p.x.device())?, Call::new(key, p)?, empty(p.x.device(), (key.n, key.out), DType::BF16)?);
+    let algorithm = algorithm(&c, &call, p, key, || Ok(y.clone()))?;
+    call.run(&c, p, &y, &algorithm)?;
+    Ok(y)
+}
+
+/// Adds a product to `y` (`[n, out]`, bf16, contiguous), in place: one rounding, and no pass over memory for the sum.
+pub fn add_product(p: &Product, y: &Tensor) -> Result<()> {
+    let key = key(p, true)?;
+    if y.dims() != [key.n, key.out] || y.dtype() != DType::BF16 {
+        return Err(Error::Input(format!("a product of {key:?} added to {:?} {:?}", y.dims(), y.dtype())));
+    }
+    let (c, call) = (context(p.x.device())?, Call::new(key, p)?);
+    // Candidates are timed on a sum of their own.
+    let algorithm = algorithm(&c, &call, p, key, || empty(y.device(), y.shape(), DType::BF16))?;
+    call.run(&c, p, y, &algorithm)
+}
+
+fn key(p: &Product, sum: bool) -> Result<Key> {
     let ((n, width), (out, depth)) = (p.x.dims2()?, p.weight.dims2()?);
     let dtype = if p.scales.is_some() { DType::F8E4M3 } else { DType::BF16 };
     let fits = |s: &Tensor, rows: usize| s.dims() == [rows] && s.dtype() == DType::F32;
@@ -256,27 +282,29 @@ pub fn product(p: &Product) -> Result<Tensor> {
             p.weight.dtype()
         )));
     }
-    let c = context(p.x.device())?;
-    let key = Key { out, n, width, fp8: p.scales.is_some(), bias: p.bias.is_some(), gelu: p.gelu };
-    let call = Call::new(key, p)?;
-    let y = empty(p.x.device(), (n, out), DType::BF16)?;
+    Ok(Key { out, n, width, fp8: p.scales.is_some(), bias: p.bias.is_some(), gelu: p.gelu, sum })
+}
+
+/// What was chosen for this shape; chosen now when it is new, writing to what `y` gives.
+fn algorithm(
+    c: &Context,
+    call: &Call,
+    p: &Product,
+    key: Key,
+    y: impl FnOnce() -> Result<Tensor>,
+) -> Result<sys::cublasLtMatmulAlgo_t> {
     let known = c.products.chosen.lock().unwrap_or_else(|e| e.into_inner()).get(&key).copied();
-    let algorithm = match known {
-        Some(a) => a,
-        None => {
-            let chosen = choose(&c, &call, p, &y, key)?;
-            c.products.chosen.lock().unwrap_or_else(|e| e.into_inner()).insert(key, chosen);
-            chosen
-        }
-    };
-    call.run(&c, p, &y, &algorithm)?;
-    Ok(y)
+    if let Some(algorithm) = known {
+        return Ok(algorithm);
+    }
+    let chosen = choose(c, call, p, &y()?, key)?;
+    c.products.chosen.lock().unwrap_or_else(|e| e.into_inner()).insert(key, chosen);
+    Ok(chosen)
 }
 
 /// Whether cuBLASLt can compute a product like this one.
 pub fn possible(p: &Product) -> Result<bool> {
-    let ((n, width), (out, _)) = (p.x.dims2()?, p.weight.dims2()?);
-    let key = Key { out, n, width, fp8: p.scales.is_some(), bias: p.bias.is_some(), gelu: p.gelu };
+    let key = key(p, false)?;
     Ok(!Call::new(key, p)?.candidates(context(p.x.device())?.products.handle)?.is_empty())
 }
 

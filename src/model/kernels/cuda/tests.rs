@@ -397,7 +397,12 @@ fn card_products() {
             }
             let restored = |s: &Tensor, u: &Tensor| wide(&nn::fp8::restore(s, u).unwrap());
             let want = restored(&x8, &xu).matmul(&restored(&w8, &wu).t().unwrap()).unwrap();
-            close(&format!("e4m3 {what}"), &gemm::product(&p).unwrap(), &finish(want), 1e-2);
+            close(&format!("e4m3 {what}"), &gemm::product(&p).unwrap(), &finish(want.clone()), 1e-2);
+            if !gelu {
+                let (sum, sum64) = pair(&[n, out], 3.0, DType::BF16, &card());
+                gemm::add_product(&p, &sum).unwrap();
+                close(&format!("e4m3 {what}, added"), &sum, &(finish(want) + sum64).unwrap(), 1e-2);
+            }
         }
     }
 }
