@@ -163,7 +163,8 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
         }
         // A sum made by the product that is added.
         let y = random(&[q, out], 1.0)?;
-        match time::milliseconds(device, 3, RUNS, || gemm::add_product(&scaled, &y)) {
+        println!("product {name} can be added: {}", gemm::add_product(&scaled, &y)?);
+        match time::milliseconds(device, 3, RUNS, || gemm::add_product(&scaled, &y).map(drop)) {
             Ok(all) => report(&format!("product {name}, added"), size, "fp8", &all, tflop),
             Err(e) => println!("product {name}, added, in fp8: {e}"),
         }

@@ -8,7 +8,7 @@ use super::{Config, place::Portable};
 use crate::model::{
     Error, Result,
     nn::{
-        Activation, CausalConv1d, Linear, Residual, attention_to_few, folded,
+        Activation, CausalConv1d, Linear, Residual, Rows, attention_to_few, folded,
         norm::{self, Affine},
     },
     weights::{Fp8, Weights},
@@ -289,31 +289,32 @@ impl Injector {
         if frames == 0 || rows % frames != 0 {
             return Err(Error::Input(format!("{rows} tokens cannot belong to {frames} frames of audio")));
         }
-        let mut sum = self.heard(x, audio, frames)?;
+        let (o, y) = self.heard(x, audio, frames)?;
         if audio.reach.is_none() && audio.others.is_empty() {
-            return x.add(sum, None);
+            return x.add_through(o, &y, None, None);
         }
-        sum = within(&sum, audio.reach.as_ref(), frames)?;
+        let mut sum = within(&o.forward_rows(&y, Activation::None)?, audio.reach.as_ref(), frames)?;
         for other in &audio.others {
-            sum = (sum + within(&self.heard(x, other, frames)?, other.reach.as_ref(), frames)?)?;
+            let (o, y) = self.heard(x, other, frames)?;
+            sum = (sum + within(&o.forward_rows(&y, Activation::None)?, other.reach.as_ref(), frames)?)?;
         }
         x.add(sum, None)
     }
 
-    /// What one voice adds to every token.
-    fn heard(&self, x: &mut Residual, audio: &InjectorAudio, frames: usize) -> Result<Tensor> {
+    /// What one voice tells every token, and the projection that it goes through before it is added.
+    fn heard<'a>(&'a self, x: &mut Residual, audio: &'a InjectorAudio, frames: usize) -> Result<(&'a Linear, Rows)> {
         let y = x.norm(&audio.affine, &vec![x.rows() / frames; frames], 1e-5, self.q.form())?;
         let q = self.q.forward_rows(&y, Activation::None)?;
         match &audio.v {
             Values::Kept(v) => {
                 let form = self.o.form();
                 let y = attention_to_few(&q, &self.norm_q, &audio.k, v, self.heads, frames, self.eps, form)?;
-                self.o.forward_rows(&y, Activation::None)
+                Ok((&self.o, y))
             }
             Values::Folded(made) => {
                 let form = made.form();
                 let y = folded::weights_to_few(&q, &self.norm_q, &audio.k, self.heads, frames, self.eps, form)?;
-                made.forward_rows(&y, Activation::None)
+                Ok((made, y))
             }
         }
     }

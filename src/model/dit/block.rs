@@ -6,7 +6,7 @@ use super::{BlockModulation, Config, place::Portable, trace::Trace};
 use crate::model::{
     Error, Result,
     nn::{
-        Activation, Folded, Form, Linear, Memory, Residual, Rope, Rows, Slot, attention,
+        Activation, Folded, Form, Gated, Linear, Memory, Residual, Rope, Rows, Slot, attention,
         norm::{self, Affine},
     },
     ranks::Share,
@@ -135,34 +135,26 @@ impl Attention {
     }
 
     /// Stores the tokens' keys and values at the slot and returns what the tokens, and everything before, tell them:
-    /// attention over the memory, and the output projection. Where ranks share it, each brings some of the tokens and
+    /// attention over the memory, before the output projection. Where ranks share it, each brings some of the tokens and
     /// remembers some of the heads: tokens are gathered and heads scattered before the attention, and back after it.
-    pub fn remember(
-        &self,
-        y: &Rows,
-        rope: &Rope,
-        memory: &Memory,
-        slot: &Slot,
-        share: Option<&Share>,
-    ) -> Result<Tensor> {
+    pub fn remember(&self, y: &Rows, rope: &Rope, memory: &Memory, slot: &Slot, share: Option<&Share>) -> Result<Rows> {
         let p = self.project(y)?;
         let (parts, weights) = ([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k]);
-        let y = match share {
+        match share {
             None => {
                 let q = memory.store(parts, weights, self.eps, rope, slot)?;
-                memory.attend(&q, self.heads, Some(slot))?
+                memory.attend(&q, self.heads, Some(slot))
             }
             Some(share) => {
                 let parts = memory.ready(parts, weights, self.eps, rope)?;
                 let [q, k, v] = share.scatter(parts, rope.head())?;
                 memory.keep(&k, &v, slot.at)?;
                 match memory.attend(&q, share.heads().len(), Some(slot))? {
-                    Rows::Plain(y) => Rows::Plain(share.gather(&y)?),
-                    Rows::Scaled { stored, .. } => memory.scaled(share.gather(&stored)?)?,
+                    Rows::Plain(y) => Ok(Rows::Plain(share.gather(&y)?)),
+                    Rows::Scaled { stored, .. } => memory.scaled(share.gather(&stored)?),
                 }
             }
-        };
-        self.o.forward_rows(&y, Activation::None)
+        }
     }
 
     /// Queries, normed and rotated.
@@ -180,20 +172,20 @@ impl Attention {
         Ok(KeysValues { k: norm::rms_norm(&p.k, &self.norm_k, self.eps)?, v: p.v.contiguous()? })
     }
 
-    /// Attention of ready queries over ready keys, and the output projection.
-    pub fn finish(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        self.o.forward(&attention(q, k, v, self.heads, 1)?)
+    /// Attention of ready queries over ready keys, before the output projection.
+    pub fn finish(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Rows> {
+        Ok(Rows::Plain(attention(q, k, v, self.heads, 1)?))
     }
 
-    /// A sequence's attention to itself.
-    pub fn whole(&self, y: &Rows, rope: &Rope) -> Result<Tensor> {
+    /// A sequence's attention to itself, before the output projection.
+    pub fn whole(&self, y: &Rows, rope: &Rope) -> Result<Rows> {
         let p = self.project(y)?;
         if self.fp8 {
             let rows = p.q.dim(0)?;
             let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?;
             let slot = Slot { at: 0, keys: rows, card: None }.on(p.q.device(), rows)?;
             let q = memory.store([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k], self.eps, rope, &slot)?;
-            return self.o.forward_rows(&memory.attend(&q, self.heads, Some(&slot))?, Activation::None);
+            return memory.attend(&q, self.heads, Some(&slot));
         }
         self.finish(&self.queries(&p, rope)?, &self.keys(&p, rope)?, &p.v.contiguous()?)
     }
@@ -222,17 +214,18 @@ impl Attention {
         Ok(Words::Kept(memory))
     }
 
-    fn across(&self, y: &Rows, words: &Words) -> Result<Tensor> {
+    /// What the text tells the tokens, and the projection that it goes through.
+    fn across<'a>(&'a self, y: &Rows, words: &'a Words) -> Result<(&'a Linear, Rows)> {
         let q = match &self.inputs {
             Inputs::Apart { q, .. } => q.forward_rows(y, Activation::None)?,
             Inputs::Stacked(_) => self.project(y)?.q,
         };
         let text = match words {
-            Words::Folded(folded) => return folded.attend(&q),
+            Words::Folded(folded) => return Ok((folded.product(), folded.weights(&q)?)),
             Words::Kept(text) => text,
         };
         let q = text.queries(&q, &self.norm_q, self.eps)?;
-        self.o.forward_rows(&text.attend(&q, self.heads, None)?, Activation::None)
+        Ok((&self.o, text.attend(&q, self.heads, None)?))
     }
 }
 
@@ -273,7 +266,9 @@ impl Block {
 
     /// The block's modulation for `e0` `[runs, 6, dim]`.
     pub fn modulation(&self, e0: &Tensor) -> Result<BlockModulation> {
-        BlockModulation::new(&self.modulation.to_device(e0.device())?, e0)
+        let m = BlockModulation::new(&self.modulation.to_device(e0.device())?, e0)?;
+        let gated = [self.own.o.gated(&m.attention_gate)?, self.second.gated(&m.feed_forward_gate)?];
+        Ok(BlockModulation { gated, ..m })
     }
 
     /// The text for this block, from embedded text `[tokens, dim]`; none where there is no text. `alike`: so many tokens
@@ -283,7 +278,7 @@ impl Block {
     }
 
     /// The tokens of `x` `[tokens, dim]` through the block. `attend` is given the modulated input and returns the
-    /// self-attention's result after its output projection: the three forms (whole sequence, prefill, ring) differ only
+    /// self-attention's result before its output projection: the three forms (whole sequence, prefill, ring) differ only
     /// there.
     pub fn forward(
         &self,
@@ -292,28 +287,37 @@ impl Block {
         runs: &[usize],
         text: Option<&Words>,
         trace: &mut Trace,
-        attend: impl FnOnce(&Attention, &Rows) -> Result<Tensor>,
+        attend: impl FnOnce(&Attention, &Rows) -> Result<Rows>,
     ) -> Result<()> {
+        // Who looks sees what is added; else the product that makes it may add it.
+        type Gate<'a> = (&'a Tensor, &'a Option<Gated>);
+        let add = |x: &mut Residual, name, o: &Linear, y: &Rows, gate: Option<Gate>, trace: &mut Trace| {
+            let (gate, gated) = (gate.map(|g| (g.0, runs)), gate.and_then(|g| g.1.as_ref()));
+            if !trace.on() {
+                return x.add_through(o, y, gate, gated);
+            }
+            let y = o.forward_rows(y, Activation::None)?;
+            trace.see(name, &y);
+            x.add(y, gate)
+        };
+        let [attention_gated, feed_forward_gated] = &m.gated;
         let y = attend(&self.own, &x.norm(&m.attention, runs, self.eps, self.own.form())?)?;
-        trace.see("self_attn", &y);
-        x.add(y, Some((&m.attention_gate, runs)))?;
+        add(x, "self_attn", &self.own.o, &y, Some((&m.attention_gate, attention_gated)), trace)?;
         match (&self.text, text) {
             (Some((affine, attention)), Some(text)) => {
                 let y = x.norm(affine, &[x.rows()], self.eps, attention.form())?;
                 if trace.on() {
                     trace.see("norm3", &y.plain()?);
                 }
-                let y = attention.across(&y, text)?;
-                trace.see("cross_attn", &y);
-                x.add(y, None)?;
+                let (o, y) = attention.across(&y, text)?;
+                add(x, "cross_attn", o, &y, None, trace)?;
             }
             (Some(_), None) => return Err(Error::Input("this model needs a text; none was given".into())),
             (None, _) => {}
         }
         let y = x.norm(&m.feed_forward, runs, self.eps, self.first.form())?;
-        let y = self.first.forward_through_gelu(&y, &self.second)?;
-        trace.see("ffn", &y);
-        x.add(y, Some((&m.feed_forward_gate, runs)))
+        let y = self.first.forward_to_gelu(&y, self.second.form())?;
+        add(x, "ffn", &self.second, &y, Some((&m.feed_forward_gate, feed_forward_gated)), trace)
     }
 }
 

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use super::Config;
 use crate::model::{
     Result,
-    nn::{Linear, norm::Affine},
+    nn::{Gated, Linear, norm::Affine},
     weights::Weights,
 };
 
@@ -59,6 +59,8 @@ pub struct BlockModulation {
     pub feed_forward: Affine,
     /// `[runs, dim]` on their result.
     pub feed_forward_gate: Tensor,
+    /// Both gates in the matrices before them, where they have one run and the matrices can.
+    pub gated: [Option<Gated>; 2],
 }
 
 impl BlockModulation {
@@ -72,6 +74,7 @@ impl BlockModulation {
             attention_gate: row(2)?,
             feed_forward: affine(3)?,
             feed_forward_gate: row(5)?,
+            gated: [None, None],
         })
     }
 }

@@ -11,7 +11,7 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::{Activation, Form, Linear, Matrix, Numbers, Rows};
+use super::{Form, Linear, Matrix, Numbers, Rows};
 use crate::model::{Error, Result};
 
 /// Columns of a product in e4m3 come in so many.
@@ -129,12 +129,7 @@ impl Folded {
         Ok(Self { keys, bias: Tensor::from_vec(bias, room, device)?, out, columns, heads, eps })
     }
 
-    /// Queries `[rows, dim]`, before their RMS norm → what they are told, after the output projection.
-    pub fn attend(&self, q: &Tensor) -> Result<Tensor> {
-        self.out.forward_rows(&self.weights(q)?, Activation::None)
-    }
-
-    /// What each value weighs, `[rows, heads · columns]`.
+    /// Queries `[rows, dim]`, before their RMS norm → what each value weighs, `[rows, heads · columns]`.
     pub fn weights(&self, q: &Tensor) -> Result<Rows> {
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() {
@@ -151,7 +146,7 @@ impl Folded {
         Ok(Rows::Plain(p.reshape((q.dim(0)?, ()))?.to_dtype(q.dtype())?))
     }
 
-    /// The product that the weights go into.
+    /// What the weights go through in place of the output projection.
     pub fn product(&self) -> &Linear {
         &self.out
     }
@@ -258,7 +253,7 @@ pub fn copy_of(made: &Linear) -> Result<Linear> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::nn::{attention, attention_to_few, norm};
+    use crate::model::nn::{Activation, attention, attention_to_few, norm};
     use candle_core::Device;
 
     fn random(shape: &[usize], deviation: f32) -> Tensor {
@@ -290,7 +285,8 @@ mod tests {
             let normed = norm::rms_norm(&q, &weight, 1e-6).unwrap();
             let want = o.forward(&attention(&normed, &all(&k), &all(&v), heads, 1).unwrap()).unwrap();
             let folded = Folded::new(&o, &k, &v, alike, &weight, heads, 1e-6).unwrap();
-            let error = apart(&folded.attend(&q).unwrap(), &want);
+            let got = folded.product().forward_rows(&folded.weights(&q).unwrap(), Activation::None).unwrap();
+            let error = apart(&got, &want);
             assert!(error < 1e-5, "{heads}·{head}, {n} and {alike}: {error}");
         }
         let (o, k) = (projection(32), random(&[2, 32], 1.0));

@@ -27,6 +27,15 @@ impl std::fmt::Debug for Linear {
     }
 }
 
+/// What the rows of a matrix are worth, and its bias, with a factor for each result in them: a gate that costs nothing.
+#[derive(Debug, Clone)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub struct Gated {
+    /// `[out]`, f32.
+    scale: Tensor,
+    bias: Option<Tensor>,
+}
+
 /// What is applied to the result while it is still near.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -232,14 +241,48 @@ impl Linear {
         self.forward_with(&x.plain()?, activation)
     }
 
-    /// A second matrix over GELU of the first one's result: `second(gelu(first(x)))`, the feed-forward layers.
-    pub fn forward_through_gelu(&self, x: &Rows, second: &Linear) -> Result<Tensor> {
-        if second.form() == Form::Scaled {
+    /// GELU of the result, in the form that a second matrix wants: between the feed-forward layers.
+    pub fn forward_to_gelu(&self, x: &Rows, form: Form) -> Result<Rows> {
+        match form {
             // The pass that quantises applies GELU on its way; in the product's epilogue it would only be extra work.
-            let y = self.forward_rows(x, Activation::None)?;
-            return second.forward_rows(&scaled(&y, true)?, Activation::None);
+            Form::Scaled => scaled(&self.forward_rows(x, Activation::None)?, true),
+            Form::Plain(_) => Ok(Rows::Plain(self.forward_rows(x, Activation::GeluTanh)?)),
         }
-        second.forward(&self.forward_rows(x, Activation::GeluTanh)?)
+    }
+
+    /// `gate` `[1, out]` as [`Linear::add_rows`] takes it; none where it is kept in a way that has no factors of its own.
+    pub fn gated(&self, gate: &Tensor) -> Result<Option<Gated>> {
+        let (Some((_, scale)), 1) = (self.direct(), gate.dim(0)?) else { return Ok(None) };
+        let gate = gate.reshape(self.out())?;
+        let bias = match &self.bias {
+            Some(bias) => Some((bias.to_dtype(DType::F32)? * &gate)?.to_dtype(bias.dtype())?),
+            None => None,
+        };
+        Ok(Some(Gated { scale: (scale * gate)?, bias }))
+    }
+
+    /// Adds the result for `x`, in the form the matrix wants, to `sum` `[n, out]`, **in place**: in the product itself, so
+    /// that it is rounded once and passes the memory once. False, and nothing is done, where there is no such product.
+    pub fn add_rows(&self, x: &Rows, gated: Option<&Gated>, sum: &Tensor) -> Result<bool> {
+        #[cfg(feature = "cuda")]
+        if sum.device().is_cuda() && sum.dtype() == DType::BF16 && sum.is_contiguous() {
+            use crate::model::kernels::cuda::gemm::{Product, add_product};
+            if let (Rows::Scaled { stored, units }, Some((weight, own))) = (x, self.direct()) {
+                let (own, bias) = gated.map_or((own, self.bias.as_ref()), |g| (&g.scale, g.bias.as_ref()));
+                let scales = Some((units, own));
+                return add_product(&Product { x: stored, weight, scales, bias, gelu: false }, sum);
+            }
+            let plain = self.matrix.as_plain().filter(|w| w.dtype() == DType::BF16 && w.is_contiguous());
+            let even = self.width() % 8 == 0 && self.out() % 8 == 0;
+            if let (Rows::Plain(x), Some(weight), None, true) = (x, plain, gated, even)
+                && x.dtype() == DType::BF16
+            {
+                let (x, bias) = (&x.contiguous()?, self.bias.as_ref());
+                return add_product(&Product { x, weight, scales: None, bias, gelu: false }, sum);
+            }
+        }
+        let _ = (x, gated, sum);
+        Ok(false)
     }
 
     fn packed(&self, weight: &Tensor) -> Result<Arc<Packed>> {

@@ -20,7 +20,7 @@ pub mod rope;
 pub use attention::{attention, attention_to_few, plain as attention_plain};
 pub use conv::{CausalConv1d, PatchEmbed, convolve};
 pub use folded::Folded;
-pub use linear::{Activation, Linear};
+pub use linear::{Activation, Gated, Linear};
 pub use matrix::{Matrix, Numbers, Side, quantised};
 pub use memory::{Memory, Slot};
 pub use operand::{Form, Rows};

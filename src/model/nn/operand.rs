@@ -30,6 +30,13 @@ pub enum Rows {
 }
 
 impl Rows {
+    /// Rows and columns.
+    pub fn dims(&self) -> &[usize] {
+        match self {
+            Rows::Plain(x) | Rows::Scaled { stored: x, .. } => x.dims(),
+        }
+    }
+
     /// The numbers themselves.
     pub fn plain(&self) -> Result<Tensor> {
         match self {

@@ -1,12 +1,13 @@
 //! The residual stream: `x += y · gate`, and the norm that every part of a block begins with.
 //!
-//! A sum is not made at once. It waits for the next norm, so that a device that can makes both in one pass over memory;
-//! where nothing can be fused, the sum is made at once and the norm is a norm.
+//! A sum is made by the product that is added, where the device can. Else it is not made at once: it waits for the next
+//! norm, so that a device that can makes both in one pass over memory; where nothing can be fused, the sum is made at once
+//! and the norm is a norm.
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    Form, Rows,
+    Activation, Form, Gated, Linear, Rows,
     norm::{self, Affine},
 };
 use crate::model::{Error, Result};
@@ -45,6 +46,23 @@ impl Residual {
             None => (&self.x + y.to_dtype(self.x.dtype())?)?,
         };
         Ok(())
+    }
+
+    /// Adds what `o` makes of `y`, times a gate, which may be in `gated` already.
+    pub fn add_through(
+        &mut self,
+        o: &Linear,
+        y: &Rows,
+        gate: Option<(&Tensor, &[usize])>,
+        gated: Option<&Gated>,
+    ) -> Result<()> {
+        if fused(&self.x, 1) && gate.is_some() == gated.is_some() && y.dims() == [self.rows(), o.width()] {
+            self.settle()?;
+            if o.add_rows(y, gated, &self.x)? {
+                return Ok(());
+            }
+        }
+        self.add(o.forward_rows(y, Activation::None)?, gate)
     }
 
     /// LayerNorm of the sum so far, in the form its reader wants.

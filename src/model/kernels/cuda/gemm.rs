@@ -82,7 +82,8 @@ struct Key {
 #[derive(Debug)]
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
-    chosen: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+    /// None = there is no way.
+    chosen: Mutex<HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>>,
 }
 
 // SAFETY: cuBLASLt's handle may be used from any thread, also at the same time (its documentation, "Thread Safety").
@@ -245,23 +246,25 @@ impl Call {
 /// Computes a product: `[n, out]`, bf16.
 pub fn product(p: &Product) -> Result<Tensor> {
     let key = key(p, false)?;
-    let (c, call, y) =
-        (context(p.x.device())?, Call::new(key, p)?, empty(p.x.device(), (key.n, key.out), DType::BF16)?);
-    let algorithm = algorithm(&c, &call, p, key, || Ok(y.clone()))?;
-    call.run(&c, p, &y, &algorithm)?;
+    let (c, call) = (context(p.x.device())?, Call::new(key, p)?);
+    let y = empty(p.x.device(), (key.n, key.out), DType::BF16)?;
+    let way = algorithm(&c, &call, p, key, || Ok(y.clone()))?;
+    let way = way.ok_or_else(|| Error::Config(format!("cuBLASLt has no way to compute {key:?}")))?;
+    call.run(&c, p, &y, &way)?;
     Ok(y)
 }
 
 /// Adds a product to `y` (`[n, out]`, bf16, contiguous), in place: one rounding, and no pass over memory for the sum.
-pub fn add_product(p: &Product, y: &Tensor) -> Result<()> {
+/// False, and nothing is done, where the library cannot.
+pub fn add_product(p: &Product, y: &Tensor) -> Result<bool> {
     let key = key(p, true)?;
     if y.dims() != [key.n, key.out] || y.dtype() != DType::BF16 {
         return Err(Error::Input(format!("a product of {key:?} added to {:?} {:?}", y.dims(), y.dtype())));
     }
     let (c, call) = (context(p.x.device())?, Call::new(key, p)?);
     // Candidates are timed on a sum of their own.
-    let algorithm = algorithm(&c, &call, p, key, || empty(y.device(), y.shape(), DType::BF16))?;
-    call.run(&c, p, y, &algorithm)
+    let way = algorithm(&c, &call, p, key, || Ok(Tensor::zeros(y.shape(), DType::BF16, y.device())?))?;
+    way.map_or(Ok(false), |way| call.run(&c, p, y, &way).map(|()| true))
 }
 
 fn key(p: &Product, sum: bool) -> Result<Key> {
@@ -292,7 +295,7 @@ fn algorithm(
     p: &Product,
     key: Key,
     y: impl FnOnce() -> Result<Tensor>,
-) -> Result<sys::cublasLtMatmulAlgo_t> {
+) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
     let known = c.products.chosen.lock().unwrap_or_else(|e| e.into_inner()).get(&key).copied();
     if let Some(algorithm) = known {
         return Ok(algorithm);
@@ -308,14 +311,14 @@ pub fn possible(p: &Product) -> Result<bool> {
     Ok(!Call::new(key, p)?.candidates(context(p.x.device())?.products.handle)?.is_empty())
 }
 
-fn choose(c: &Context, call: &Call, p: &Product, y: &Tensor, key: Key) -> Result<sys::cublasLtMatmulAlgo_t> {
+fn choose(c: &Context, call: &Call, p: &Product, y: &Tensor, key: Key) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
     let candidates = call.candidates(c.products.handle)?;
     let stream = c.device.cuda_stream();
     let idle = candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    let first = *candidates.first().ok_or_else(|| Error::Config(format!("cuBLASLt has no way to compute {key:?}")))?;
+    let Some(first) = candidates.first().copied() else { return Ok(None) };
     let operations = 2.0 * key.out as f64 * key.n as f64 * key.width as f64;
     if operations < WORTH_TIMING || stream.capture_status().is_ok_and(|s| s != idle) {
-        return Ok(first);
+        return Ok(Some(first));
     }
     // Milliseconds of `times` runs, queued together; infinite where the candidate cannot do it.
     let timed = |algorithm: &sys::cublasLtMatmulAlgo_t, times: usize| -> Result<f32> {
@@ -342,10 +345,13 @@ fn choose(c: &Context, call: &Call, p: &Product, y: &Tensor, key: Key) -> Result
     }
     found.sort_by(|a, b| a.0.total_cmp(&b.0));
     let alone = found.first().map_or(f32::INFINITY, |f| f.0);
+    if alone.is_infinite() {
+        return Ok(None);
+    }
     found.retain(|f| f.0 <= alone * NEAR);
     found.truncate(FINALISTS);
     if alone < SHORT || found.len() < 2 {
-        return Ok(found.first().map_or(first, |f| f.1));
+        return Ok(found.first().map(|f| f.1));
     }
     let times = (LENGTH / alone).ceil() as usize;
     // The card gets warm before it counts.
@@ -357,5 +363,5 @@ fn choose(c: &Context, call: &Call, p: &Product, y: &Tensor, key: Key) -> Result
             best = (took, *algorithm);
         }
     }
-    Ok(best.1)
+    Ok(Some(best.1))
 }

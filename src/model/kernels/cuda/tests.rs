@@ -229,18 +229,55 @@ fn folded(device: &Device) {
             let what = format!("{rows} rows over {n} and {alike} keys, {heads} heads, {form:?}");
             let (o, o64, b64) = projection(dim, form, device);
             let folded = Folded::new(&o, &k, &v, alike, &w, heads, 1e-6).unwrap();
-            let got = folded.weights(&q).unwrap().plain().unwrap();
+            let weights = folded.weights(&q).unwrap();
+            let got = weights.plain().unwrap();
             let columns = got.dims()[1] / heads;
             let got = got.reshape((rows, heads, columns)).unwrap().narrow(2, 0, n).unwrap();
             close(&format!("weights of {what}"), &got.contiguous().unwrap(), &p, bound(form));
             let want = attended.matmul(&o64.t().unwrap()).unwrap().broadcast_add(&b64).unwrap();
             let bound = if cpu { 1e-5 } else { 2.5 * bound(form) };
-            close(&what, &folded.attend(&q).unwrap(), &want, bound);
+            close(&what, &folded.product().forward_rows(&weights, Activation::None).unwrap(), &want, bound);
+            // Added to a stream, as a block does it: by the product where there is one.
+            let stream_type = if cpu { DType::F32 } else { DType::BF16 };
+            let (x, x64) = pair(&[rows, dim], 1.0, stream_type, device);
+            let mut x = Residual::new(x);
+            x.add_through(folded.product(), &weights, None, None).unwrap();
+            close(&format!("{what}, added"), x.settle().unwrap(), &(want + x64).unwrap(), bound);
         }
     }
 }
 
-/// The same for the few keys of each group.
+/// Products added to a stream, through gates of either sign that are in the matrix where it has factors.
+fn gated(device: &Device) {
+    let cpu = device.is_cpu();
+    for (rows, dim) in [(1, 16), (33, 144), (70, 5120)] {
+        let forms = if cpu { vec![Form::Plain(DType::F32)] } else { vec![Form::Plain(DType::BF16), Form::Scaled] };
+        for form in forms {
+            let what = format!("{rows} × {dim} {form:?}");
+            let stream_type = if cpu { DType::F32 } else { DType::BF16 };
+            let (x, x64) = pair(&[rows, dim], 1.0, stream_type, device);
+            let (y, y64) = pair(&[rows, dim], 1.0, stream_type, device);
+            let (gate, gate64) = pair(&[1, dim], 1.0, DType::F32, device);
+            let (o, o64, b64) = projection(dim, form, device);
+            let y = if form == Form::Scaled {
+                let (stored, units) = rows::quantise(&y, false).unwrap();
+                Rows::Scaled { stored, units }
+            } else {
+                Rows::Plain(y)
+            };
+            let made = o.gated(&gate).unwrap();
+            assert_eq!(made.is_some(), form == Form::Scaled);
+            let runs = [rows];
+            let mut x = Residual::new(x);
+            x.add_through(&o, &y, Some((&gate, &runs)), made.as_ref()).unwrap();
+            let y64 = y64.matmul(&o64.t().unwrap()).unwrap().broadcast_add(&b64).unwrap();
+            let want = (x64 + y64.broadcast_mul(&gate64).unwrap()).unwrap();
+            close(&what, x.settle().unwrap(), &want, bound(form));
+        }
+    }
+}
+
+/// Attention to the few keys of each group, made into the output projection.
 fn folded_few(device: &Device) {
     let cpu = device.is_cpu();
     for (groups, n, count, heads, head) in [(1, 1, 1, 1, 8), (3, 11, 5, 40, 128), (2, 7, 8, 4, 64), (2, 3, 4, 8, 16)] {
@@ -301,6 +338,7 @@ fn cpu_and_plain_operations_agree() {
     few_keys(&Device::Cpu);
     folded(&Device::Cpu);
     folded_few(&Device::Cpu);
+    gated(&Device::Cpu);
 }
 
 #[test]
@@ -348,6 +386,11 @@ fn card_few_keys() {
 #[test]
 fn card_folded() {
     folded(&card());
+}
+
+#[test]
+fn card_gated() {
+    gated(&card());
 }
 
 #[test]
@@ -400,7 +443,10 @@ fn card_products() {
             close(&format!("e4m3 {what}"), &gemm::product(&p).unwrap(), &finish(want.clone()), 1e-2);
             if !gelu {
                 let (sum, sum64) = pair(&[n, out], 3.0, DType::BF16, &card());
-                gemm::add_product(&p, &sum).unwrap();
+                if !gemm::add_product(&p, &sum).unwrap() {
+                    println!("{what}: cuBLASLt adds no e4m3 product, and sums are passes of their own");
+                    continue;
+                }
                 close(&format!("e4m3 {what}, added"), &sum, &(finish(want) + sum64).unwrap(), 1e-2);
             }
         }
