@@ -11,7 +11,7 @@ use loquent::model::{
     Result,
     dit::{Config, Dit, Opening, Trace},
     kernels::cuda::{self, gemm, rows, time},
-    nn::{self, Activation, Folded, Form, Linear, Memory, Slot, folded},
+    nn::{self, Activation, Folded, Form, Linear, Memory, Slot},
     weights::{
         Fp8, Weights,
         synth::{imagined, preset},
@@ -235,16 +235,15 @@ fn known(device: &Device, size: (usize, usize)) -> Result<()> {
         let attend = || nn::attention_to_few(&queries, &weight, &k, &v, heads, frames, 1e-6, form);
         let all = time::milliseconds(device, 3, RUNS, || attend().map(drop))?;
         report("attention to the voice", size, precision, &all, 0.0);
-        let make = || folded::through_few(&o, &v, heads, frames);
+        let make = || Folded::grouped(&o, &k, &v, frames, &weight, heads, 1e-6);
         let all = time::milliseconds(device, 3, RUNS, || make().map(drop))?;
         report("voice made", size, precision, &all, 0.0);
-        let Some(out) = make()? else { continue };
-        let weights = || folded::weights_to_few(&queries, &weight, &k, heads, frames, 1e-6, form);
-        let all = time::milliseconds(device, 3, RUNS, || weights().map(drop))?;
+        let voice = make()?;
+        let all = time::milliseconds(device, 3, RUNS, || voice.weights(&queries).map(drop))?;
         report("weights of the voice", size, precision, &all, 0.0);
-        let p = weights()?;
+        let (p, out) = (voice.weights(&queries)?, voice.product());
         let all = time::milliseconds(device, 3, RUNS, || out.forward_rows(&p, Activation::None).map(drop))?;
-        report(&format!("product of the voice, {} columns", out.width()), size, precision, &all, product(&out));
+        report(&format!("product of the voice, {} columns", out.width()), size, precision, &all, product(out));
     }
     Ok(())
 }

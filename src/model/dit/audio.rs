@@ -8,7 +8,7 @@ use super::{Config, place::Portable};
 use crate::model::{
     Error, Result,
     nn::{
-        Activation, CausalConv1d, Linear, Residual, Rows, attention_to_few, folded,
+        Activation, CausalConv1d, Folded, Linear, Residual, Rows, attention_to_few,
         norm::{self, Affine},
     },
     weights::{Fp8, Weights},
@@ -141,8 +141,7 @@ pub struct Injector {
 #[derive(Debug, Clone)]
 pub struct InjectorAudio {
     affine: Affine,
-    k: Tensor,
-    v: Values,
+    voice: Voice,
     /// Where it is heard among several voices, `[n, 1]` over a frame's tokens; none = everywhere.
     reach: Option<Tensor>,
     /// The other voices.
@@ -150,24 +149,25 @@ pub struct InjectorAudio {
 }
 
 #[derive(Debug, Clone)]
-enum Values {
-    Kept(Tensor),
-    /// What the output projection makes of them.
-    Folded(Linear),
+enum Voice {
+    /// Keys and values.
+    Kept(Tensor, Tensor),
+    /// With the output projection in them.
+    Folded(Folded),
 }
 
-impl Values {
+impl Voice {
     fn copy(&self) -> Result<Self> {
         Ok(match self {
-            Values::Kept(v) => Values::Kept(v.copy()?),
-            Values::Folded(made) => Values::Folded(folded::copy_of(made)?),
+            Voice::Kept(k, v) => Voice::Kept(k.copy()?, v.copy()?),
+            Voice::Folded(folded) => Voice::Folded(folded.copy()?),
         })
     }
 
     fn tensors(&self) -> Vec<&Tensor> {
         match self {
-            Values::Kept(v) => vec![v],
-            Values::Folded(made) => folded::read_of(made),
+            Voice::Kept(k, v) => vec![k, v],
+            Voice::Folded(folded) => folded.tensors(),
         }
     }
 }
@@ -178,13 +178,13 @@ impl InjectorAudio {
         let affine = Affine { scale: self.affine.scale.copy()?, shift: self.affine.shift.copy()? };
         let others: Result<_> = self.others.iter().map(Self::copy).collect();
         let reach = self.reach.as_ref().map(Tensor::copy).transpose()?;
-        Ok(Self { affine, k: self.k.copy()?, v: self.v.copy()?, reach, others: others? })
+        Ok(Self { affine, voice: self.voice.copy()?, reach, others: others? })
     }
 
     /// All that an injector reads and that changes from block to block.
     pub(super) fn tensors(&self) -> Vec<&Tensor> {
-        let own = [&self.affine.scale, &self.affine.shift, &self.k];
-        own.into_iter().chain(self.v.tensors()).chain(self.others.iter().flat_map(Self::tensors)).collect()
+        let own = [&self.affine.scale, &self.affine.shift];
+        own.into_iter().chain(self.voice.tensors()).chain(self.others.iter().flat_map(Self::tensors)).collect()
     }
 }
 
@@ -278,9 +278,12 @@ impl Injector {
             Affine { scale: (m.narrow(1, d, d)? + 1.0)?.contiguous()?, shift: m.narrow(1, 0, d)?.contiguous()? };
         let k = norm::rms_norm(&self.k.forward(&audio.local)?, &self.norm_k, self.eps)?;
         let v = self.v.forward(&audio.local)?;
-        let made = if fold { folded::through_few(&self.o, &v, self.heads, audio.frames)? } else { None };
-        let v = made.map_or(Values::Kept(v), Values::Folded);
-        Ok(InjectorAudio { affine, k, v, reach: None, others: Vec::new() })
+        let voice = if fold && Folded::pays_for_few(&self.o, k.dim(0)?, self.heads) {
+            Voice::Folded(Folded::grouped(&self.o, &k, &v, audio.frames, &self.norm_q, self.heads, self.eps)?)
+        } else {
+            Voice::Kept(k, v)
+        };
+        Ok(InjectorAudio { affine, voice, reach: None, others: Vec::new() })
     }
 
     /// Adds to `x` `[frames · n, dim]` what it heard. The LayerNorm's eps is 1e-5 here, unlike everywhere else.
@@ -305,17 +308,13 @@ impl Injector {
     fn heard<'a>(&'a self, x: &mut Residual, audio: &'a InjectorAudio, frames: usize) -> Result<(&'a Linear, Rows)> {
         let y = x.norm(&audio.affine, &vec![x.rows() / frames; frames], 1e-5, self.q.form())?;
         let q = self.q.forward_rows(&y, Activation::None)?;
-        match &audio.v {
-            Values::Kept(v) => {
+        match &audio.voice {
+            Voice::Kept(k, v) => {
                 let form = self.o.form();
-                let y = attention_to_few(&q, &self.norm_q, &audio.k, v, self.heads, frames, self.eps, form)?;
+                let y = attention_to_few(&q, &self.norm_q, k, v, self.heads, frames, self.eps, form)?;
                 Ok((&self.o, y))
             }
-            Values::Folded(made) => {
-                let form = made.form();
-                let y = folded::weights_to_few(&q, &self.norm_q, &audio.k, self.heads, frames, self.eps, form)?;
-                Ok((made, y))
-            }
+            Voice::Folded(folded) => Ok((folded.product(), folded.weights(&q)?)),
         }
     }
 }

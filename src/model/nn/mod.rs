@@ -7,7 +7,7 @@
 
 mod attention;
 mod conv;
-pub mod folded;
+mod folded;
 pub mod fp8;
 mod linear;
 mod matrix;

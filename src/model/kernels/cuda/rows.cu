@@ -217,21 +217,16 @@ __global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, float *row_
 }
 
 // Queries normed, then attention to the few keys of the row's group, the whole row in one block. The lanes that share a
-// head (head / 8 of them, a power of two) hold eight channels each. WEIGHTS: not the values' means are written but what
-// each value weighs, column (group, head, key) of `columns`; zeros where keys are another group's.
+// head (head / 8 of them, a power of two) hold eight channels each.
 constexpr int MOST_KEYS = 8;
-constexpr int MOST_COLUMNS = 2048;
-template <int HELD, class Out, bool WEIGHTS>
+template <int HELD, class Out>
 __global__ void few_keys(const __nv_bfloat16 *q, const __nv_bfloat16 *weight, const __nv_bfloat16 *keys,
                          const __nv_bfloat16 *values, Out *out, float *row_scale, int rows_in_group, int count,
-                         int lanes, int columns, int width, float eps, float scale) {
+                         int lanes, int width, float eps, float scale) {
     __shared__ float room[2 * 32];
-    __shared__ __align__(16) Out line[WEIGHTS ? MOST_COLUMNS : 16];
     const int row = blockIdx.x, group = row / rows_in_group;
     float v[HELD][8];
     float all[1] = {0.f};
-    if constexpr (WEIGHTS) // the sum's barrier comes before anything else is written there
-        for (int i = threadIdx.x; i < columns; i += blockDim.x) line[i] = Out(0.f);
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         const int i = (threadIdx.x + k * blockDim.x) * 8;
@@ -266,47 +261,23 @@ __global__ void few_keys(const __nv_bfloat16 *q, const __nv_bfloat16 *weight, co
             score[t] = dot;
             most = fmaxf(most, dot);
         }
-        if constexpr (WEIGHTS) {
 #pragma unroll
-            for (int t = 0; t < MOST_KEYS; t++) {
-                if (t >= count) break;
-                score[t] = __expf(score[t] - most);
-                sum += score[t];
+        for (int j = 0; j < 8; j++) v[k][j] = 0.f;
+#pragma unroll
+        for (int t = 0; t < MOST_KEYS; t++) {
+            if (t >= count) break;
+            const float p = __expf(score[t] - most);
+            sum += p;
+            if (mine) {
+                load8(values + first + (size_t)t * width + i, a);
+#pragma unroll
+                for (int j = 0; j < 8; j++) v[k][j] += p * a[j];
             }
-            const int at = (group * (width / (lanes * 8)) + i / (lanes * 8)) * count;
-#pragma unroll
-            for (int t = 0; t < MOST_KEYS; t++) {
-                if (t >= count) break;
-                if (mine && i / 8 % lanes == t % lanes)
-                    line[at + t] = Out(score[t] / sum * (sizeof(Out) == 1 ? LARGEST : 1.f));
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < 8; j++) v[k][j] = 0.f;
-#pragma unroll
-            for (int t = 0; t < MOST_KEYS; t++) {
-                if (t >= count) break;
-                const float p = __expf(score[t] - most);
-                sum += p;
-                if (mine) {
-                    load8(values + first + (size_t)t * width + i, a);
-#pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] += p * a[j];
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 8; j++) v[k][j] /= sum;
         }
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[k][j] /= sum;
     }
-    if constexpr (WEIGHTS) {
-        __syncthreads();
-        constexpr int vector = 16 / sizeof(Out);
-        for (int i = threadIdx.x * vector; i < columns; i += blockDim.x * vector)
-            *reinterpret_cast<uint4 *>(out + (size_t)row * columns + i) = *reinterpret_cast<const uint4 *>(line + i);
-        if (sizeof(Out) == 1 && threadIdx.x == 0) row_scale[row] = 1.f / LARGEST;
-    } else {
-        put_row<HELD>(v, out, row_scale, row, width, room + 32);
-    }
+    put_row<HELD>(v, out, row_scale, row, width, room + 32);
 }
 
 } // namespace
@@ -359,28 +330,20 @@ int lq_quantise(int gelu, const void *x, void *out, float *row_scale, int rows, 
     });
 }
 
-// `values` none: what each value weighs, [rows, columns], instead of the values' means.
 int lq_few_keys(int out_kind, const void *q, const void *weight, const void *keys, const void *values, void *out,
-                float *row_scale, int rows, int groups, int count, int head, int columns, int width, float eps,
-                void *stream) {
+                float *row_scale, int rows, int groups, int count, int head, int width, float eps, void *stream) {
     const int threads = threads_for(width);
     const int lanes = head / 8;
     if (!threads || count < 1 || count > MOST_KEYS || groups < 1 || rows % groups || head < 8 || head % 8 ||
         width % head || lanes > 32 || (lanes & (lanes - 1)))
         return cudaErrorInvalidValue;
-    if (!values && (columns % 16 || columns > MOST_COLUMNS || columns < groups * (width / head) * count))
-        return cudaErrorInvalidValue;
     return with_held(width, [&](auto held) {
         auto go = [&](auto type) {
             using Out = decltype(type);
-            auto launch = [&](auto kernel) {
-                kernel<<<rows, threads, 0, (cudaStream_t)stream>>>(
-                    (const __nv_bfloat16 *)q, (const __nv_bfloat16 *)weight, (const __nv_bfloat16 *)keys,
-                    (const __nv_bfloat16 *)values, (Out *)out, row_scale, rows / groups, count, lanes, columns, width, eps,
-                    1.f / sqrtf((float)head));
-            };
-            if (values) launch(few_keys<held(), Out, false>);
-            else launch(few_keys<held(), Out, true>);
+            few_keys<held(), Out><<<rows, threads, 0, (cudaStream_t)stream>>>(
+                (const __nv_bfloat16 *)q, (const __nv_bfloat16 *)weight, (const __nv_bfloat16 *)keys,
+                (const __nv_bfloat16 *)values, (Out *)out, row_scale, rows / groups, count, lanes, width, eps,
+                1.f / sqrtf((float)head));
         };
         if (out_kind == BF16) go(__nv_bfloat16{});
         else go(__nv_fp8_e4m3{});

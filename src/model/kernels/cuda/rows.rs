@@ -85,7 +85,6 @@ unsafe extern "C" {
         groups: i32,
         count: i32,
         head: i32,
-        columns: i32,
         width: i32,
         eps: f32,
         stream: *mut c_void,
@@ -271,37 +270,10 @@ pub fn few_keys(
     eps: f64,
     fp8: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    few([q, weight, keys], Some(values), heads, groups, q.dim(1)?, eps, fp8)
-}
-
-/// The same, but what each value weighs: column (group, head, key) of `columns` (a multiple of 16), zeros where keys are
-/// another group's.
-pub fn few_weights(
-    q: &Tensor,
-    weight: &Tensor,
-    keys: &Tensor,
-    heads: usize,
-    groups: usize,
-    columns: usize,
-    eps: f64,
-    fp8: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
-    few([q, weight, keys], None, heads, groups, columns, eps, fp8)
-}
-
-fn few(
-    [q, weight, keys]: [&Tensor; 3],
-    values: Option<&Tensor>,
-    heads: usize,
-    groups: usize,
-    columns: usize,
-    eps: f64,
-    fp8: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
     let ((rows, width), (all, _)) = (q.dims2()?, keys.dims2()?);
-    let bf16 = [q, weight, keys].into_iter().chain(values).all(|t| t.dtype() == DType::BF16);
+    let bf16 = [q, weight, keys, values].iter().all(|t| t.dtype() == DType::BF16);
     if !bf16
-        || values.is_some_and(|v| v.dims() != keys.dims())
+        || keys.dims() != values.dims()
         || keys.dim(1)? != width
         || weight.dims() != [width]
         || all % groups.max(1) != 0
@@ -309,7 +281,7 @@ fn few(
         return Err(Error::Input(format!("attention of {:?} over the few keys {:?}", q.dims(), keys.dims())));
     }
     let c = context(q.device())?;
-    let out = empty(q.device(), (rows, columns), if fp8 { DType::F8E4M3 } else { DType::BF16 })?;
+    let out = empty(q.device(), (rows, width), if fp8 { DType::F8E4M3 } else { DType::BF16 })?;
     let scales = if fp8 { Some(empty(q.device(), rows, DType::F32)?) } else { None };
     // SAFETY: shapes and types were checked here and in the launcher.
     let status = unsafe {
@@ -318,14 +290,13 @@ fn few(
             address(q)?,
             address(weight)?,
             address(keys)?,
-            values.map_or(Ok(0), address)?,
+            address(values)?,
             address(&out)?,
             scales.as_ref().map_or(Ok(0), address)?,
             rows as i32,
             groups as i32,
             (all / groups) as i32,
             (width / heads) as i32,
-            columns as i32,
             width as i32,
             eps as f32,
             c.stream(),
@@ -334,9 +305,6 @@ fn few(
     launched("attention to few keys", status)?;
     Ok((out, scales))
 }
-
-/// Most columns that [`few_weights`] writes: a row of them is put together in shared memory.
-pub const FEW_COLUMNS: usize = 2048;
 
 /// Most keys of a group that [`few_keys`] takes.
 pub const FEW: usize = 8;

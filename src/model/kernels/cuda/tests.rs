@@ -7,7 +7,7 @@ use super::{attention, gemm, rows};
 use crate::model::{
     nn::rope::{Group, Rounding},
     nn::{
-        self, Activation, Folded, Form, Linear, Memory, Residual, Rope, Rows, Slot, folded,
+        self, Activation, Folded, Form, Linear, Memory, Residual, Rope, Rows, Slot,
         norm::{Affine, plain},
     },
 };
@@ -280,40 +280,38 @@ fn gated(device: &Device) {
 /// Attention to the few keys of each group, made into the output projection.
 fn folded_few(device: &Device) {
     let cpu = device.is_cpu();
-    for (groups, n, count, heads, head) in [(1, 1, 1, 1, 8), (3, 11, 5, 40, 128), (2, 7, 8, 4, 64), (2, 3, 4, 8, 16)] {
+    for (groups, n, count, heads) in [(1, 1, 1, 1), (3, 11, 5, 40), (2, 37, 8, 4), (5, 16, 7, 2)] {
         let (dtype, forms) = if cpu {
             (DType::F32, vec![Form::Plain(DType::F32)])
         } else {
             (DType::BF16, vec![Form::Plain(DType::BF16), Form::Scaled])
         };
-        let (dim, own) = (heads * head, heads * count);
+        let (dim, all) = (heads * 128, groups * count);
         let (q, q64) = pair(&[groups * n, dim], 3.0, dtype, device);
         let (w, w64) = pair(&[dim], 1.0, dtype, device);
-        let (k, k64) = pair(&[groups * count, dim], 1.0, dtype, device);
-        let (v, v64) = pair(&[groups * count, dim], 1.0, dtype, device);
-        let q64 = plain::rms_norm(&q64, &w64, 1e-6).unwrap();
-        let p = weights64(&q64, &k64, None, heads, groups).reshape((groups * n, own)).unwrap();
-        let all = (groups * own).next_multiple_of(16);
+        let (k, k64) = pair(&[all, dim], 1.0, dtype, device);
+        let (v, v64) = pair(&[all, dim], 1.0, dtype, device);
+        let ones = Tensor::ones(dim, DType::F64, &Device::Cpu).unwrap();
+        let unit = plain::rms_norm(&q64, &ones, 1e-6).unwrap();
+        let keys = k64.broadcast_mul(&w64).unwrap().to_dtype(dtype).unwrap().to_dtype(DType::F64).unwrap();
+        let p = weights64(&unit, &keys, None, heads, groups);
         let spread: Vec<Tensor> = (0..groups)
-            .map(|g| p.narrow(0, g * n, n).unwrap().pad_with_zeros(1, g * own, all - (g + 1) * own).unwrap())
+            .map(|g| {
+                let own = p.narrow(0, g * n, n).unwrap().contiguous().unwrap();
+                own.pad_with_zeros(2, g * count, all.next_multiple_of(16) - (g + 1) * count).unwrap()
+            })
             .collect();
-        let spread = Tensor::cat(&spread, 0).unwrap();
-        let attended = attention64(&q64, &k64, &v64, heads, groups);
+        let spread = Tensor::cat(&spread, 0).unwrap().flatten_from(1).unwrap();
+        let attended = attention64(&unit.broadcast_mul(&w64).unwrap(), &k64, &v64, heads, groups);
         for form in forms {
-            let what = format!("{groups}·{n} over {count}, {heads}·{head} {form:?}");
-            let weights = folded::weights_to_few(&q, &w, &k, heads, groups, 1e-6, form).unwrap();
-            close(&format!("weights of {what}"), &weights.plain().unwrap(), &spread, bound(form));
-            if dim % 16 != 0 {
-                continue;
-            }
+            let what = format!("{groups}·{n} over {count}, {heads} heads {form:?}");
             let (o, o64, b64) = projection(dim, form, device);
-            let made = folded::through_few(&o, &v, heads, groups).unwrap();
-            assert_eq!(made.is_some(), all * 4 <= dim, "{what}");
-            if let Some(made) = made {
-                let want = attended.matmul(&o64.t().unwrap()).unwrap().broadcast_add(&b64).unwrap();
-                let bound = if cpu { 1e-5 } else { 2.5 * bound(form) };
-                close(&what, &made.forward_rows(&weights, Activation::None).unwrap(), &want, bound);
-            }
+            let folded = Folded::grouped(&o, &k, &v, groups, &w, heads, 1e-6).unwrap();
+            let weights = folded.weights(&q).unwrap();
+            close(&format!("weights of {what}"), &weights.plain().unwrap(), &spread, bound(form));
+            let want = attended.matmul(&o64.t().unwrap()).unwrap().broadcast_add(&b64).unwrap();
+            let bound = if cpu { 1e-5 } else { 2.5 * bound(form) };
+            close(&what, &folded.product().forward_rows(&weights, Activation::None).unwrap(), &want, bound);
         }
     }
 }

@@ -59,11 +59,12 @@ __device__ __forceinline__ void store4(__nv_fp8_e4m3 *p, const float v[4]) {
 // One head of 64 rows. A dot product does not care in which order its channels come, so a lane takes eight neighbours of
 // queries and keys instead of the pairs that matrix units ask for, and keys lie in the order in which lanes read them
 // (`weights.rs`, `fragments`): key 16 p + 4 c + 2 t + i of a head is column 2 c + i of tile 2 p + t, so that a lane holds
-// four neighbouring weights.
+// four neighbouring weights. Rows of group g see keys g · count to (g + 1) · count; to the score of the last one `last` is
+// added.
 template <int PAIRS, class Out>
 __global__ void __launch_bounds__(WARPS * 32)
-    weights(const __nv_bfloat16 *q, const float *inverse, const uint4 *keys, const float *bias, Out *out, float *units,
-            int rows, int columns, float scale) {
+    weights(const __nv_bfloat16 *q, const float *inverse, const uint4 *keys, Out *out, float *units, int rows,
+            int rows_in_group, int count, float last, int columns, float scale) {
     constexpr int TILES = 2 * PAIRS;
     const int head = blockIdx.x, heads = gridDim.x;
     const int lane = threadIdx.x & 31, group = lane >> 2, c = lane & 3;
@@ -91,14 +92,18 @@ __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float factor = inverse[read[r]] * scale;
+        // The lane's first key, counted from the group's first.
+        const int key = c * 4 - read[r] / rows_in_group * count;
         float most = -INFINITY, sum = 0.f;
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            const float2 add = __ldg(reinterpret_cast<const float2 *>(bias + (t / 2) * 16 + c * 4 + (t & 1) * 2));
-            float &x = s[t][2 * r], &y = s[t][2 * r + 1];
-            x = x * factor + add.x, y = y * factor + add.y;
-            most = fmaxf(most, fmaxf(x, y));
-        }
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int at = key + (t / 2) * 16 + (t & 1) * 2 + i;
+                float &x = s[t][2 * r + i];
+                x = at < 0 || at >= count ? -INFINITY : x * factor + (at == count - 1 ? last : 0.f);
+                most = fmaxf(most, x);
+            }
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
 #pragma unroll
@@ -125,15 +130,12 @@ __global__ void __launch_bounds__(WARPS * 32)
     }
 }
 
-// Row (g, h, j) of the result is value j of group g in the channels of head h, zero elsewhere; rows behind the last are
-// zeros. Eight channels a thread.
-__global__ void heads_apart(const __nv_bfloat16 *values, __nv_bfloat16 *out, int rows, int heads, int count, int head,
-                            int width) {
-    const int row = blockIdx.x, of_head = row / count % heads, value = row / (count * heads) * count + row % count;
+// Row (h, j) of the result is value j in the channels of head h, zero elsewhere. Eight channels a thread.
+__global__ void heads_apart(const __nv_bfloat16 *values, __nv_bfloat16 *out, int count, int head, int width) {
+    const int row = blockIdx.x;
     for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
         uint4 v = {0, 0, 0, 0};
-        if (row < rows && i / head == of_head)
-            v = *reinterpret_cast<const uint4 *>(values + (size_t)value * width + i);
+        if (i / head == row / count) v = *reinterpret_cast<const uint4 *>(values + (size_t)(row % count) * width + i);
         *reinterpret_cast<uint4 *>(out + (size_t)row * width + i) = v;
     }
 }
@@ -152,31 +154,33 @@ template <int PAIRS = 1, class Go> int with_pairs(int pairs, Go go) {
 
 extern "C" {
 
-// q [rows, heads · 128], keys as `fragments` lays them, 16 · pairs of them with a bias each (f32); out [rows,
-// heads · columns] bf16 or e4m3 with units [rows]; inverse [rows]: room.
-int lq_weights(int out_kind, const void *q, const void *keys, const float *bias, float *inverse, void *out, float *units,
-               int rows, int heads, int pairs, int columns, float eps, void *stream) {
-    if (rows < 1 || heads < 1 || columns < 16 || columns % 16 || columns > 16 * pairs) return cudaErrorInvalidValue;
+// q [rows, heads · 128], keys as `fragments` lays them, 16 · pairs of them, `count` for each of `groups` equal parts of the
+// rows; out [rows, heads · columns] bf16 or e4m3 with units [rows]; inverse [rows]: room.
+int lq_weights(int out_kind, const void *q, const void *keys, float *inverse, void *out, float *units, int rows, int heads,
+               int groups, int count, float last, int pairs, int columns, float eps, void *stream) {
+    if (rows < 1 || heads < 1 || columns < 16 || columns % 16 || columns > 16 * pairs || groups < 1 || rows % groups ||
+        count < 1 || groups * count > 16 * pairs)
+        return cudaErrorInvalidValue;
     const auto s = (cudaStream_t)stream;
     inverse_rms<<<(rows + 7) / 8, 256, 0, s>>>((const __nv_bfloat16 *)q, inverse, rows, heads * HEAD, eps);
     const dim3 grid(heads, (rows + WARPS * ROWS - 1) / (WARPS * ROWS));
-    return with_pairs(pairs, [&](auto count) {
+    return with_pairs(pairs, [&](auto n) {
         auto go = [&](auto type) {
             using Out = decltype(type);
-            weights<count(), Out><<<grid, WARPS * 32, 0, s>>>((const __nv_bfloat16 *)q, inverse, (const uint4 *)keys, bias,
-                                                              (Out *)out, units, rows, columns, 1.f / sqrtf((float)HEAD));
+            weights<n(), Out><<<grid, WARPS * 32, 0, s>>>((const __nv_bfloat16 *)q, inverse, (const uint4 *)keys,
+                                                          (Out *)out, units, rows, rows / groups, count, last, columns,
+                                                          1.f / sqrtf((float)HEAD));
         };
         if (out_kind == BF16) go(__nv_bfloat16{});
         else go(__nv_fp8_e4m3{});
     });
 }
 
-// values [groups · count, width] -> out [all, width], of which the first groups · heads · count rows are written to.
-int lq_heads_apart(const void *values, void *out, int groups, int heads, int count, int all, int width, void *stream) {
-    const int rows = groups * heads * count;
-    if (rows < 1 || all < rows || width % heads || width / heads % 8) return cudaErrorInvalidValue;
-    heads_apart<<<all, 128, 0, (cudaStream_t)stream>>>((const __nv_bfloat16 *)values, (__nv_bfloat16 *)out, rows, heads,
-                                                       count, width / heads, width);
+// values [count, width] -> out [heads · count, width].
+int lq_heads_apart(const void *values, void *out, int heads, int count, int width, void *stream) {
+    if (heads < 1 || count < 1 || width % heads || width / heads % 8) return cudaErrorInvalidValue;
+    heads_apart<<<heads * count, 128, 0, (cudaStream_t)stream>>>((const __nv_bfloat16 *)values, (__nv_bfloat16 *)out,
+                                                                 count, width / heads, width);
     LQ_LAUNCHED();
 }
 }

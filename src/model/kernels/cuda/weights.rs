@@ -12,27 +12,20 @@ unsafe extern "C" {
         out_kind: i32,
         q: u64,
         keys: u64,
-        bias: u64,
         inverse: u64,
         out: u64,
         units: u64,
         rows: i32,
         heads: i32,
+        groups: i32,
+        count: i32,
+        last: f32,
         pairs: i32,
         columns: i32,
         eps: f32,
         stream: *mut c_void,
     ) -> i32;
-    fn lq_heads_apart(
-        values: u64,
-        out: u64,
-        groups: i32,
-        heads: i32,
-        count: i32,
-        all: i32,
-        width: i32,
-        stream: *mut c_void,
-    ) -> i32;
+    fn lq_heads_apart(values: u64, out: u64, heads: i32, count: i32, width: i32, stream: *mut c_void) -> i32;
 }
 
 /// Keys come in so many.
@@ -55,13 +48,22 @@ pub fn fragments(keys: &Tensor) -> Result<Tensor> {
     Ok(keys.permute(vec![4, 0, 2, 5, 1, 3, 6])?.contiguous()?.reshape((n, width))?)
 }
 
+/// Which keys a query sees: of `groups` equal parts of the rows each sees `count` keys of its own, one part's keys after the
+/// other's. `last` is added to the score of the last of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    pub groups: usize,
+    pub count: usize,
+    pub last: f32,
+}
+
 /// Softmax weights of queries `[rows, heads · 128]` (bf16, before an RMS norm whose weight is in the keys) over keys that
-/// [`fragments`] laid, with `bias` (f32, one per key) added to the scores. Of each head the first `columns` keys' weights
-/// (a multiple of 16): `[rows, heads · columns]`, bf16, or e4m3 with row scales if `fp8`.
+/// [`fragments`] laid. Of each head the first `columns` keys' weights (a multiple of 16), 0 where a key is not seen:
+/// `[rows, heads · columns]`, bf16, or e4m3 with row scales if `fp8`.
 pub fn over(
     q: &Tensor,
     keys: &Tensor,
-    bias: &Tensor,
+    seen: Seen,
     columns: usize,
     eps: f64,
     fp8: bool,
@@ -69,9 +71,11 @@ pub fn over(
     let ((rows, width), (n, key)) = (q.dims2()?, keys.dims2()?);
     let bf16 = q.dtype() == DType::BF16 && keys.dtype() == DType::BF16;
     let fits = width % HEAD == 0 && width == key && n % STEP == 0 && n <= MOST && columns <= n && columns % STEP == 0;
-    if !bf16 || !fits || rows == 0 || columns == 0 || bias.dims() != [n] || bias.dtype() != DType::F32 {
+    let Seen { groups, count, last } = seen;
+    let parts = groups > 0 && count > 0 && rows % groups == 0 && groups * count <= n;
+    if !bf16 || !fits || rows == 0 || columns == 0 || !parts {
         return Err(Error::Input(format!(
-            "weights of {:?} {:?} over {:?}, {columns} of them",
+            "weights of {:?} {:?} over {:?}, {columns} of them, {seen:?}",
             q.dims(),
             q.dtype(),
             keys.dims()
@@ -87,12 +91,14 @@ pub fn over(
             kind(out.dtype())?,
             address(q)?,
             address(keys)?,
-            address(bias)?,
             address(&inverse)?,
             address(&out)?,
             units.as_ref().map_or(Ok(0), address)?,
             rows as i32,
             heads as i32,
+            groups as i32,
+            count as i32,
+            last,
             (n / STEP) as i32,
             columns as i32,
             eps as f32,
@@ -103,19 +109,18 @@ pub fn over(
     Ok((out, units))
 }
 
-/// Values `[groups · count, width]` (bf16) with one row per group, head and value: its channels in that head, zeros
-/// elsewhere; `[all, width]`, rows of zeros behind the last.
-pub fn heads_apart(values: &Tensor, heads: usize, groups: usize, all: usize) -> Result<Tensor> {
-    let (n, width) = values.dims2()?;
-    if values.dtype() != DType::BF16 || heads == 0 || groups == 0 || n % groups != 0 || n * heads > all {
+/// Values `[count, heads · head]` (bf16) with one row per head and value: its channels in that head, zeros elsewhere;
+/// `[heads · count, width]`.
+pub fn heads_apart(values: &Tensor, heads: usize) -> Result<Tensor> {
+    let (count, width) = values.dims2()?;
+    if values.dtype() != DType::BF16 {
         return Err(Error::Input(format!("values {:?} of {:?} apart by heads", values.dims(), values.dtype())));
     }
     let c = context(values.device())?;
-    let out = empty(values.device(), (all, width), DType::BF16)?;
-    let (groups, heads, count) = (groups as i32, heads as i32, (n / groups) as i32);
+    let out = empty(values.device(), (heads * count, width), DType::BF16)?;
     // SAFETY: shapes and types were checked here and in the launcher.
     let status = unsafe {
-        lq_heads_apart(address(values)?, address(&out)?, groups, heads, count, all as i32, width as i32, c.stream())
+        lq_heads_apart(address(values)?, address(&out)?, heads as i32, count as i32, width as i32, c.stream())
     };
     launched("values apart by heads", status)?;
     Ok(out)
