@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --features cuda --bench video [-- SIZES [WHAT]]`, for example `704x384,480x832 check,decode,encode,ears`.
 //! `check`: the card in bf16 against the CPU in f32 of the same weights, three latents in one pass against one by one,
-//! YUV against its plain form. One JSON line per figure.
+//! YUV against its plain form. `compare`: the decoder without what it leaves out, with one saving after the other, and
+//! their errors against the first. One JSON line per figure; TFLOP/s count what it would be without savings.
 
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use loquent::model::{
     Result,
     kernels::cuda::{self, time},
     picture,
-    vae::{Decoding, Encoding, WanVae, quiet},
+    vae::{Decoding, Encoding, Savings, WanVae, quiet},
     wav2vec2::{Config, Wav2Vec2},
     weights::{
         Tensors, Weights,
@@ -44,11 +45,17 @@ fn main() -> Result<()> {
     if wants("check") {
         step("check", check(&device));
     }
-    if wants("decode") || wants("encode") {
-        let vae = WanVae::load(&Weights::new(imagined(preset("wan21-vae")?, 3)?, &device, DType::BF16))?;
+    if wants("decode") || wants("compare") || wants("encode") {
+        let load = |savings| {
+            WanVae::load_with(&Weights::new(imagined(preset("wan21-vae")?, 3)?, &device, DType::BF16), savings)
+        };
+        let vae = load(Savings::default())?;
         for &size in &sizes {
             if wants("decode") {
                 step("decode", decode(&device, &vae, size));
+            }
+            if wants("compare") {
+                step("compare", compare(&device, &load, size));
             }
             if wants("encode") {
                 step("encode", encode(&device, &vae, size));
@@ -140,6 +147,22 @@ fn decode(device: &Device, vae: &WanVae, size: (usize, usize)) -> Result<()> {
         size.1,
         taken as f64 / (1u64 << 30) as f64
     );
+    Ok(())
+}
+
+fn compare(device: &Device, load: &dyn Fn(Savings) -> Result<WanVae>, size: (usize, usize)) -> Result<()> {
+    let mut plain = None;
+    let z = random(&[16, 4, size.0 / 8, size.1 / 8], device)?;
+    let block = z.narrow(1, 0, 3)?.contiguous()?;
+    for (what, savings) in [("no savings", Savings { doubling: false }), ("doubling", Savings { doubling: true })] {
+        let vae = load(savings)?;
+        let mut state = Decoding::default();
+        let whole = vae.decode_next(&mut state, &z)?;
+        let all =
+            time::milliseconds(device, 2, RUNS, || vae.decode_i420(&mut state, &block).map(drop).map_err(Into::into))?;
+        report(&format!("decode 3 latents to I420, {what}"), size, &all, work(size));
+        println!("{what}: apart from no savings by {:.2e}", apart(&whole, plain.get_or_insert(whole.clone()))?);
+    }
     Ok(())
 }
 

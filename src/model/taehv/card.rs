@@ -1,7 +1,8 @@
 //! The small decoder on an NVIDIA card, in bf16, channels last: cuDNN convolves, what lies between two convolutions is one
 //! pass over memory. The frame before is not put beside a frame's channels but in front of the frames: a memory block's
 //! first convolution over twice the channels is one over two frames in time. The 1×1 growth runs before the doubling of
-//! rows and columns instead of after it, on a quarter of the pixels: repeating pixels does not change what it gives.
+//! rows and columns instead of after it, on a quarter of the pixels: repeating pixels does not change what it gives. The
+//! convolution after the doubling runs on the small picture, too ([`Convolution::doubling`]).
 
 use candle_core::{DType, Result, Tensor};
 
@@ -45,6 +46,11 @@ fn flat(conv: &Conv, (scale, shift): (f64, f64)) -> Loaded<Convolution> {
     Convolution::new(&conv.0.affine(scale, 0.0)?.unsqueeze(2)?, &bias.affine(scale, shift)?, (side, side), (1, 1))
 }
 
+/// Rows and columns doubled and the convolution after it, which has no bias, in one.
+fn doubling(conv: &Conv) -> Loaded<Convolution> {
+    Convolution::doubling(&conv.0, &Tensor::zeros(conv.0.dim(0)?, DType::F32, conv.0.device())?)
+}
+
 /// A convolution over a frame's channels and those of the frame before, as one over two frames: the older comes first.
 fn over_two(conv: &Conv) -> Loaded<Convolution> {
     let n = conv.0.dim(1)? / 2;
@@ -72,7 +78,7 @@ impl Decoder {
                 blocks: blocks.collect::<Loaded<_>>()?,
                 times: stage.grow.0.dim(0)? / stage.grow.0.dim(1)?,
                 grow: flat(&stage.grow, (1.0, 0.0))?,
-                out: flat(&stage.out, (1.0, 0.0))?,
+                out: doubling(&stage.out)?,
             });
         }
         Ok(Some(Decoder { inlet: flat(&net.inlet, (1.0, 0.0))?, stages, outlet: flat(&net.outlet, (2.0, -1.0))? }))
@@ -87,7 +93,7 @@ impl Decoder {
         let mut usual = USUAL;
         let c = x.dim(1)?;
         let x = x.pad_with_zeros(1, 0, c.next_multiple_of(8) - c)?.permute((0, 2, 3, 1))?.contiguous()?;
-        let mut x = Video::new(self.inlet.run(&x, usual)?, Some(&self.inlet.bias), usual);
+        let mut x = self.inlet.apply(&x, usual)?;
         let (mut number, mut bend) = (0, Bend::Relu);
         for stage in &self.stages {
             for [a, b, c] in &stage.blocks {
@@ -98,16 +104,16 @@ impl Decoder {
                 let before = state.past[number].as_ref();
                 let joined = x.through(&Way { gain: None, bend, cache: before })?;
                 let now = joined.narrow(0, 1, joined.dim(0)? - 1)?;
-                let y = Video::new(a.run(&joined, usual)?, Some(&a.bias), usual).through(&RELU)?;
-                let y = Video::new(b.run(&y, usual)?, Some(&b.bias), usual).through(&RELU)?;
-                x = Video { x: c.run(&y, usual)?, y: Some(now), bias: Some(c.bias.clone()), usual };
+                let y = b.apply(&a.apply(&joined, usual)?.through(&RELU)?, usual)?.through(&RELU)?;
+                x = Video { y: Some(now), ..c.apply(&y, usual)? };
                 bend = Bend::Relu;
                 number += 1;
             }
-            let grown = Video::new(stage.grow.run(&x.through(&RELU)?, usual)?, None, usual).spread(stage.times)?;
+            let grown =
+                Video { bias: None, ..stage.grow.apply(&x.through(&RELU)?, usual)? }.spread(stage.times, false)?;
             usual *= stage.times;
             // What comes out of a stage goes into the next block as it is.
-            (x, bend) = (Video::new(stage.out.run(&grown, usual)?, None, usual), Bend::None);
+            (x, bend) = (Video { bias: None, ..stage.out.apply(&grown, usual)? }, Bend::None);
         }
         let mut y = self.outlet.run(&x.through(&RELU)?, usual)?;
         if !state.begun {

@@ -7,3 +7,4 @@ mod wan;
 
 pub use chunk::{Probe, quiet};
 pub use video::{Decoding, Encoding, Kind, WanVae};
+pub use wan::Savings;

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
     chunk::{History, Probe, Video, quiet},
-    wan::{CausalConv, Head, Layer, Loader},
+    wan::{CausalConv, Head, Layer, Loader, Savings},
 };
 use crate::model::{
     Result as Loaded,
@@ -217,6 +217,11 @@ impl WanVae {
     /// Reads either autoencoder by its official keys; widths are the file's own. A file without `encoder.*` gives one
     /// that only decodes.
     pub fn load(weights: &Weights) -> Loaded<Self> {
+        Self::load_with(weights, Savings::default())
+    }
+
+    /// The same with only these savings, where it runs on a card.
+    pub fn load_with(weights: &Weights, savings: Savings) -> Loaded<Self> {
         let wrapped = weights.has("decoder.upsamples.0.upsamples.0.residual.2.weight");
         let kind = if wrapped { Kind::Wan22 } else { Kind::Wan21 };
         let width = |name: &str, axis: usize, published: usize| match weights.shape(name) {
@@ -226,17 +231,27 @@ impl WanVae {
         let encoder = weights.has("encoder.conv1.weight");
         let encoder = encoder.then(|| width("encoder.conv1.weight", 0, kind.widths().0));
         let decoder = width("decoder.head.2.weight", 1, kind.widths().1);
-        Self::build(weights, kind, encoder, decoder)
+        Self::build_with(weights, kind, encoder, decoder, savings)
     }
 
     /// Reads one of `kind` with these base widths; `None` leaves the encoder out.
     pub fn build(weights: &Weights, kind: Kind, encoder: Option<usize>, decoder: usize) -> Loaded<Self> {
+        Self::build_with(weights, kind, encoder, decoder, Savings::default())
+    }
+
+    fn build_with(
+        weights: &Weights,
+        kind: Kind,
+        encoder: Option<usize>,
+        decoder: usize,
+        savings: Savings,
+    ) -> Loaded<Self> {
         let table = kind.statistics();
         let z = table.len();
         // The form for cards is 2.1's, in bf16, and computes with eight channels at a time.
         let fits = decoder % 8 == 0 && encoder.is_none_or(|dim| dim % 8 == 0) && 4 * decoder <= 768;
         let bf16 = weights.device().is_cuda() && weights.dtype() == DType::BF16;
-        let l = &mut Loader::new(weights).for_card(kind == Kind::Wan21 && bf16 && fits);
+        let l = &mut Loader::new(weights).for_card(kind == Kind::Wan21 && bf16 && fits, savings);
         let (encoder, outlet) = match encoder {
             Some(dim) => (
                 Some(Network::encoder(l, kind, dim, 2 * z)?),

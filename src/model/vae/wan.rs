@@ -29,16 +29,31 @@ pub(super) struct Loader<'a> {
     slots: usize,
     /// Layers take the form for cards.
     card: bool,
+    savings: Savings,
+}
+
+/// What layers on a card leave out because it changes nothing. All of it, unless a benchmark compares.
+#[derive(Clone, Copy, Debug)]
+pub struct Savings {
+    /// Pictures are not doubled before a convolution: it runs on the small one, with sums of weights.
+    pub doubling: bool,
+}
+
+impl Default for Savings {
+    fn default() -> Self {
+        Savings { doubling: true }
+    }
 }
 
 impl<'a> Loader<'a> {
     pub(super) fn new(weights: &'a Weights) -> Self {
-        Loader { weights, slots: 0, card: false }
+        Loader { weights, slots: 0, card: false, savings: Savings::default() }
     }
 
     /// Layers take the form for cards: channels of all layers are multiples of 8, numbers bf16.
-    pub(super) fn for_card(mut self, card: bool) -> Self {
+    pub(super) fn for_card(mut self, card: bool, savings: Savings) -> Self {
         self.card = card && cfg!(feature = "cuda");
+        self.savings = savings;
         self
     }
 
@@ -128,7 +143,7 @@ impl CausalConv {
             (false, true) => (None, x.through(&way)?),
             (false, false) => (None, x.settled()?),
         };
-        Ok((sum, card::Video::new(conv.run(&input, x.usual)?, Some(&conv.bias), x.usual)))
+        Ok((sum, conv.apply(&input, x.usual)?))
     }
 
     /// The matrix `[out, in]` and bias of a 1×1×1 convolution on a card, f32.
@@ -155,7 +170,7 @@ impl CausalConv {
         let mut run = || {
             let cache = history.buffer(slot, (z.device(), h, w), conv.past(), c)?;
             let x = card::latents(z, matrix, bias, &cache)?;
-            Ok(card::Video::new(conv.run(&x, usual)?, Some(&conv.bias), usual))
+            conv.apply(&x, usual)
         };
         run().map_err(card_error).map(Video::Card)
     }
@@ -282,7 +297,7 @@ impl Residual {
             Some(c) => c.card(&kept, None, false, history)?.1.x,
             None => kept.x,
         };
-        Ok(card::Video { x: kept, y: Some(y.x), bias: self.bias.clone(), usual: x.usual })
+        Ok(card::Video { y: Some(kept), bias: self.bias.clone(), ..y })
     }
 
     fn forward(&self, x: &Tensor, history: &mut History) -> Result<Tensor> {
@@ -328,7 +343,7 @@ impl Attention {
         let qkv = product(&normed.reshape((t * h * w, c))?, &self.qkv)?;
         let mixed = card::attention(&qkv.reshape((t, h * w, 3 * c))?)?;
         let y = product(&mixed.reshape((t * h * w, c))?, &self.proj)?.reshape((t, h, w, c))?;
-        Ok(card::Video { x: sum, y: Some(y), bias: None, usual: x.usual })
+        Ok(card::Video { y: Some(y), ..card::Video::new(sum, None, x.usual) })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -351,6 +366,9 @@ pub(super) struct Resample {
     time: Option<CausalConv>,
     slot: usize,
     down: bool,
+    /// On a card: the picture is doubled before `card`, which else does it itself.
+    #[cfg(feature = "cuda")]
+    doubled: bool,
     #[cfg(feature = "cuda")]
     card: Option<Convolution>,
 }
@@ -368,11 +386,13 @@ impl Resample {
         let spatial = format!("{name}.resample.1");
         let kernel = l.weights.get((out, input, 3, 3), &format!("{spatial}.weight"))?;
         let bias = l.bias(&spatial, out)?;
+        let _doubled = !l.savings.doubling;
         #[cfg(feature = "cuda")]
         let card = match l.card {
             // one column to the right and one row below
             true if down => Some(Convolution::new(&kernel.unsqueeze(2)?, &bias, (0, 1), (1, 2))?),
-            true => Some(Convolution::new(&kernel.unsqueeze(2)?, &bias, (1, 1), (1, 1))?),
+            true if _doubled => Some(Convolution::new(&kernel.unsqueeze(2)?, &bias, (1, 1), (1, 1))?),
+            true => Some(Convolution::doubling(&kernel, &bias)?),
             false => None,
         };
         Ok(Resample {
@@ -381,6 +401,8 @@ impl Resample {
             time,
             slot: l.next_slot(),
             down,
+            #[cfg(feature = "cuda")]
+            doubled: _doubled,
             #[cfg(feature = "cuda")]
             card,
         })
@@ -391,9 +413,8 @@ impl Resample {
         let Some(space) = &self.card else {
             return Err(crate::model::Error::Input("this layer was not loaded for a card".into()));
         };
-        let moved = |y: Tensor, usual: usize| card::Video::new(y, Some(&space.bias), usual);
         if self.down {
-            let small = moved(space.run(&x.settled()?, x.usual)?, x.usual);
+            let small = space.apply(&x.settled()?, x.usual)?;
             let Some(time) = self.time.as_ref().and_then(|t| t.card.as_ref()) else { return Ok(small) };
             let first = matches!(history.slot(self.slot), Slot::Empty);
             let cache = history.buffer(self.slot, small.place()?, 1, small.channels()?)?;
@@ -401,20 +422,19 @@ impl Resample {
             let usual = (x.usual / 2).max(1);
             return Ok(match first {
                 true => card::Video::new(sum, None, usual),
-                false => card::Video::new(time.run(&joined, usual)?, Some(&time.bias), usual),
+                false => time.apply(&joined, usual)?,
             });
         }
         let Some(time) = self.time.as_ref().and_then(|t| t.card.as_ref()) else {
-            return Ok(moved(space.run(&x.spread(1)?, x.usual)?, x.usual));
+            return space.apply(&x.spread(1, self.doubled)?, x.usual);
         };
         if matches!(history.slot(self.slot), Slot::Empty) {
             *history.slot(self.slot) = Slot::Started;
-            return Ok(moved(space.run(&x.spread(1)?, 2 * x.usual)?, 2 * x.usual));
+            return space.apply(&x.spread(1, self.doubled)?, 2 * x.usual);
         }
         let cache = history.buffer(self.slot, x.place()?, 2, x.channels()?)?;
         let joined = x.through(&Way { cache: Some(&cache), ..Way::default() })?;
-        let y = card::Video::new(time.run(&joined, x.usual)?, Some(&time.bias), x.usual);
-        Ok(moved(space.run(&y.spread(2)?, 2 * x.usual)?, 2 * x.usual))
+        space.apply(&time.apply(&joined, x.usual)?.spread(2, self.doubled)?, 2 * x.usual)
     }
 
     /// Whether frames are halved or doubled too.

@@ -9,35 +9,48 @@ namespace {
 // Vectors of eight that a lane holds of one pixel.
 constexpr int EACH = 3;
 
+// How the first summand lies: as `vae.rs` has it (`Form`).
+enum Form : int { FRAMES, QUARTERS };
+
 struct Pass {
-    const bf16 *x, *y;   // summed; either may be null
+    const bf16 *x, *y;   // summed; `y` may be null
     const float *bias;   // [channels], added; may be null
     bf16 *sum;           // where the sum goes; may be null
     const float *gain;   // [channels] with √channels in it; null: no norm
     bf16 *out;           // [past + frames, pixels, channels]; may be null
     bf16 *cache;         // [past, pixels, channels]: read as what came before, replaced by what now came last
     int frames, past, pixels, channels, bend;   // bend: 1 SiLU, 2 ReLU
+    int width;           // of the picture
 };
 
 // Sum, RMS norm over channels, SiLU or ReLU, and the causal past in front: all that lies between two convolutions in one pass.
 // `LANES` lanes share a pixel and walk through its frames, so that a cache can be read and replaced by the same lane.
-template <int LANES> __global__ void __launch_bounds__(256) pass(Pass p) {
+template <int LANES, int FORM> __global__ void __launch_bounds__(256) pass(Pass p) {
     const int lane = threadIdx.x % LANES;
     const int pixel = (blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (pixel >= p.pixels) return;
     const unsigned mates = LANES == 32 ? ~0u : ((1u << LANES) - 1) << ((threadIdx.x & 31) / LANES * LANES);
     const int vectors = p.channels / 8;
     const size_t plane = (size_t)p.pixels * p.channels, at = (size_t)pixel * p.channels;
+    // The pixel's place in a frame of `x`, and from frame to frame.
+    size_t from = at, step = plane;
+    if (FORM == QUARTERS) {
+        // A small picture's windows, one more than it has rows and columns; each gives the four pixels around its middle.
+        const int row = pixel / p.width, column = pixel % p.width, wide = p.width / 2 + 1;
+        const size_t window = (size_t)(row + 1) / 2 * wide + (column + 1) / 2;
+        from = (window * 4 + row % 2 * 2 + column % 2) * p.channels;
+        step = (size_t)(p.pixels / p.width / 2 + 1) * wide * 4 * p.channels;
+    }
     for (int f = 0; f < p.past; f++) {
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
             const int i = lane + k * LANES;
             if (i < vectors) {
-                const size_t from = f * plane + at + i * 8;
-                *(uint4 *)(p.out + from) = *(const uint4 *)(p.cache + from);
+                const size_t here = f * plane + at + i * 8;
+                *(uint4 *)(p.out + here) = *(const uint4 *)(p.cache + here);
                 // What moves forward when fewer frames come than are remembered.
                 const int to = f - p.frames;
-                if (to >= 0) *(uint4 *)(p.cache + to * plane + at + i * 8) = *(const uint4 *)(p.cache + from);
+                if (to >= 0) *(uint4 *)(p.cache + to * plane + at + i * 8) = *(const uint4 *)(p.cache + here);
             }
         }
     }
@@ -49,12 +62,7 @@ template <int LANES> __global__ void __launch_bounds__(256) pass(Pass p) {
             const int i = lane + k * LANES;
             if (i < vectors) {
                 const size_t here = f * plane + at + i * 8;
-                if (p.x) {
-                    load8(p.x + here, v[k]);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] = 0.f;
-                }
+                load8(p.x + f * step + from + i * 8, v[k]);
                 if (p.y) {
                     float more[8];
                     load8(p.y + here, more);
@@ -108,9 +116,10 @@ template <int LANES> __global__ void __launch_bounds__(256) pass(Pass p) {
     }
 }
 
-// Rows and columns doubled by repeating; channels [halves, channels] unfold into `halves` frames. One thread per vector.
+// Channels [halves, channels] unfold into `halves` frames; rows and columns are doubled by repeating if `doubled`. One
+// thread per vector.
 __global__ void __launch_bounds__(256)
-    spread(const bf16 *x, const bf16 *y, const float *bias, bf16 *out, int frames, int height, int width, int channels, int halves) {
+    spread(const bf16 *x, const bf16 *y, const float *bias, bf16 *out, int frames, int height, int width, int channels, int halves, int doubled) {
     const size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int vectors = channels / 8, all = vectors * halves;
     if (n >= (size_t)frames * height * width * all) return;
@@ -132,9 +141,11 @@ __global__ void __launch_bounds__(256)
         for (int j = 0; j < 8; j++) v[j] += more[j];
     }
     const int half = i / vectors, c = i % vectors * 8;
-    const size_t base = (((size_t)frame * halves + half) * 2 * height + 2 * row) * 2 * width + 2 * column;
+    const int times = doubled ? 2 : 1;
+    const size_t base = (((size_t)frame * halves + half) * times * height + times * row) * times * width + times * column;
     bf16 *to = out + base * channels + c;
     store8(to, v);
+    if (!doubled) return;
     store8(to + channels, v);
     store8(to + (size_t)2 * width * channels, v);
     store8(to + (size_t)2 * width * channels + channels, v);
@@ -239,33 +250,38 @@ __global__ void __launch_bounds__(512) softmax(const float *x, bf16 *out, int co
 
 inline unsigned blocks(size_t n, int threads) { return (unsigned)((n + threads - 1) / threads); }
 
+template <int FORM> void launch(const Pass &p, cudaStream_t s) {
+    const int need = (p.channels / 8 + EACH - 1) / EACH;
+    auto grid = [&](int lanes) { return blocks((size_t)p.pixels * lanes, 256); };
+    if (need <= 1) pass<1, FORM><<<grid(1), 256, 0, s>>>(p);
+    else if (need <= 2) pass<2, FORM><<<grid(2), 256, 0, s>>>(p);
+    else if (need <= 4) pass<4, FORM><<<grid(4), 256, 0, s>>>(p);
+    else if (need <= 8) pass<8, FORM><<<grid(8), 256, 0, s>>>(p);
+    else if (need <= 16) pass<16, FORM><<<grid(16), 256, 0, s>>>(p);
+    else pass<32, FORM><<<grid(32), 256, 0, s>>>(p);
+}
+
 } // namespace
 
 extern "C" {
 
 // See `pass`. 1 when channels do not fit (a multiple of 8, at most 768).
 int lq_vae_pass(const void *x, const void *y, const float *bias, void *sum, const float *gain, void *out, void *cache,
-                int frames, int past, int pixels, int channels, int bend, void *stream) {
+                int frames, int past, int height, int width, int channels, int bend, int form, void *stream) {
     if (channels % 8 || channels > 8 * EACH * 32) return 1;
-    Pass p{(const bf16 *)x, (const bf16 *)y, bias, (bf16 *)sum, gain, (bf16 *)out, (bf16 *)cache, frames, past, pixels, channels, bend};
-    auto s = (cudaStream_t)stream;
-    const int vectors = channels / 8, need = (vectors + EACH - 1) / EACH;
-    auto grid = [&](int lanes) { return blocks((size_t)pixels * lanes, 256); };
-    if (need <= 1) pass<1><<<grid(1), 256, 0, s>>>(p);
-    else if (need <= 2) pass<2><<<grid(2), 256, 0, s>>>(p);
-    else if (need <= 4) pass<4><<<grid(4), 256, 0, s>>>(p);
-    else if (need <= 8) pass<8><<<grid(8), 256, 0, s>>>(p);
-    else if (need <= 16) pass<16><<<grid(16), 256, 0, s>>>(p);
-    else pass<32><<<grid(32), 256, 0, s>>>(p);
+    Pass p{(const bf16 *)x, (const bf16 *)y, bias, (bf16 *)sum, gain, (bf16 *)out, (bf16 *)cache,
+           frames, past, height * width, channels, bend, width};
+    if (form == QUARTERS) launch<QUARTERS>(p, (cudaStream_t)stream);
+    else launch<FRAMES>(p, (cudaStream_t)stream);
     LQ_LAUNCHED();
 }
 
 int lq_vae_spread(const void *x, const void *y, const float *bias, void *out, int frames, int height, int width,
-                  int channels, int halves, void *stream) {
+                  int channels, int halves, int doubled, void *stream) {
     if (channels % 8) return 1;
     const size_t n = (size_t)frames * height * width * (channels / 8) * halves;
     spread<<<blocks(n, 256), 256, 0, (cudaStream_t)stream>>>((const bf16 *)x, (const bf16 *)y, bias, (bf16 *)out, frames,
-                                                           height, width, channels, halves);
+                                                           height, width, channels, halves, doubled);
     LQ_LAUNCHED();
 }
 

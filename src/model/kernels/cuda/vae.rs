@@ -1,10 +1,10 @@
 //! Doors to the kernels of `vae.cu` and the plans of `vae.cpp`: video `[frames, height, width, channels]` in bf16.
 
-use std::ffi::c_void;
+use std::{ffi::c_void, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{address, context, empty, launched};
+use super::{Context, Plan, address, context, empty, launched};
 use crate::model::{Error, Result};
 
 unsafe extern "C" {
@@ -18,9 +18,11 @@ unsafe extern "C" {
         cache: u64,
         frames: i32,
         past: i32,
-        pixels: i32,
+        height: i32,
+        width: i32,
         channels: i32,
         bend: i32,
+        form: i32,
         stream: *mut c_void,
     ) -> i32;
     fn lq_vae_spread(
@@ -33,6 +35,7 @@ unsafe extern "C" {
         width: i32,
         channels: i32,
         halves: i32,
+        doubled: i32,
         stream: *mut c_void,
     ) -> i32;
     fn lq_vae_latents(
@@ -71,10 +74,23 @@ unsafe extern "C" {
 /// Bytes that an engine of a convolution may ask for beside its operands.
 const MOST_ROOM: i64 = 256 << 20;
 
+/// How the result of a convolution lies until a pass makes it `[frames, height, width, channels]`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Form {
+    /// As it is.
+    #[default]
+    Frames,
+    /// `[frames, height/2 + 1, width/2 + 1, 4 · channels]`, see [`Convolution::doubling`].
+    Quarters,
+}
+
 /// Video whose last sum was not made yet: it is `x + y + bias`, and the next pass over it adds them on its way.
 pub struct Video {
-    /// `[frames, height, width, channels]`, bf16.
+    /// bf16, as `form` says.
     pub x: Tensor,
+    pub form: Form,
+    /// `[frames, height, width, channels]`, bf16.
     pub y: Option<Tensor>,
     /// `[channels]`, f32.
     pub bias: Option<Tensor>,
@@ -112,21 +128,25 @@ pub struct Way<'a> {
 
 impl Video {
     pub fn new(x: Tensor, bias: Option<&Tensor>, usual: usize) -> Video {
-        Video { x, y: None, bias: bias.cloned(), usual }
+        Video { x, form: Form::Frames, y: None, bias: bias.cloned(), usual }
     }
 
     /// Where it is, rows and columns.
     pub fn place(&self) -> Result<(&Device, usize, usize)> {
-        let (_, h, w, _) = self.x.dims4()?;
+        let [_, h, w, _] = self.dims()?;
         Ok((self.x.device(), h, w))
     }
 
     pub fn channels(&self) -> Result<usize> {
-        Ok(self.x.dim(3)?)
+        Ok(self.dims()?[3])
     }
 
     fn dims(&self) -> Result<[usize; 4]> {
         let (t, h, w, c) = self.x.dims4()?;
+        let [t, h, w, c] = match self.form {
+            Form::Frames => [t, h, w, c],
+            Form::Quarters => [t, 2 * h.max(1) - 2, 2 * w.max(1) - 2, c / 4],
+        };
         let like = |o: &Option<Tensor>| o.as_ref().is_none_or(|y| y.dims() == [t, h, w, c] && y.dtype() == DType::BF16);
         let bias = self.bias.as_ref().is_none_or(|b| b.dims() == [c] && b.dtype() == DType::F32);
         fits("sum", self.x.dtype() == DType::BF16 && like(&self.y) && bias)?;
@@ -137,7 +157,7 @@ impl Video {
     fn pass(&self, keep: bool, way: Option<&Way>) -> Result<(Tensor, Option<Tensor>)> {
         let [t, h, w, c] = self.dims()?;
         let device = self.x.device();
-        let pending = self.y.is_some() || self.bias.is_some();
+        let pending = self.form != Form::Frames || self.y.is_some() || self.bias.is_some();
         let sum = if keep && pending { Some(empty(device, (t, h, w, c), DType::BF16)?) } else { None };
         let (gain, cache) = (way.and_then(|w| w.gain), way.and_then(|w| w.cache));
         let past = cache.map_or(0, |k| k.dims()[0]);
@@ -157,9 +177,11 @@ impl Video {
                     at(cache)?,
                     t as i32,
                     past as i32,
-                    (h * w) as i32,
+                    h as i32,
+                    w as i32,
                     c as i32,
                     way.map_or(Bend::None, |w| w.bend) as i32,
+                    self.form as i32,
                     context(device)?.stream(),
                 )
             };
@@ -184,11 +206,15 @@ impl Video {
         Ok(self.pass(false, Some(way))?.1.unwrap_or_else(|| self.x.clone()))
     }
 
-    /// Rows and columns doubled by repeating; `halves` of the channels become frames.
-    pub fn spread(&self, halves: usize) -> Result<Tensor> {
+    /// `halves` of the channels become frames; rows and columns are `doubled` by repeating.
+    pub fn spread(&self, halves: usize, doubled: bool) -> Result<Tensor> {
         let [t, h, w, c] = self.dims()?;
-        fits("frames", halves > 0 && c % (8 * halves) == 0)?;
-        let out = empty(self.x.device(), (t * halves, 2 * h, 2 * w, c / halves), DType::BF16)?;
+        if halves == 1 && !doubled {
+            return self.settled();
+        }
+        fits("frames", self.form == Form::Frames && halves > 0 && c % (8 * halves) == 0)?;
+        let times = if doubled { 2 } else { 1 };
+        let out = empty(self.x.device(), (t * halves, times * h, times * w, c / halves), DType::BF16)?;
         // SAFETY: shapes and types were checked.
         let status = unsafe {
             lq_vae_spread(
@@ -201,17 +227,18 @@ impl Video {
                 w as i32,
                 (c / halves) as i32,
                 halves as i32,
+                i32::from(doubled),
                 context(self.x.device())?.stream(),
             )
         };
-        launched("doubling of video", status)?;
+        launched("frames and doubling of video", status)?;
         Ok(out)
     }
 
     /// Three of eight channels as planes `[3, frames, height, width]` in −1…1, f32.
     pub fn planes(&self) -> Result<Tensor> {
         let [t, h, w, c] = self.dims()?;
-        fits("planes", c == 8 && self.y.is_none() && self.bias.is_some())?;
+        fits("planes", c == 8 && self.form == Form::Frames && self.y.is_none() && self.bias.is_some())?;
         let out = empty(self.x.device(), (3, t, h, w), DType::F32)?;
         let stream = context(self.x.device())?.stream();
         // SAFETY: shapes and types were checked.
@@ -225,7 +252,7 @@ impl Video {
     /// Three of eight channels as planar YUV 4:2:0: `[frames, height · width · 3/2]` bytes.
     pub fn i420(&self) -> Result<Tensor> {
         let [t, h, w, c] = self.dims()?;
-        let even = h % 2 == 0 && w % 2 == 0;
+        let even = h % 2 == 0 && w % 2 == 0 && self.form == Form::Frames;
         fits("colours", c == 8 && even && self.y.is_none() && self.bias.is_some())?;
         let out = empty(self.x.device(), (t, h * w / 2 * 3), DType::U8)?;
         let stream = context(self.x.device())?.stream();
@@ -276,16 +303,49 @@ pub struct Convolution {
     pub padding: (usize, usize),
     /// In time and in space.
     pub stride: (usize, usize),
+    /// How what [`Convolution::apply`] gives lies.
+    form: Form,
+}
+
+/// `t` with zeros behind, up to a multiple of eight along `axis`.
+fn filled(t: &Tensor, axis: usize) -> Result<Tensor> {
+    let n = t.dim(axis)?;
+    Ok(t.pad_with_zeros(axis, 0, n.next_multiple_of(8) - n)?)
 }
 
 impl Convolution {
     /// From the official form `[out, in, taps, side, side]` (any type) and `[out]`; channels are filled up with zeros.
     pub fn new(weight: &Tensor, bias: &Tensor, padding: (usize, usize), stride: (usize, usize)) -> Result<Self> {
-        let (out, input, ..) = weight.dims5()?;
-        let fill = |t: &Tensor, axis: usize, n: usize| t.pad_with_zeros(axis, 0, n.next_multiple_of(8) - n);
-        let weight = fill(&fill(weight, 0, out)?, 1, input)?.permute((0, 2, 3, 4, 1))?.contiguous()?;
-        let bias = fill(&bias.flatten_all()?.to_dtype(DType::F32)?, 0, out)?.contiguous()?;
-        Ok(Self { weight: weight.to_dtype(DType::BF16)?, bias, padding, stride })
+        let weight = filled(&filled(weight, 0)?, 1)?.permute((0, 2, 3, 4, 1))?.contiguous()?;
+        let bias = filled(&bias.flatten_all()?.to_dtype(DType::F32)?, 0)?.contiguous()?;
+        Ok(Self { weight: weight.to_dtype(DType::BF16)?, bias, padding, stride, form: Form::Frames })
+    }
+
+    /// Rows and columns doubled by repeating, then a convolution of 3×3 with one zero around, from `[out, in, 3, 3]` and
+    /// `[out]`: computed on the small picture with 4/9 of the multiplications, and the large one is never written.
+    ///
+    /// Of the three rows that a doubled row looks at, two repeat the same small row: their weights are added beforehand.
+    /// An even row looks at small rows i − 1 and i, the odd one at i and i + 1; so each window of 2×2 of the small picture
+    /// gives the four pixels around its middle, as four times as many channels of one convolution.
+    pub fn doubling(weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        // The even row or column, and the odd one.
+        let parities = |t: &Tensor, axis: usize| -> Result<[Tensor; 2]> {
+            let tap = |from: usize, n: usize| t.narrow(axis, from, n)?.sum_keepdim(axis);
+            Ok([Tensor::cat(&[tap(0, 1)?, tap(1, 2)?], axis)?, Tensor::cat(&[tap(0, 2)?, tap(2, 1)?], axis)?])
+        };
+        let mut quarters = Vec::new();
+        for rows in parities(&filled(&weight.to_dtype(DType::F32)?, 0)?, 2)? {
+            quarters.extend(parities(&rows, 3)?);
+        }
+        let bias = filled(&bias.flatten_all()?, 0)?;
+        let conv = Self::new(&Tensor::cat(&quarters, 0)?.unsqueeze(2)?, &bias, (1, 1), (1, 1))?;
+        Ok(Self { form: Form::Quarters, ..conv })
+    }
+
+    /// `[frames, height, width, in]` convolved; the bias is still to be added. `usual`: frames that come out when a whole
+    /// block passes.
+    pub fn apply(&self, x: &Tensor, usual: usize) -> Result<Video> {
+        Ok(Video { form: self.form, ..Video::new(self.run(x, usual)?, Some(&self.bias), usual) })
     }
 
     /// Frames of past that a causal convolution of this kind wants in front.
@@ -293,8 +353,7 @@ impl Convolution {
         self.weight.dims()[1] - 1
     }
 
-    /// `[frames, height, width, in]` → `[frames', height', width', out]`, without bias. `usual`: frames that come out
-    /// when a whole block passes.
+    /// [`Convolution::apply`] as it lies: `[frames', height', width', out]`.
     pub fn run(&self, x: &Tensor, usual: usize) -> Result<Tensor> {
         let ((t, h, w, c), (out, taps, side, _, input)) = (x.dims4()?, self.weight.dims5()?);
         fits("convolution", c == input && t >= taps && x.dtype() == DType::BF16)?;
@@ -305,14 +364,18 @@ impl Convolution {
         let numbers = [c, out, h, w, taps, side, before, behind, self.stride.0, self.stride.1, 0].map(|n| n as i64);
         let reference = ((usual.max(1) - 1) * self.stride.0 + taps) as i64;
         let context = context(x.device())?;
-        let key = ("convolution", [&numbers[..], &[t as i64, reference]].concat());
-        let plan = context.plan(key, |handle| {
-            // SAFETY: eleven numbers, as the other side reads them.
-            unsafe { lq_convolution_plan(handle, numbers.as_ptr(), t as i64, reference, MOST_ROOM) }
-        })?;
+        let plan = plan(&context, numbers, t as i64, reference)?;
         context.run(&plan, &[(1, address(x)?), (2, address(&self.weight)?), (3, address(&y)?)])?;
         Ok(y)
     }
+}
+
+fn plan(context: &Context, numbers: [i64; 11], frames: i64, reference: i64) -> Result<Arc<Plan>> {
+    let key = ("convolution", [&numbers[..], &[frames, reference]].concat());
+    context.plan(key, |handle| {
+        // SAFETY: eleven numbers, as the other side reads them.
+        unsafe { lq_convolution_plan(handle, numbers.as_ptr(), frames, reference, MOST_ROOM) }
+    })
 }
 
 /// Pictures `[n, in, height, width]` convolved with `[out, in, side, side]`, all f32, `padding` zeros around: `[n, out,
@@ -326,11 +389,7 @@ pub fn convolve(x: &Tensor, kernel: &Tensor, padding: usize, stride: usize) -> R
     let y = empty(x.device(), (n, extent(h), extent(w), out), DType::F32)?;
     let numbers = [c, out, h, w, 1, side, padding, padding, 1, stride, 1].map(|n| n as i64);
     let context = context(x.device())?;
-    let key = ("convolution", [&numbers[..], &[n as i64, n as i64]].concat());
-    let plan = context.plan(key, |handle| {
-        // SAFETY: eleven numbers, as the other side reads them.
-        unsafe { lq_convolution_plan(handle, numbers.as_ptr(), n as i64, n as i64, MOST_ROOM) }
-    })?;
+    let plan = plan(&context, numbers, n as i64, n as i64)?;
     context.run(&plan, &[(1, address(&x)?), (2, address(&kernel)?), (3, address(&y)?)])?;
     Ok(y.permute((0, 3, 1, 2))?.contiguous()?)
 }

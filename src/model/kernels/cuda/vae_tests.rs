@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::vae::{self, Bend, Convolution, Video, Way};
+use super::vae::{self, Bend, Convolution, Form, Video, Way};
 use crate::model::picture;
 
 fn card() -> Device {
@@ -39,15 +39,44 @@ fn close(what: &str, got: &[f64], want: &[f64], bound: f64) {
     assert!(error <= bound, "{what}: relative error {error:.2e}, at most {bound:.0e} expected");
 }
 
+/// A first summand of a pass that lies in this form, and what it is as `[t, h, w, c]`.
+fn summand(form: Form, [t, h, w, c]: [usize; 4]) -> (Tensor, Vec<f64>) {
+    let (high, wide) = (h / 2 + 1, w / 2 + 1);
+    let (x, x64) = match form {
+        Form::Frames => bf16(&[t, h, w, c]),
+        Form::Quarters => bf16(&[t, high, wide, 4 * c]),
+    };
+    let value = |i: usize| {
+        let (k, px, py, f) = (i % c, i / c % w, i / c / w % h, i / c / w / h);
+        match form {
+            Form::Frames => x64[i],
+            Form::Quarters => {
+                let window = (f * high + py.div_ceil(2)) * wide + px.div_ceil(2);
+                x64[(window * 4 + py % 2 * 2 + px % 2) * c + k]
+            }
+        }
+    };
+    (x, (0..t * h * w * c).map(value).collect())
+}
+
 #[test]
 fn card_passes_over_video_agree_with_f64() {
-    for (t, h, w, c, past) in
-        [(1, 3, 5, 8, 2), (3, 2, 7, 96, 2), (2, 5, 3, 192, 1), (4, 1, 3, 384, 2), (1, 3, 3, 640, 0)]
-    {
-        let (p, what) = (h * w, format!("{t}×{h}×{w}×{c}, {past}"));
-        let ((x, x64), (y, y64), (bias, b64)) = (bf16(&[t, h, w, c]), bf16(&[t, h, w, c]), f32s(&[c]));
+    for (form, t, h, w, c, past) in [
+        (Form::Frames, 1, 3, 5, 8, 2),
+        (Form::Frames, 3, 2, 7, 96, 2),
+        (Form::Frames, 2, 5, 3, 192, 1),
+        (Form::Frames, 4, 1, 3, 384, 2),
+        (Form::Frames, 1, 3, 3, 640, 0),
+        (Form::Quarters, 1, 2, 6, 8, 2),
+        (Form::Quarters, 3, 4, 14, 96, 2),
+        (Form::Quarters, 2, 10, 6, 192, 1),
+        (Form::Quarters, 4, 2, 2, 384, 2),
+        (Form::Quarters, 1, 6, 4, 640, 0),
+    ] {
+        let (p, what) = (h * w, format!("{form:?}, {t}×{h}×{w}×{c}, {past}"));
+        let ((x, x64), (y, y64), (bias, b64)) = (summand(form, [t, h, w, c]), bf16(&[t, h, w, c]), f32s(&[c]));
         let ((gain, g64), (cache, k64)) = (f32s(&[c]), bf16(&[past.max(1), h, w, c]));
-        let video = Video { x, y: Some(y), bias: Some(bias), usual: t };
+        let video = Video { form, y: Some(y), ..Video::new(x, Some(&bias), t) };
         let cut = Way { bend: Bend::Relu, ..Way::default() };
         let want: Vec<f64> = (0..t * p * c).map(|i| (x64[i] + y64[i] + b64[i % c]).max(0.0)).collect();
         close(&what, &flat(&video.through(&cut).unwrap()), &want, 4e-3);
@@ -104,6 +133,32 @@ fn card_convolutions_agree_with_f64() {
 }
 
 #[test]
+fn card_doubling_before_a_convolution_agrees_with_f64() {
+    for (t, h, w, cin, cout) in [(2, 3, 5, 16, 24), (1, 1, 1, 8, 3), (3, 4, 3, 96, 48), (1, 1, 6, 24, 8)] {
+        let ((kernel, k64), (bias, b64)) = (bf16(&[cout, cin, 3, 3]), f32s(&[cout]));
+        let (x, x64) = bf16(&[t, h, w, cin]);
+        let got = Convolution::doubling(&kernel, &bias).unwrap().apply(&x, t).unwrap().settled().unwrap();
+        let wide = cout.next_multiple_of(8);
+        let mut want = vec![0.0; t * 4 * h * w * wide];
+        for (i, out) in want.iter_mut().enumerate().filter(|(i, _)| i % wide < cout) {
+            let (o, px, py, f) = (i % wide, i / wide % (2 * w), i / wide / (2 * w) % (2 * h), i / wide / (4 * w * h));
+            *out = b64[o];
+            for (ky, kx) in (0..9).map(|n| (n / 3, n % 3)) {
+                // Of the doubled picture, with one zero around.
+                let (sy, sx) = ((py + ky).wrapping_sub(1), (px + kx).wrapping_sub(1));
+                if sy < 2 * h && sx < 2 * w {
+                    let from = ((f * h + sy / 2) * w + sx / 2) * cin;
+                    *out += (0..cin).map(|c| k64[((o * cin + c) * 3 + ky) * 3 + kx] * x64[from + c]).sum::<f64>();
+                }
+            }
+        }
+        assert_eq!(got.dims(), [t, 2 * h, 2 * w, wide]);
+        // Sums of weights are rounded once more.
+        close(&format!("doubled {cin}→{cout}"), &flat(&got), &want, 6e-3);
+    }
+}
+
+#[test]
 fn card_convolves_pictures_in_f32() {
     for (n, h, w, cin, cout, side, padding, stride) in [
         (3, 5, 7, 16, 24, 3, 1, 1),
@@ -152,13 +207,21 @@ fn card_latents_agree_with_f64() {
 fn card_doubles_mixes_and_colours_as_plain_loops_do() {
     let (t, h, w, c) = (2, 3, 5, 24);
     let ((x, x64), (bias, b64)) = (bf16(&[t, h, w, 2 * c]), f32s(&[2 * c]));
-    let got = flat(&Video::new(x, Some(&bias), t).spread(2).unwrap());
+    let video = Video::new(x, Some(&bias), t);
+    let got = flat(&video.spread(2, true).unwrap());
     let want: Vec<f64> = (0..8 * t * h * w * c)
         .map(|i| (i % c, i / c % (2 * w) / 2, i / c / (2 * w) % (2 * h) / 2, i / c / (4 * w * h)))
         .map(|(k, px, py, f)| (((f / 2 * h + py) * w + px) * 2 * c + f % 2 * c + k, f % 2 * c + k))
         .map(|(at, channel)| x64[at] + b64[channel])
         .collect();
     close("doubling", &got, &want, 4e-3);
+    let got = flat(&video.spread(2, false).unwrap());
+    let want: Vec<f64> = (0..2 * t * h * w * c)
+        .map(|i| (i % c, i / c % (w * h), i / c / (w * h)))
+        .map(|(k, pixel, f)| ((f / 2 * h * w + pixel) * 2 * c + f % 2 * c + k, f % 2 * c + k))
+        .map(|(at, channel)| x64[at] + b64[channel])
+        .collect();
+    close("halves as frames", &got, &want, 4e-3);
 
     let (p, c) = (37, 48);
     let (qkv, v64) = bf16(&[2, p, 3 * c]);
