@@ -154,8 +154,14 @@ fn compare(device: &Device, load: &dyn Fn(Savings) -> Result<WanVae>, size: (usi
     let mut plain = None;
     let z = random(&[16, 4, size.0 / 8, size.1 / 8], device)?;
     let block = z.narrow(1, 0, 3)?.contiguous()?;
-    for (what, savings) in [("no savings", Savings { doubling: false }), ("doubling", Savings { doubling: true })] {
-        let vae = load(savings)?;
+    let all = [
+        (false, false, "no savings"),
+        (true, false, "doubling"),
+        (false, true, "pairs"),
+        (true, true, "doubling and pairs"),
+    ];
+    for (doubling, pairs, what) in all {
+        let vae = load(Savings { doubling, pairs })?;
         let mut state = Decoding::default();
         let whole = vae.decode_next(&mut state, &z)?;
         let all =

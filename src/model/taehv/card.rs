@@ -14,7 +14,7 @@ use crate::model::{
 
 /// Latents of a usual block: what engines are chosen for.
 const USUAL: usize = 3;
-const RELU: Way = Way { gain: None, bend: Bend::Relu, cache: None };
+const RELU: Way = Way { gain: None, bend: Bend::Relu, cache: None, paired: false };
 
 struct Stage {
     blocks: Vec<[Convolution; 3]>,
@@ -102,7 +102,7 @@ impl Decoder {
                     state.past.push(Some(blank(device, (1, h, w, x.channels()?))?));
                 }
                 let before = state.past[number].as_ref();
-                let joined = x.through(&Way { gain: None, bend, cache: before })?;
+                let joined = x.through(&Way { bend, cache: before, ..Way::default() })?;
                 let now = joined.narrow(0, 1, joined.dim(0)? - 1)?;
                 let y = b.apply(&a.apply(&joined, usual)?.through(&RELU)?, usual)?.through(&RELU)?;
                 x = Video { y: Some(now), ..c.apply(&y, usual)? };

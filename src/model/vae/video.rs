@@ -97,6 +97,8 @@ impl Network {
             // in 2.1 the upsampling before this level has halved the width already
             let input = if kind == Kind::Wan21 && i > 0 { pair[0] / 2 } else { pair[0] };
             let up = if kind == Kind::Wan21 { width / 2 } else { width };
+            // The first level's upsampling makes two frames of one.
+            l.even = i > 0;
             let mut layers = Vec::new();
             for k in 0..4 {
                 let name = kind.name("decoder.upsamples", i, k, &mut number);

@@ -10,14 +10,23 @@ namespace {
 constexpr int EACH = 3;
 
 // How the first summand lies: as `vae.rs` has it (`Form`).
-enum Form : int { FRAMES, QUARTERS };
+enum Form : int { FRAMES, QUARTERS, PRODUCTS };
+
+// a + sign · b, of eight.
+__device__ __forceinline__ void store_sum(bf16 *to, const uint4 &a, float sign, const uint4 &b) {
+    float v[8], more[8];
+    load8((const bf16 *)&a, v), load8((const bf16 *)&b, more);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] += sign * more[j];
+    store8(to, v);
+}
 
 struct Pass {
     const bf16 *x, *y;   // summed; `y` may be null
     const float *bias;   // [channels], added; may be null
     bf16 *sum;           // where the sum goes; may be null
     const float *gain;   // [channels] with √channels in it; null: no norm
-    bf16 *out;           // [past + frames, pixels, channels]; may be null
+    bf16 *out;           // [past + frames, pixels, channels], or [4, frames/2, pixels, channels]; may be null
     bf16 *cache;         // [past, pixels, channels]: read as what came before, replaced by what now came last
     int frames, past, pixels, channels, bend;   // bend: 1 SiLU, 2 ReLU
     int width;           // of the picture
@@ -25,7 +34,12 @@ struct Pass {
 
 // Sum, RMS norm over channels, SiLU or ReLU, and the causal past in front: all that lies between two convolutions in one pass.
 // `LANES` lanes share a pixel and walk through its frames, so that a cache can be read and replaced by the same lane.
-template <int LANES, int FORM> __global__ void __launch_bounds__(256) pass(Pass p) {
+//
+// When `PAIRED`, the next convolution gives frames by pairs (`Convolution::paired`): instead of a pair's two frames and the
+// two before them, d0 … d3, it gets d0 − d2, d1 + d2, d2 − d1 and d1 − d3. They are made of what is stored elsewhere, so
+// that where a video is cut makes no difference. The products of such a convolution, m0 … m3, are summed when they are
+// read: a pair is m0 + m1 + m2 and m1 − m2 − m3.
+template <int LANES, int FORM, bool PAIRED> __global__ void __launch_bounds__(256) pass(Pass p) {
     const int lane = threadIdx.x % LANES;
     const int pixel = (blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (pixel >= p.pixels) return;
@@ -41,7 +55,20 @@ template <int LANES, int FORM> __global__ void __launch_bounds__(256) pass(Pass 
         from = (window * 4 + row % 2 * 2 + column % 2) * p.channels;
         step = (size_t)(p.pixels / p.width / 2 + 1) * wide * 4 * p.channels;
     }
-    for (int f = 0; f < p.past; f++) {
+    const size_t group = p.frames / 2 * plane;
+    uint4 d0[EACH], d1[EACH], d2[EACH];
+    float second[EACH][8];
+    if (PAIRED) {
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const int i = lane + k * LANES;
+            if (i < vectors) {
+                d0[k] = *(const uint4 *)(p.cache + at + i * 8);
+                d1[k] = *(const uint4 *)(p.cache + plane + at + i * 8);
+            }
+        }
+    }
+    for (int f = 0; !PAIRED && f < p.past; f++) {
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
             const int i = lane + k * LANES;
@@ -62,7 +89,18 @@ template <int LANES, int FORM> __global__ void __launch_bounds__(256) pass(Pass 
             const int i = lane + k * LANES;
             if (i < vectors) {
                 const size_t here = f * plane + at + i * 8;
-                load8(p.x + f * step + from + i * 8, v[k]);
+                if (FORM != PRODUCTS) {
+                    load8(p.x + f * step + from + i * 8, v[k]);
+                } else if (f % 2 == 0) {
+                    float m1[8], m2[8], m3[8];
+                    const bf16 *m = p.x + f / 2 * plane + at + i * 8;
+                    load8(m, v[k]), load8(m + group, m1), load8(m + 2 * group, m2), load8(m + 3 * group, m3);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) v[k][j] += m1[j] + m2[j], second[k][j] = m1[j] - m2[j] - m3[j];
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) v[k][j] = second[k][j];
+                }
                 if (p.y) {
                     float more[8];
                     load8(p.y + here, more);
@@ -108,7 +146,22 @@ template <int LANES, int FORM> __global__ void __launch_bounds__(256) pass(Pass 
                     for (int j = 0; j < 8; j++) v[k][j] = v[k][j] / (1.f + __expf(-v[k][j]));
                 }
                 const size_t here = at + i * 8;
-                store8(p.out + (size_t)(p.past + f) * plane + here, v[k]);
+                if (PAIRED) {
+                    uint4 d3;
+                    store8((bf16 *)&d3, v[k]);
+                    bf16 *to = p.out + f / 2 * plane + here;
+                    if (f % 2 == 0) {
+                        d2[k] = d3;
+                        store_sum(to, d0[k], -1.f, d2[k]);
+                        store_sum(to + group, d1[k], 1.f, d2[k]);
+                        store_sum(to + 2 * group, d2[k], -1.f, d1[k]);
+                    } else {
+                        store_sum(to + 3 * group, d1[k], -1.f, d3);
+                        d0[k] = d2[k], d1[k] = d3;
+                    }
+                } else {
+                    store8(p.out + (size_t)(p.past + f) * plane + here, v[k]);
+                }
                 const int to = f - p.frames + p.past;
                 if (to >= 0) store8(p.cache + to * plane + here, v[k]);
             }
@@ -119,7 +172,8 @@ template <int LANES, int FORM> __global__ void __launch_bounds__(256) pass(Pass 
 // Channels [halves, channels] unfold into `halves` frames; rows and columns are doubled by repeating if `doubled`. One
 // thread per vector.
 __global__ void __launch_bounds__(256)
-    spread(const bf16 *x, const bf16 *y, const float *bias, bf16 *out, int frames, int height, int width, int channels, int halves, int doubled) {
+    spread(const bf16 *x, const bf16 *y, const float *bias, bf16 *out, int frames, int height, int width, int channels,
+           int halves, int doubled) {
     const size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int vectors = channels / 8, all = vectors * halves;
     if (n >= (size_t)frames * height * width * all) return;
@@ -250,29 +304,32 @@ __global__ void __launch_bounds__(512) softmax(const float *x, bf16 *out, int co
 
 inline unsigned blocks(size_t n, int threads) { return (unsigned)((n + threads - 1) / threads); }
 
-template <int FORM> void launch(const Pass &p, cudaStream_t s) {
+template <int FORM, bool PAIRED> void launch(const Pass &p, cudaStream_t s) {
     const int need = (p.channels / 8 + EACH - 1) / EACH;
     auto grid = [&](int lanes) { return blocks((size_t)p.pixels * lanes, 256); };
-    if (need <= 1) pass<1, FORM><<<grid(1), 256, 0, s>>>(p);
-    else if (need <= 2) pass<2, FORM><<<grid(2), 256, 0, s>>>(p);
-    else if (need <= 4) pass<4, FORM><<<grid(4), 256, 0, s>>>(p);
-    else if (need <= 8) pass<8, FORM><<<grid(8), 256, 0, s>>>(p);
-    else if (need <= 16) pass<16, FORM><<<grid(16), 256, 0, s>>>(p);
-    else pass<32, FORM><<<grid(32), 256, 0, s>>>(p);
+    if (need <= 1) pass<1, FORM, PAIRED><<<grid(1), 256, 0, s>>>(p);
+    else if (need <= 2) pass<2, FORM, PAIRED><<<grid(2), 256, 0, s>>>(p);
+    else if (need <= 4) pass<4, FORM, PAIRED><<<grid(4), 256, 0, s>>>(p);
+    else if (need <= 8) pass<8, FORM, PAIRED><<<grid(8), 256, 0, s>>>(p);
+    else if (need <= 16) pass<16, FORM, PAIRED><<<grid(16), 256, 0, s>>>(p);
+    else pass<32, FORM, PAIRED><<<grid(32), 256, 0, s>>>(p);
 }
 
 } // namespace
 
 extern "C" {
 
-// See `pass`. 1 when channels do not fit (a multiple of 8, at most 768).
+// See `pass`. 1 when channels do not fit (a multiple of 8, at most 768), or frames that go by pairs.
 int lq_vae_pass(const void *x, const void *y, const float *bias, void *sum, const float *gain, void *out, void *cache,
-                int frames, int past, int height, int width, int channels, int bend, int form, void *stream) {
+                int frames, int past, int height, int width, int channels, int bend, int form, int paired, void *stream) {
     if (channels % 8 || channels > 8 * EACH * 32) return 1;
+    if ((paired || form == PRODUCTS) && frames % 2 || paired && past != 2) return 1;
     Pass p{(const bf16 *)x, (const bf16 *)y, bias, (bf16 *)sum, gain, (bf16 *)out, (bf16 *)cache,
            frames, past, height * width, channels, bend, width};
-    if (form == QUARTERS) launch<QUARTERS>(p, (cudaStream_t)stream);
-    else launch<FRAMES>(p, (cudaStream_t)stream);
+    auto s = (cudaStream_t)stream;
+    if (form == QUARTERS) paired ? launch<QUARTERS, true>(p, s) : launch<QUARTERS, false>(p, s);
+    else if (form == PRODUCTS) paired ? launch<PRODUCTS, true>(p, s) : launch<PRODUCTS, false>(p, s);
+    else paired ? launch<FRAMES, true>(p, s) : launch<FRAMES, false>(p, s);
     LQ_LAUNCHED();
 }
 

@@ -23,6 +23,7 @@ unsafe extern "C" {
         channels: i32,
         bend: i32,
         form: i32,
+        paired: i32,
         stream: *mut c_void,
     ) -> i32;
     fn lq_vae_spread(
@@ -83,6 +84,8 @@ pub enum Form {
     Frames,
     /// `[frames, height/2 + 1, width/2 + 1, 4 · channels]`, see [`Convolution::doubling`].
     Quarters,
+    /// `[4 · frames/2, height, width, channels]`, see [`Convolution::paired`].
+    Products,
 }
 
 /// Video whose last sum was not made yet: it is `x + y + bias`, and the next pass over it adds them on its way.
@@ -124,6 +127,8 @@ pub struct Way<'a> {
     pub bend: Bend,
     /// `[past, height, width, channels]`: put in front of the result, then replaced by its last frames.
     pub cache: Option<&'a Tensor>,
+    /// As [`Convolution::products`] takes it: two frames of past in front of an even number of frames.
+    pub paired: bool,
 }
 
 impl Video {
@@ -137,6 +142,10 @@ impl Video {
         Ok((self.x.device(), h, w))
     }
 
+    pub fn frames(&self) -> Result<usize> {
+        Ok(self.dims()?[0])
+    }
+
     pub fn channels(&self) -> Result<usize> {
         Ok(self.dims()?[3])
     }
@@ -146,6 +155,7 @@ impl Video {
         let [t, h, w, c] = match self.form {
             Form::Frames => [t, h, w, c],
             Form::Quarters => [t, 2 * h.max(1) - 2, 2 * w.max(1) - 2, c / 4],
+            Form::Products => [t / 2, h, w, c],
         };
         let like = |o: &Option<Tensor>| o.as_ref().is_none_or(|y| y.dims() == [t, h, w, c] && y.dtype() == DType::BF16);
         let bias = self.bias.as_ref().is_none_or(|b| b.dims() == [c] && b.dtype() == DType::F32);
@@ -163,7 +173,10 @@ impl Video {
         let past = cache.map_or(0, |k| k.dims()[0]);
         fits("norm", gain.is_none_or(|g| g.dims() == [c] && g.dtype() == DType::F32))?;
         fits("past", cache.is_none_or(|k| k.dims() == [past, h, w, c] && k.dtype() == DType::BF16))?;
-        let out = way.map(|_| empty(device, (past + t, h, w, c), DType::BF16)).transpose()?;
+        let paired = way.is_some_and(|w| w.paired);
+        fits("pairs", !paired && self.form != Form::Products || t % 2 == 0 && (!paired || past == 2))?;
+        let given = if paired { 2 * t } else { past + t };
+        let out = way.map(|_| empty(device, (given, h, w, c), DType::BF16)).transpose()?;
         if sum.is_some() || out.is_some() {
             // SAFETY: shapes and types were checked; the cache is touched by this stream's work only.
             let status = unsafe {
@@ -182,6 +195,7 @@ impl Video {
                     c as i32,
                     way.map_or(Bend::None, |w| w.bend) as i32,
                     self.form as i32,
+                    i32::from(paired),
                     context(device)?.stream(),
                 )
             };
@@ -195,7 +209,7 @@ impl Video {
         Ok(self.pass(true, None)?.0)
     }
 
-    /// The sum, and what goes into the next convolution: `[past + frames, …]`.
+    /// The sum, and what goes into the next convolution: `[past + frames, …]`, or `[4 · frames/2, …]` if paired.
     pub fn settled_and(&self, way: &Way) -> Result<(Tensor, Tensor)> {
         let (sum, out) = self.pass(true, Some(way))?;
         Ok((sum, out.unwrap_or_else(|| self.x.clone())))
@@ -209,10 +223,13 @@ impl Video {
     /// `halves` of the channels become frames; rows and columns are `doubled` by repeating.
     pub fn spread(&self, halves: usize, doubled: bool) -> Result<Tensor> {
         let [t, h, w, c] = self.dims()?;
+        fits("frames", halves > 0 && c % (8 * halves) == 0)?;
         if halves == 1 && !doubled {
             return self.settled();
         }
-        fits("frames", self.form == Form::Frames && halves > 0 && c % (8 * halves) == 0)?;
+        if self.form != Form::Frames {
+            return Video::new(self.settled()?, None, self.usual).spread(halves, doubled);
+        }
         let times = if doubled { 2 } else { 1 };
         let out = empty(self.x.device(), (t * halves, times * h, times * w, c / halves), DType::BF16)?;
         // SAFETY: shapes and types were checked.
@@ -305,6 +322,8 @@ pub struct Convolution {
     pub stride: (usize, usize),
     /// How what [`Convolution::apply`] gives lies.
     form: Form,
+    /// `[4, out, 1, side, side, in]`, bf16.
+    pairs: Option<Tensor>,
 }
 
 /// `t` with zeros behind, up to a multiple of eight along `axis`.
@@ -318,7 +337,7 @@ impl Convolution {
     pub fn new(weight: &Tensor, bias: &Tensor, padding: (usize, usize), stride: (usize, usize)) -> Result<Self> {
         let weight = filled(&filled(weight, 0)?, 1)?.permute((0, 2, 3, 4, 1))?.contiguous()?;
         let bias = filled(&bias.flatten_all()?.to_dtype(DType::F32)?, 0)?.contiguous()?;
-        Ok(Self { weight: weight.to_dtype(DType::BF16)?, bias, padding, stride, form: Form::Frames })
+        Ok(Self { weight: weight.to_dtype(DType::BF16)?, bias, padding, stride, form: Form::Frames, pairs: None })
     }
 
     /// Rows and columns doubled by repeating, then a convolution of 3×3 with one zero around, from `[out, in, 3, 3]` and
@@ -342,6 +361,36 @@ impl Convolution {
         Ok(Self { form: Form::Quarters, ..conv })
     }
 
+    /// This convolution, three taps in time, also by pairs: two frames come of four by four convolutions in space instead of
+    /// six, of sums of frames with sums of taps (F(2, 3): S. Winograd, Arithmetic Complexity of Computations, 1980; A. Lavin
+    /// and S. Gray, Fast Algorithms for Convolutional Neural Networks, 2016, arXiv 1509.09308).
+    pub fn paired(self) -> Result<Self> {
+        fits("pairs", self.weight.dim(1)? == 3 && self.stride == (1, 1) && self.form == Form::Frames)?;
+        let w = self.weight.to_dtype(DType::F32)?;
+        let (first, last) = (w.narrow(1, 0, 1)?, w.narrow(1, 2, 1)?);
+        let (ends, middle) = (((&first + &last)? * 0.5)?, (w.narrow(1, 1, 1)? * 0.5)?);
+        let pairs = Tensor::stack(&[first, (&ends + &middle)?, (&ends - &middle)?, last], 0)?;
+        Ok(Self { pairs: Some(pairs.to_dtype(DType::BF16)?), ..self })
+    }
+
+    /// Whether so many frames go by pairs. Streaming equals one pass only where a cut never parts a pair.
+    pub fn by_pairs(&self, frames: usize) -> bool {
+        self.pairs.is_some() && frames.is_multiple_of(2)
+    }
+
+    /// [`Convolution::apply`] by pairs: of `[4 · frames/2, height, width, in]`, as [`Way::paired`] gives it.
+    pub fn products(&self, x: &Tensor, usual: usize) -> Result<Video> {
+        let Some(weights) = &self.pairs else { return Err(Error::Input("a convolution without pairs".into())) };
+        let pairs = x.dim(0)? / 4;
+        fits("pairs", x.dim(0)? == 4 * pairs)?;
+        let y = self.room(x, 4 * pairs)?;
+        for k in 0..4 {
+            let part = |t: &Tensor| t.narrow(0, k * pairs, pairs);
+            self.compute(&part(x)?, &weights.get(k)?, &part(&y)?, usual / 2)?;
+        }
+        Ok(Video { form: Form::Products, ..Video::new(y, Some(&self.bias), usual) })
+    }
+
     /// `[frames, height, width, in]` convolved; the bias is still to be added. `usual`: frames that come out when a whole
     /// block passes.
     pub fn apply(&self, x: &Tensor, usual: usize) -> Result<Video> {
@@ -355,18 +404,32 @@ impl Convolution {
 
     /// [`Convolution::apply`] as it lies: `[frames', height', width', out]`.
     pub fn run(&self, x: &Tensor, usual: usize) -> Result<Tensor> {
-        let ((t, h, w, c), (out, taps, side, _, input)) = (x.dims4()?, self.weight.dims5()?);
-        fits("convolution", c == input && t >= taps && x.dtype() == DType::BF16)?;
+        let (t, taps) = (x.dim(0)?, self.weight.dim(1)?);
+        fits("convolution", t >= taps)?;
+        let y = self.room(x, (t - taps) / self.stride.0 + 1)?;
+        self.compute(x, &self.weight, &y, usual)?;
+        Ok(y)
+    }
+
+    /// Memory for `frames` frames that come out.
+    fn room(&self, x: &Tensor, frames: usize) -> Result<Tensor> {
+        let ((_, h, w, _), (out, _, side, ..)) = (x.dims4()?, self.weight.dims5()?);
         let (before, behind) = self.padding;
+        fits("convolution", h.min(w) + before + behind >= side)?;
         let extent = |n: usize| (n + before + behind - side) / self.stride.1 + 1;
-        let frames = (t - taps) / self.stride.0 + 1;
-        let y = empty(x.device(), (frames, extent(h), extent(w), out), DType::BF16)?;
+        empty(x.device(), (frames, extent(h), extent(w), out), DType::BF16)
+    }
+
+    /// One plan on one part of the operands.
+    fn compute(&self, x: &Tensor, weight: &Tensor, y: &Tensor, usual: usize) -> Result<()> {
+        let ((t, h, w, c), (out, taps, side, _, input)) = (x.dims4()?, weight.dims5()?);
+        fits("convolution", c == input && x.dtype() == DType::BF16)?;
+        let (before, behind) = self.padding;
         let numbers = [c, out, h, w, taps, side, before, behind, self.stride.0, self.stride.1, 0].map(|n| n as i64);
         let reference = ((usual.max(1) - 1) * self.stride.0 + taps) as i64;
         let context = context(x.device())?;
         let plan = plan(&context, numbers, t as i64, reference)?;
-        context.run(&plan, &[(1, address(x)?), (2, address(&self.weight)?), (3, address(&y)?)])?;
-        Ok(y)
+        context.run(&plan, &[(1, address(x)?), (2, address(weight)?), (3, address(y)?)])
     }
 }
 

@@ -45,6 +45,7 @@ fn summand(form: Form, [t, h, w, c]: [usize; 4]) -> (Tensor, Vec<f64>) {
     let (x, x64) = match form {
         Form::Frames => bf16(&[t, h, w, c]),
         Form::Quarters => bf16(&[t, high, wide, 4 * c]),
+        Form::Products => bf16(&[2 * t, h, w, c]),
     };
     let value = |i: usize| {
         let (k, px, py, f) = (i % c, i / c % w, i / c / w % h, i / c / w / h);
@@ -53,6 +54,10 @@ fn summand(form: Form, [t, h, w, c]: [usize; 4]) -> (Tensor, Vec<f64>) {
             Form::Quarters => {
                 let window = (f * high + py.div_ceil(2)) * wide + px.div_ceil(2);
                 x64[(window * 4 + py % 2 * 2 + px % 2) * c + k]
+            }
+            Form::Products => {
+                let m = |k: usize| x64[((k * t / 2 + f / 2) * h * w) * c + i % (h * w * c)];
+                if f % 2 == 0 { m(0) + m(1) + m(2) } else { m(1) - m(2) - m(3) }
             }
         }
     };
@@ -72,6 +77,10 @@ fn card_passes_over_video_agree_with_f64() {
         (Form::Quarters, 2, 10, 6, 192, 1),
         (Form::Quarters, 4, 2, 2, 384, 2),
         (Form::Quarters, 1, 6, 4, 640, 0),
+        (Form::Products, 2, 3, 5, 8, 2),
+        (Form::Products, 4, 5, 3, 96, 2),
+        (Form::Products, 6, 1, 7, 192, 1),
+        (Form::Products, 2, 7, 1, 384, 2),
     ] {
         let (p, what) = (h * w, format!("{form:?}, {t}×{h}×{w}×{c}, {past}"));
         let ((x, x64), (y, y64), (bias, b64)) = (summand(form, [t, h, w, c]), bf16(&[t, h, w, c]), f32s(&[c]));
@@ -80,7 +89,7 @@ fn card_passes_over_video_agree_with_f64() {
         let cut = Way { bend: Bend::Relu, ..Way::default() };
         let want: Vec<f64> = (0..t * p * c).map(|i| (x64[i] + y64[i] + b64[i % c]).max(0.0)).collect();
         close(&what, &flat(&video.through(&cut).unwrap()), &want, 4e-3);
-        let way = Way { gain: Some(&gain), bend: Bend::Silu, cache: (past > 0).then_some(&cache) };
+        let way = Way { gain: Some(&gain), bend: Bend::Silu, cache: (past > 0).then_some(&cache), paired: false };
         let (sum, out) = video.settled_and(&way).unwrap();
         let want: Vec<f64> = (0..t * p * c).map(|i| x64[i] + y64[i] + b64[i % c]).collect();
         close(&what, &flat(&sum), &want, 4e-3);
@@ -94,6 +103,19 @@ fn card_passes_over_video_agree_with_f64() {
         if past > 0 {
             let out = flat(&out);
             assert_eq!(flat(&cache), out[out.len() - past * p * c..], "{what}: what is remembered");
+        }
+        if past == 2 && t % 2 == 0 {
+            let before = flat(&cache);
+            let out = video.through(&Way { paired: true, ..way }).unwrap();
+            let all = [&before, &joined[past * p * c..]].concat();
+            let mut want = Vec::new();
+            for (a, sign, b) in [(0, -1.0, 2), (1, 1.0, 2), (2, -1.0, 1), (1, -1.0, 3)] {
+                let at = |pair: usize, frame: usize| &all[(2 * pair + frame) * p * c..][..p * c];
+                let pairs = (0..t / 2).flat_map(|pair| at(pair, a).iter().zip(at(pair, b)));
+                want.extend(pairs.map(|(a, b)| a + sign * b));
+            }
+            close(&format!("{what}, by pairs"), &flat(&out), &want, 6e-3);
+            assert_eq!(flat(&cache), before, "{what}: what is remembered of the same by pairs");
         }
     }
 }
@@ -155,6 +177,40 @@ fn card_doubling_before_a_convolution_agrees_with_f64() {
         assert_eq!(got.dims(), [t, 2 * h, 2 * w, wide]);
         // Sums of weights are rounded once more.
         close(&format!("doubled {cin}→{cout}"), &flat(&got), &want, 6e-3);
+    }
+}
+
+#[test]
+fn card_convolutions_by_pairs_agree_with_f64() {
+    for (t, h, w, cin, cout) in [(4, 5, 7, 16, 24), (2, 3, 3, 96, 48), (6, 1, 4, 8, 8)] {
+        let ((kernel, k64), (bias, b64)) = (bf16(&[cout, cin, 3, 3, 3]), f32s(&[cout]));
+        let conv = Convolution::new(&kernel, &bias, (1, 1), (1, 1)).unwrap().paired().unwrap();
+        assert!(conv.by_pairs(t) && !conv.by_pairs(1));
+        let ((cache, mut x64), (x, now)) = (bf16(&[2, h, w, cin]), bf16(&[t, h, w, cin]));
+        x64.extend(now);
+        let run = |from: usize, n: usize, cache: &Tensor| {
+            let video = Video::new(x.narrow(0, from, n).unwrap(), None, t);
+            let way = Way { cache: Some(cache), paired: true, ..Way::default() };
+            flat(&conv.products(&video.through(&way).unwrap(), t).unwrap().settled().unwrap())
+        };
+        let whole = run(0, t, &cache.copy().unwrap());
+        let parts: Vec<f64> = (0..t).step_by(2).flat_map(|from| run(from, 2, &cache)).collect();
+        assert_eq!(whole, parts, "{cin}→{cout} by pairs: whole against cut");
+        let mut want = vec![0.0; t * h * w * cout];
+        for (i, out) in want.iter_mut().enumerate() {
+            let (o, px, py, f) = (i % cout, i / cout % w, i / cout / w % h, i / cout / w / h);
+            *out = b64[o];
+            for (k, ky, kx) in (0..27).map(|n| (n / 9, n / 3 % 3, n % 3)) {
+                let (sy, sx) = ((py + ky).wrapping_sub(1), (px + kx).wrapping_sub(1));
+                if sy < h && sx < w {
+                    let from = (((f + k) * h + sy) * w + sx) * cin;
+                    let weight = |c: usize| k64[(((o * cin + c) * 3 + k) * 3 + ky) * 3 + kx];
+                    *out += (0..cin).map(|c| weight(c) * x64[from + c]).sum::<f64>();
+                }
+            }
+        }
+        // Sums of frames, of weights and of products are rounded, not only the result.
+        close(&format!("{cin}→{cout} by pairs"), &whole, &want, 8e-3);
     }
 }
 
