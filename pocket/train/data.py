@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import presenters as ps
 
-LEFT, RIGHT = 48, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead, 72 back)
+LEFT, RIGHT = 80, 4            # video frames of audio context given before and after a window (the net looks 3 frames ahead, 72 back)
 
 
 # how often a second of these voices is heard: those nearest to people, and those that differ most
@@ -50,6 +50,17 @@ class Speech:
 
     def visemes(self, s, length):
         return self.vis[s[:, None] + torch.arange(length, device=s.device)].float() / 100 - 1
+
+
+WEIGHT = (1.2, 1.2, 1.5, .8, .6, .6)   # of the visemes' errors
+SEEN = (.25, .35, .4, .4)              # of the errors of what is seen: opening, width, press, lip under teeth
+
+
+def viseme_loss(y, v, shut=0.):
+    """y, v [B, T, 6]: of values, of their changes, and of what is seen; `shut` more where the lips are to be closed"""
+    weight, more = torch.tensor(WEIGHT, device=y.device), 1 + shut * (v[..., 2:3] > .5).float()
+    seen = (ps.mouth(y) - ps.mouth(v)).pow(2) * torch.tensor(SEEN, device=y.device)
+    return ((y - v).pow(2) * weight * more).mean() + .5 * ((y.diff(dim=1) - v.diff(dim=1)).pow(2) * weight).mean() + (seen * more).mean()
 
 
 def loudness(visemes):

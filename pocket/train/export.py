@@ -32,7 +32,8 @@ def tensors_of(models, dit_path):
         m.load_state_dict({k[len(name):]: v for k, v in state.items() if k.startswith(name)})
     if os.path.exists(os.path.join(os.path.dirname(dit_path), "decoder.safetensors")):      # trained on with the transformer
         decoder.load_state_dict(load(os.path.join(os.path.dirname(dit_path), "decoder.safetensors")))
-    audio.load_state_dict(load(os.path.join(models, "audio.safetensors")))
+    trained_on = os.path.join(os.path.dirname(dit_path), "audio.safetensors")
+    audio.load_state_dict(load(trained_on if os.path.exists(trained_on) else os.path.join(models, "audio.safetensors")))
     dit.load_state_dict(load(dit_path))
     out = weights.vae_tensors(encoder, decoder)
     out.update({"audio." + k: v for k, v in audio.state_dict().items()})

@@ -32,11 +32,11 @@ def pixel_weights(size=256, eyes=2.2, mouth=3.5):
     return (w / w.mean()).to(DEVICE)
 
 
-def picture_loss(y, x, weight):
-    """L1, L1 of differences, a little MSE; all weighted"""
+def picture_loss(y, x, weight, square=2.):
+    """L1, L1 of differences, `square` times MSE; all weighted"""
     d = y - x
     gx, gy = d[..., 1:] - d[..., :-1], d[..., 1:, :] - d[..., :-1, :]
-    return (d.abs() * weight).mean() + .6 * ((gx.abs() * weight[:, 1:]).mean() + (gy.abs() * weight[1:]).mean()) + 2 * (d * d * weight).mean()
+    return (d.abs() * weight).mean() + .6 * ((gx.abs() * weight[:, 1:]).mean() + (gy.abs() * weight[1:]).mean()) + square * (d * d * weight).mean()
 
 
 def matte_loss(y, x):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import presenters as ps
 import weights
 from common import DEVICE, GPU, half_precision, load, log, save, schedule
-from data import LEFT, RIGHT, Clips, Speech, augment
+from data import LEFT, Clips, Speech, augment, viseme_loss
 from model import AudioNet, Probe
 
 parser = argparse.ArgumentParser()
@@ -38,8 +38,6 @@ parser.add_argument("--weight-decay", type=float, default=.02)
 parser.add_argument("--max-steps", type=int, default=10 ** 9)
 args = parser.parse_args()
 out = args.out
-WEIGHT = [1.2, 1.2, 1.5, .8, .6, .6]   # of the visemes' errors
-SEEN = [.25, .35, .4, .4]              # of the errors of what is seen: opening, width, press, lip under teeth
 REST = [0., 0., .12, 0., 0., 0.]       # visemes of a mouth that says nothing
 
 
@@ -56,7 +54,7 @@ def begun(m, v, g):
     noise = 1.5 * u[2][:, None, None] + .4 * torch.rand(m.shape, device=m.device, generator=g)
     m = torch.where(quiet.repeat_interleave(2, 1)[..., None], noise, m)
     v = torch.where(quiet[:, LEFT:LEFT + v.shape[1], None], torch.tensor(REST, device=v.device), v)
-    cut = int(torch.randint(0, LEFT + 1, (1,))) if float(torch.rand(1)) < COLD else 0
+    cut = LEFT // 8 * int(torch.randint(1, 9, (1,))) if float(torch.rand(1)) < COLD else 0            # few lengths: a convolution is tuned for each
     return m[:, 2 * cut:], v, cut
 
 
@@ -91,7 +89,6 @@ def main():
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr, betas=(.9, .98), weight_decay=args.weight_decay, fused=GPU)
     mean = copy.deepcopy(net).requires_grad_(False).eval()                    # of the weights, over the last steps
     batch, length = args.batch, args.length
-    weight, seen = torch.tensor(WEIGHT, device=DEVICE), torch.tensor(SEEN, device=DEVICE)
     start, step = time.time(), 0
 
     lengths = held.utterances
@@ -123,10 +120,7 @@ def main():
         with half_precision():
             f = net(m)[:, LEFT - cut:LEFT - cut + length]
             y = net.visemes(f)
-        y = y.float()
-        shut = 1 + args.shut * (v[..., 2:3] > .5).float()
-        loss = ((y - v).pow(2) * weight * shut).mean() + .5 * ((y.diff(dim=1) - v.diff(dim=1)).pow(2) * weight).mean()
-        loss = loss + ((ps.mouth(y) - ps.mouth(v)).pow(2) * seen * shut).mean()
+        loss = viseme_loss(y.float(), v, args.shut)
         if args.hold:
             apart = f.float() - known
             loss = loss + args.hold * (apart - apart @ read.T @ written.T).pow(2).mean()

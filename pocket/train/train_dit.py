@@ -17,7 +17,7 @@ import torch
 
 import presenters as ps
 from common import DEVICE, GPU, RANK, START, agreed, alike, averaged, begin, end, flat_gradients, half_precision, load, log, save, schedule
-from data import LEFT, Clips, Speech, augment
+from data import LEFT, Clips, Speech, augment, viseme_loss
 from model import CHANNELS, REFERENCE, AudioNet, Decoder, Encoder, Transformer, count
 from train_ae import matte_loss, parts_of, picture_loss, pictures, pixel_weights
 
@@ -37,11 +37,15 @@ parser.add_argument("--pixels", type=float, default=.55)
 parser.add_argument("--own", type=float, default=.35)
 parser.add_argument("--decoded", type=int, default=20, help="of the clips of a step and GPU, how many are decoded, three latents of each")
 parser.add_argument("--together", action="store_true", help="train the decoder too, on what the transformer predicts; more blinks, more sigma 1")
+parser.add_argument("--hear", type=float, default=0, help="the audio net learns too, at this share of the learning rate; its visemes are then part of the loss")
+parser.add_argument("--shut", type=float, default=1, help="of the visemes' errors, see train_audio.py")
+parser.add_argument("--square", type=float, default=2, help="weight of the pixels' squared errors")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--max-steps", type=int, default=10 ** 9 if GPU else 4)
 args = parser.parse_args()
 
 PARTS = 2
+MATTE_EVERY = 3                                               # steps: its truth is two more drawings
 REFRESH_EVERY, REFRESH = 4, 16 if GPU else 2
 # sizes of the decoded pixels; 512 only when the decoder learns too, so that its part follows the coarse one
 DRAWN = (256, 256, 256, 384, 384, 512) if args.together else (256, 384)
@@ -141,33 +145,39 @@ def main():
     if args.together and args.resume and os.path.exists(trained_on):
         decoder.load_state_dict(load(trained_on))
         log("resumed", trained_on)
-    audio.load_state_dict(load(os.path.join(args.models, "audio.safetensors")))
+    heard = os.path.join(os.path.dirname(args.resume or ""), "audio.safetensors")
+    audio.load_state_dict(load(heard if args.hear and args.resume and os.path.exists(heard) else os.path.join(args.models, "audio.safetensors")))
     for m in (encoder, decoder, audio):
         m.eval().requires_grad_(False)
     for m in (encoder, decoder):
         m.to(memory_format=torch.channels_last)
     if args.together:
         decoder.requires_grad_(True)                          # BatchNorm keeps its running statistics
+    if args.hear:
+        audio.train().requires_grad_(True)
     net = Transformer().to(DEVICE)
     if args.resume:
         net.load_state_dict(load(args.resume), strict=False)
         log("resumed", args.resume)
-    alike((net, decoder))
+    alike((net, decoder, audio))
     ema = copy.deepcopy(net).requires_grad_(False)
     if GPU and not os.environ.get("NO_COMPILE"):
         compiled(net, args.batch)
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     trained += [("decoder." + n, p) for n, p in decoder.named_parameters() if p.requires_grad]
-    ema_decoder = copy.deepcopy(decoder).requires_grad_(False)
+    trained += [("audio." + n, p) for n, p in audio.named_parameters() if p.requires_grad]
+    ema_decoder, ema_audio = copy.deepcopy(decoder).requires_grad_(False), copy.deepcopy(audio).requires_grad_(False)
     flat = flat_gradients([p for _, p in trained])
     matrix = lambda n, p: args.optimizer == "muon" and p.ndim >= 2 and n.endswith("weight") and (".self_attn." in n or ".ffn." in n or "injector.injector." in n)
     muon = Muon([p for n, p in trained if matrix(n, p)]) if args.optimizer == "muon" else None
-    rest = [p for n, p in trained if not matrix(n, p) and not n.startswith("decoder.")]
+    rest = [p for n, p in trained if not matrix(n, p) and not n.startswith(("decoder.", "audio."))]
     adam = torch.optim.AdamW([{"params": [p for p in rest if p.ndim >= 2], "weight_decay": .02}, {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.}],
                              lr=args.lr, betas=(.9, .97), fused=GPU)
     if args.together:
         adam.add_param_group({"params": list(decoder.parameters()), "weight_decay": 0.})
-    ema_list, net_list = [*ema.parameters(), *ema_decoder.parameters()], [*net.parameters(), *decoder.parameters()]
+    if args.hear:
+        adam.add_param_group({"params": list(audio.parameters()), "weight_decay": .02, "pace": args.hear})
+    ema_list, net_list = [*ema.parameters(), *ema_decoder.parameters(), *ema_audio.parameters()], [*net.parameters(), *decoder.parameters(), *audio.parameters()]
     log(f"networks: transformer {count(net) / 1e6:.2f} M parameters")
     bank = Bank(clips, encoder, args.clips, args.length)
     if GPU:
@@ -183,6 +193,8 @@ def main():
         save(os.path.join(args.out, "dit.safetensors"), ema.state_dict(), PARTS)
         if args.together:
             save(os.path.join(args.out, "decoder.safetensors"), ema_decoder.state_dict())
+        if args.hear:
+            save(os.path.join(args.out, "audio.safetensors"), ema_audio.state_dict())
     while True:
         if step == 4:
             if GPU:
@@ -195,7 +207,7 @@ def main():
             break
         lr = args.lr * schedule(p, .02 if not args.resume else .04)
         for group in adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("pace", 1.)
         k = torch.randint(0, bank.n, (b,), device=DEVICE, generator=g)
         z, s, params = bank.z[k].float(), bank.start[k], bank.params[k]
         ref = bank.ref[k, (torch.rand(b, device=DEVICE) < .22).long()].float()
@@ -207,8 +219,11 @@ def main():
             m = speech.mels(s, 4 * length)
             if step % 8:
                 m = augment(m, g)
-            features = audio(m)[:, LEFT:LEFT + 4 * length].float()
-            a = torch.cat([features, params[..., 56:66] * scale], -1)
+        with torch.set_grad_enabled(args.hear > 0), half_precision():
+            features = audio(m)[:, LEFT:LEFT + 4 * length]
+            said = audio.visemes(features).float()
+            a = torch.cat([features.float(), params[..., 56:66] * scale], -1)
+        with torch.no_grad(), half_precision():
             origin = z
             if p >= args.own or step < 2:                     # the first steps also compile this case
                 order = torch.argsort(sigma)                  # the lowest sigmas first: these get the model's own prediction
@@ -220,6 +235,8 @@ def main():
             x0 = net(x, sigma, a, ref)
         error = (x0 - z).pow(2)
         loss = latent = (error * weight).mean()
+        if args.hear:
+            loss = loss + viseme_loss(said, speech.visemes(s, 4 * length), args.shut)
         if p >= args.pixels:
             n, t = min(b, args.decoded), 3
             first = int(torch.randint(0, length - t + 1, (1,)))
@@ -229,9 +246,9 @@ def main():
             with half_precision():
                 y = decoder(x0[rows, first:first + t], size)
             y = y.float().flatten(0, 1)
-            picture = picture_loss(y[:, :3], pictures(shown, size), pixel_weight[size])
-            if args.together:
-                picture = picture + .1 * matte_loss(y[:, 3], ps.render_matte(shown, size))
+            picture = picture_loss(y[:, :3], pictures(shown, size), pixel_weight[size], args.square)
+            if args.together and step % MATTE_EVERY == 0:
+                picture = picture + .1 * MATTE_EVERY * matte_loss(y[:, 3], ps.render_matte(shown, size))
             loss = loss + (4 if args.together else 1.5) * picture
         flat.zero_()
         loss.backward()
@@ -251,6 +268,8 @@ def main():
                 values = {"loss": latent.detach(), "s1": e[one].mean(), "s1mouth": e[one][..., 17:25, 10:22].mean(), "s1eyes": e[one][..., 10:16, 8:24].mean(), "s.5": e[half].mean()}
                 if p >= args.pixels:
                     values["picture"] = picture.detach()
+                if args.hear:
+                    values["heard"] = viseme_loss(said, speech.visemes(s, 4 * length), args.shut).detach()
                 for q, v in values.items():
                     sums.setdefault(q, []).append(v)
         if step % 250 == 0 or not GPU or step in (1, 4, 100):
