@@ -157,6 +157,11 @@ pub trait Generator: Send {
     fn tflop_per_block(&self, _geometry: &Geometry, _steps: Option<usize>) -> Option<f64> {
         None
     }
+    /// Blocks of a face after which nothing grows any more of what it hears and remembers, so that all further ones are
+    /// work of the same shapes: what is measured before is not what a conversation gets.
+    fn settled_after(&self) -> u64 {
+        1
+    }
     /// How full each device is whose memory limits how many faces there can be; none where it does not.
     fn memory(&self) -> Vec<Fill> {
         Vec::new()

@@ -29,7 +29,7 @@ pub(super) struct Args {
     /// Denoising steps to try, separated by commas; the model's own when left out.
     #[arg(long, value_delimiter = ',')]
     steps: Vec<usize>,
-    /// Seconds of speech for each measurement.
+    /// Seconds of video that count in each measurement, after what the engine needs to settle.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
     /// A command that measures something else on the same machine right afterwards; what it prints as lines of JSON is
@@ -99,13 +99,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     println!();
     println!(
-        "engine  size  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms | real-time factor  frames/s  processor",
+        "engine  size  threads  steps  features  generation  decode  encode |  block p50    p95  of {:>4} ms  latency | real-time factor  frames/s  processor",
         report.runs.first().map_or(0.0, |r| r.block_ms).round()
     );
     for r in &report.runs {
         let steps = r.steps.map_or("own".into(), |n| n.to_string());
         println!(
-            "{:<6}  {:>4}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}             | {:>16.3}  {:>8.0}  {:>7}%",
+            "{:<6}  {:>4}  {:>7}  {:>5}  {:>8.1}  {:>10.1}  {:>6.1}  {:>6.1} |  {:>9.1}  {:>5.1}              {:>7.1} | {:>16.3}  {:>8.1}  {:>7}%",
             r.engine,
             r.width,
             r.threads,
@@ -116,6 +116,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             r.encode_ms,
             r.block_p50_ms,
             r.block_p95_ms,
+            r.latency_ms,
             r.real_time_factor,
             r.frames_per_second,
             r.processor.map_or("–".into(), |p| format!("{:.0}", 100.0 * p))
@@ -128,41 +129,65 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             format!("; {}, CUDA {}, {:.1} of {:.0} GiB in use", c.name, c.cuda, gib(c.used), gib(c.memory))
         });
         println!(
-            "\n{} {}×{}: loaded in {:.1} s, first block after {:.0} ms, slowest block {:.1} ms{}{}",
+            "\n{} {}×{}{}: loaded in {:.1} s, first block after {:.0} ms, slowest block {:.1} ms{}{}",
             r.engine,
             r.width,
             r.height,
+            r.device.as_ref().map_or(String::new(), |d| format!(" on {d}")),
             r.load_ms / 1000.0,
             r.first_block_ms,
             r.block_most_ms,
             speed.unwrap_or_default(),
             card.unwrap_or_default()
         );
+        println!("{}", r.way());
+        if r.encoder_held_ms > 0.01 * r.block_p50_ms * r.blocks as f64 {
+            println!("the engine waited {:.0} ms for the encoder, which the frames a second show", r.encoder_held_ms);
+        }
         if let Some(k) = &r.known {
             println!(
                 "known face and prompt: first pictures after {:.0} ms (opening {:.0}, hearing {:.0}, generation {:.0}, decoding {:.0})",
                 k.first_block_ms, k.open_ms, k.features_ms, k.generation_ms, k.decode_ms
             );
         }
-        if let Some(grown) = r.grown_mib {
+        if r.blocks >= 20 {
+            let grown = r.grown_mib.map_or(String::new(), |g| format!("{g:+.0} MiB of the device since the tenth, "));
             let worst = r.block_most_ms / r.block_p50_ms;
             println!(
-                "{} blocks: {grown:+.0} MiB of the device since the tenth, slowest {worst:.2} × the median{}",
+                "{} blocks: {grown}slowest {worst:.2} × the median{}",
                 r.blocks,
                 r.step_most.map_or(String::new(), |s| format!(", no step above {s:.2} × the median step"))
             );
         }
         if r.block_ms >= CLIP_MS {
             let (shown, took) = (r.block_ms / 1000.0, r.block_p50_ms / 1000.0);
-            println!("a whole clip of {shown:.1} s takes {took:.1} s, encoding included");
+            println!("a whole clip of {shown:.1} s takes {took:.1} s, encoding not included");
         }
     }
     for line in report.peer.iter().flatten() {
         println!("peer: {line}");
     }
     println!(
-        "\nMedians per block in milliseconds. A real-time factor of 0.5 leaves half of the time to others;\n\
-         processor: of one core, which other programs do not change."
+        "\nMedians per block in milliseconds. Block: from its pictures to the next one's; latency: from its last speech to\n\
+         its pictures. Encoding goes on beside it. Real-time factor and frames/s are wall time; a factor of 0.5 leaves half\n\
+         of the time to others; processor: of one core, encoding included, which other programs do not change."
     );
     Ok(())
+}
+
+impl Measured {
+    /// How the blocks that count were made, in words.
+    fn way(&self) -> String {
+        let warm = match self.settled {
+            true => format!("{} blocks after {} to warm up", self.blocks, self.warm_up_blocks),
+            false => format!("{} blocks after {}, what it hears still growing", self.blocks, self.warm_up_blocks),
+        };
+        match self.latency_full_ms {
+            Some(full) => format!(
+                "{warm}; stages overlapped, {} more blocks under way; {full:.0} ms from speech to pictures then",
+                self.under_way
+            ),
+            None => format!("{warm}; stages one after the other"),
+        }
+    }
 }

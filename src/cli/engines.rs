@@ -45,11 +45,16 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// The card that it runs on, as far as that is said; `auto` counts as the first.
+    /// Where the large engine runs, in the words of its setting.
+    pub(super) fn device(&self) -> Option<&str> {
+        (self.choice == Choice::S2v).then_some(&self.large.device)
+    }
+
+    /// The card that it runs on, the first of several, as far as that is said; `auto` counts as the first of the machine.
     pub(super) fn card(&self) -> Option<usize> {
-        match (self.choice, s2v::Place::parse(&self.large.device)) {
-            (Choice::S2v, Ok(s2v::Place::Cuda(n))) => Some(n),
-            (Choice::S2v, Ok(s2v::Place::Auto)) => Some(0),
+        match (self.choice, self.large.places().ok()?.first()) {
+            (Choice::S2v, Some(s2v::Place::Cuda(n))) => Some(*n),
+            (Choice::S2v, Some(s2v::Place::Auto)) => Some(0),
             _ => None,
         }
     }

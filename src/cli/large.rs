@@ -18,7 +18,8 @@ pub(super) struct Flags {
     /// block (LiveAvatar) or clip (S2V) [default: block with a LiveAvatar adapter, else clip].
     #[arg(long, value_parser = named::<Mode>)]
     mode: Option<Mode>,
-    /// auto, cpu, cuda or cuda:N; several for block mode, as cuda:0,cuda:1 [default: auto].
+    /// auto, cpu, cuda or cuda:N; several for block mode, as cuda:0,cuda:1; a card named again at the end decodes on a
+    /// second stream, as cuda:0,cuda:0 [default: auto].
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// How several devices share the work: balanced, steps or sequence [default: balanced].

@@ -1,19 +1,35 @@
 //! How fast an engine is on this machine: the pipeline of one conversation without its network, timed.
+//!
+//! Speech comes as fast as the engine takes it, so an engine that is at several blocks at once always has all the blocks
+//! under way that it can have. Pictures are encoded on a thread of their own, as in a conversation.
+//!
+//! | edge | capacity | when full |
+//! | --- | --- | --- |
+//! | blocks → encoder | 4 | the engine waits, and the report says how long: all pictures are encoded and paid for |
 
 use super::engines::{self, Wanted};
 use crate::{
-    avatar::{Generator, OpenOptions},
+    avatar::{Generator, OpenOptions, Stream},
     codec::{H264Config, OPUS_RATE, VOICE_FRAME, VideoEncoder, VoiceEncoder, to_i420},
-    media::{AudioBlock, Geometry, MediaTime, Pixels, Portrait, SPEECH_RATE, StageTimes},
+    media::{AudioBlock, FrameBlock, Geometry, MediaTime, Pixels, Portrait, SPEECH_RATE, StageTimes},
     model::kernels::{Card, card_facts},
 };
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    sync::mpsc::{SyncSender, sync_channel},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 /// Medians over blocks, in milliseconds, and what they amount to.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Measured {
     pub(super) engine: &'static str,
+    /// Where the large engine ran, as it was told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) device: Option<String>,
     pub(super) threads: usize,
     /// Denoising steps asked for; absent = the model's own.
     pub(super) steps: Option<usize>,
@@ -22,19 +38,34 @@ pub(super) struct Measured {
     pub(super) fps: u32,
     /// Length of one block.
     pub(super) block_ms: f64,
+    /// Blocks before those that count, and whether after them nothing grew any more ([`Generator::settled_after`]).
+    pub(super) warm_up_blocks: u64,
+    pub(super) settled: bool,
+    /// Blocks that count.
     pub(super) blocks: usize,
+    /// Whether stages overlapped: most blocks that were under way while another was given out; 0 = one after the other.
+    pub(super) overlapped: bool,
+    pub(super) under_way: usize,
     /// Loading the model, and preparing a face.
     pub(super) load_ms: f64,
     pub(super) open_ms: f64,
+    /// What each stage took; where they overlap, beside others, and their sum is more than a block's time.
     pub(super) features_ms: f64,
     pub(super) generation_ms: f64,
     pub(super) decode_ms: f64,
-    /// Colour conversion, H.264 and Opus.
+    /// Colour conversion, H.264 and Opus, on a thread of their own: no part of a block's time.
     pub(super) encode_ms: f64,
-    /// A whole block; its 95th percentile, and the slowest.
+    /// How long the engine waited in all because the encoder was not done.
+    pub(super) encoder_held_ms: f64,
+    /// From a block's pictures to the next one's; the 95th percentile, and the longest.
     pub(super) block_p50_ms: f64,
     pub(super) block_p95_ms: f64,
     pub(super) block_most_ms: f64,
+    /// From a block's last speech to its pictures, no other block being under way.
+    pub(super) latency_ms: f64,
+    /// The same with all blocks under way that there can be, where stages overlap: most of it is waiting for those before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) latency_full_ms: Option<f64>,
     /// The slowest denoising step against the median one, at most: what the slowest block took to generate, less as many
     /// of the fastest block's steps as it had others. Absent where the number of steps is the model's own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -57,11 +88,12 @@ pub(super) struct Measured {
     pub(super) tflop: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) tflop_per_s: Option<f64>,
-    /// Time needed over time shown: below 1 is faster than life.
+    /// Wall time of the blocks that count over the time they show: below 1 is faster than life.
     pub(super) real_time_factor: f64,
+    /// Frames of these blocks over that wall time.
     pub(super) frames_per_second: f64,
-    /// Processor seconds of all threads per second shown: what it costs however busy the machine is. Absent where the
-    /// system does not tell.
+    /// Processor seconds of all threads, the encoder's included, per second shown: what it costs however busy the machine
+    /// is. Absent where the system does not tell.
     pub(super) processor: Option<f64>,
 }
 
@@ -76,32 +108,154 @@ pub(super) struct Known {
     pub(super) first_block_ms: f64,
 }
 
-/// Blocks that take longer are waited for once only.
+/// Blocks that take longer are waited for once only, and what still grows beside them does not count.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What warms up whatever grows or does not.
+const WARM: MediaTime = MediaTime::from_millis(1000);
+/// Blocks by themselves whose median is the latency of an engine that is at several blocks otherwise.
+const ALONE: usize = 3;
+/// Blocks that may wait for the encoder.
+const QUEUE: usize = 4;
+
+/// A face that is spoken to.
+struct Talk {
+    stream: Box<dyn Stream>,
+    geometry: Geometry,
+    speech: Speech,
+    fed: MediaTime,
+    /// When the speech was complete of blocks that were not given out yet.
+    complete: VecDeque<Instant>,
+    /// Blocks whose speech was complete, and those given out.
+    spoken: u64,
+    given: u64,
+    /// Most blocks under way while another was given out.
+    under_way: usize,
+}
+
+/// A block, when it was given out, and how long after its last speech.
+struct Given {
+    block: FrameBlock,
+    at: Instant,
+    latency: Duration,
+}
+
+impl Talk {
+    fn new(stream: Box<dyn Stream>, geometry: Geometry, speech: Speech) -> Talk {
+        let complete = VecDeque::new();
+        Talk { stream, geometry, speech, fed: MediaTime::ZERO, complete, spoken: 0, given: 0, under_way: 0 }
+    }
+
+    /// Speech that block `index` needs.
+    fn needs(&self, index: u64) -> MediaTime {
+        MediaTime::from_units(self.geometry.first_frame(index + 1) as i64, self.geometry.fps) + self.geometry.look_ahead
+    }
+
+    /// The next block, spoken for as fast as the engine takes it; `alone`: only once nothing is under way.
+    fn next(&mut self, alone: bool) -> anyhow::Result<Given> {
+        loop {
+            if let Some(block) = self.stream.pull()? {
+                let at = Instant::now();
+                let spoken = self.complete.pop_front().context("the engine gave a block before its speech")?;
+                self.given += 1;
+                self.under_way = self.under_way.max(self.stream.under_way());
+                return Ok(Given { block, at, latency: at - spoken });
+            }
+            let under_way = self.stream.under_way();
+            if alone && under_way > 0 {
+                self.wait();
+                continue;
+            }
+            if self.fed > self.needs(self.given + under_way as u64 + 1) {
+                bail!("the engine gave no block for {:.1} s of speech", self.fed.as_millis_f64() / 1000.0);
+            }
+            let audio = AudioBlock { at: self.fed, samples: self.speech.piece(self.fed, SPEECH_RATE as usize / 25) };
+            self.fed = audio.end();
+            let before = Instant::now();
+            while self.needs(self.spoken) <= self.fed {
+                self.complete.push_back(before);
+                self.spoken += 1;
+            }
+            self.stream.push(&audio)?;
+        }
+    }
+
+    /// Until a block is ready.
+    fn wait(&mut self) {
+        futures::executor::block_on(std::future::poll_fn(|cx| self.stream.poll_ready(cx)));
+    }
+
+    /// Takes what is under way.
+    fn clear(&mut self) -> anyhow::Result<()> {
+        while self.stream.under_way() > 0 {
+            self.next(true)?;
+        }
+        Ok(())
+    }
+}
 
 /// Opens a known face with the speech of its first block.
-fn known(generator: &mut dyn Generator, portrait: &Portrait, options: &OpenOptions) -> anyhow::Result<Known> {
+fn known(
+    generator: &mut dyn Generator,
+    portrait: &Portrait,
+    options: &OpenOptions,
+    speech: Speech,
+) -> anyhow::Result<Known> {
     let geometry = generator.geometry_for(portrait);
-    let speech = geometry.block_span(0) + geometry.look_ahead;
-    let samples = babble(MediaTime::ZERO, speech.units(SPEECH_RATE) as usize + 1);
     let began = Instant::now();
-    let mut stream = generator.open(portrait, options)?;
+    let stream = generator.open(portrait, options)?;
     let open = began.elapsed();
-    stream.push(&AudioBlock { at: MediaTime::ZERO, samples })?;
-    stream.finish()?;
-    let Some(block) = stream.pull()? else { anyhow::bail!("the engine gave no first block") };
-    let first = began.elapsed();
+    let Given { block, at, .. } = Talk::new(stream, geometry, speech).next(true)?;
     let StageTimes { features, generation, decode, .. } = block.stages;
     Ok(Known {
         open_ms: ms(open),
         features_ms: ms(features),
         generation_ms: ms(generation),
         decode_ms: ms(decode),
-        first_block_ms: ms(first),
+        first_block_ms: ms(at - began),
     })
 }
 
-/// Runs `seconds` of made-up speech through an engine. The first second warms it up and is not counted.
+/// Encodes blocks on a thread of its own.
+struct Encoding {
+    blocks: SyncSender<FrameBlock>,
+    thread: JoinHandle<anyhow::Result<Vec<(u64, Duration)>>>,
+}
+
+impl Encoding {
+    fn start(geometry: &Geometry) -> anyhow::Result<Encoding> {
+        let Geometry { width, height, fps, .. } = *geometry;
+        let bitrate = 900_000;
+        let mut video =
+            VideoEncoder::new(H264Config { width, height, fps: fps as f32, bitrate, max_bitrate: bitrate })?;
+        let mut voice = VoiceEncoder::new(32_000, 5)?;
+        let (blocks, inbox) = sync_channel::<FrameBlock>(QUEUE);
+        let work = move || {
+            let mut times = Vec::new();
+            for block in inbox {
+                let before = Instant::now();
+                for frame in &block.frames {
+                    video.encode(&to_i420(frame)?, frame.at, false)?;
+                }
+                let span = MediaTime::from_units(block.frames.len() as i64, fps);
+                for _ in 0..(span.units(OPUS_RATE) as usize).div_ceil(VOICE_FRAME) {
+                    voice.encode(&[0.1; VOICE_FRAME])?;
+                }
+                times.push((block.index, before.elapsed()));
+            }
+            Ok(times)
+        };
+        Ok(Encoding { blocks, thread: std::thread::Builder::new().name("encode-bench".into()).spawn(work)? })
+    }
+
+    /// What each block took, when all are encoded.
+    fn end(self) -> anyhow::Result<Vec<(u64, Duration)>> {
+        drop(self.blocks);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the encoder's thread panicked"))?
+    }
+}
+
+/// Runs made-up speech through an engine until blocks that show `seconds` were made after it had settled. Blocks before
+/// are not counted.
 pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> anyhow::Result<Measured> {
     let began = Instant::now();
     let mut generator = engines::load(wanted, &[])?;
@@ -109,106 +263,107 @@ pub(super) fn measure(wanted: &Wanted, steps: Option<usize>, seconds: u32) -> an
     let portrait = generator.sample_portrait();
     let geometry = generator.geometry_for(&portrait);
     let Geometry { width, height, fps, .. } = geometry;
+    let encoding = Encoding::start(&geometry)?;
+    let (settled_after, speech) = (generator.settled_after(), Speech::new());
     let began = Instant::now();
     let options = OpenOptions { steps, planar: true, ..OpenOptions::default() };
-    let mut stream = generator.open(&portrait, &options)?;
+    let stream = generator.open(&portrait, &options)?;
     let open = began.elapsed();
-    let bitrate = 900_000;
-    let mut video = VideoEncoder::new(H264Config { width, height, fps: fps as f32, bitrate, max_bitrate: bitrate })?;
-    let mut voice = VoiceEncoder::new(32_000, 5)?;
+    let mut talk = Talk::new(stream, geometry.clone(), speech);
 
-    let (mut features, mut generation, mut decode, mut encode, mut whole) = (vec![], vec![], vec![], vec![], vec![]);
-    let mut fed = MediaTime::ZERO;
-    let mut end = MediaTime::from_millis(i64::from(seconds + 1) * 1000);
-    // Two blocks at least, or there is nothing to count.
-    end = end.max(MediaTime::from_units(geometry.first_frame(2) as i64, fps) + geometry.look_ahead);
-    let mut spent = Duration::ZERO;
-    let mut shown = MediaTime::ZERO;
-    let mut made = MediaTime::ZERO;
-    let mut used = None;
-    let mut first = None;
-    let mut free = None;
-    let least = |g: &dyn Generator| g.memory().iter().map(|f| f.free).min();
-    while fed < end {
-        let audio = AudioBlock { at: fed, samples: babble(fed, SPEECH_RATE as usize / 25) };
-        fed = audio.end();
-        let before = Instant::now();
-        stream.push(&audio)?;
-        // What pushing costs belongs to the block that it completes.
-        let mut pushed = before.elapsed();
-        loop {
-            let before = Instant::now();
-            let Some(block) = stream.pull()? else { break };
-            let pulled = before.elapsed();
-            first.get_or_insert(open + pushed + pulled);
-            let before = Instant::now();
-            for frame in &block.frames {
-                video.encode(&to_i420(frame)?, frame.at, false)?;
-            }
-            let span = MediaTime::from_units(block.frames.len() as i64, fps);
-            for _ in 0..(span.units(OPUS_RATE) as usize).div_ceil(VOICE_FRAME) {
-                voice.encode(&[0.1; VOICE_FRAME])?;
-            }
-            let encoded = before.elapsed();
-            made += span;
-            // At least one block warms up, however long blocks are.
-            if made <= MediaTime::from_millis(1000) || block.index == 0 {
-                pushed = Duration::ZERO;
-                used = processor_seconds();
-                continue;
-            }
-            let took = pushed + pulled + encoded;
-            spent += took;
-            shown += span;
-            features.push(block.stages.features);
-            generation.push(block.stages.generation);
-            decode.push(block.stages.decode);
-            encode.push(encoded);
-            whole.push(took);
-            pushed = Duration::ZERO;
-            if whole.len() == 10 {
-                free = least(generator.as_ref());
-            }
-        }
-        spent += pushed;
+    let first = talk.next(true)?;
+    let first_block = first.at - began;
+    let mut made = MediaTime::from_units(first.block.frames.len() as i64, fps);
+    // The last block that does not count, when it was given out, and what the process had spent by then. Of the encoder's
+    // work as much is under way then as at the end.
+    let (mut warm_up_blocks, mut from, mut used) = (1, first.at, processor_seconds());
+    let mut accepted = encoding.blocks.send(first.block).is_ok();
+    let mut slow = 0;
+    while accepted && (warm_up_blocks < settled_after || made <= WARM) && slow < 2 {
+        let given = talk.next(false)?;
+        slow = if given.at - from > PATIENCE { slow + 1 } else { 0 };
+        made += MediaTime::from_units(given.block.frames.len() as i64, fps);
+        (warm_up_blocks, from, used) = (warm_up_blocks + 1, given.at, processor_seconds());
+        accepted = encoding.blocks.send(given.block).is_ok();
     }
-    anyhow::ensure!(!whole.is_empty(), "the engine gave no block for {seconds} s of speech");
-    let ended = least(generator.as_ref()).filter(|_| whole.len() >= 20);
-    let grown_mib = free.zip(ended).map(|(free, ended)| (free as f64 - ended as f64) / f64::from(1 << 20));
-    drop(stream);
+
+    let (mut features, mut generation, mut decode, mut latency, mut whole) = (vec![], vec![], vec![], vec![], vec![]);
+    let least = |g: &dyn Generator| g.memory().iter().map(|f| f.free).min();
+    let (mut last, mut ended, mut free, mut held, mut frames) = (from, used, None, Duration::ZERO, 0);
+    while accepted && MediaTime::from_units(frames, fps) < MediaTime::from_millis(i64::from(seconds) * 1000) {
+        let Given { block, at, latency: late } = talk.next(false)?;
+        ended = processor_seconds();
+        features.push(block.stages.features);
+        generation.push(block.stages.generation);
+        decode.push(block.stages.decode);
+        latency.push(late);
+        whole.push(at - last);
+        (last, frames) = (at, frames + block.frames.len() as i64);
+        if whole.len() == 10 {
+            free = least(generator.as_ref());
+        }
+        let before = Instant::now();
+        accepted = encoding.blocks.send(block).is_ok();
+        held += before.elapsed();
+    }
+    let grown = free.zip(least(generator.as_ref())).filter(|_| whole.len() >= 20);
+    let mut encode = encoding.end()?;
+    ensure!(!whole.is_empty(), "the encoder ended before its time");
+    encode.retain(|(index, _)| *index >= warm_up_blocks);
+    let mut encode: Vec<Duration> = encode.into_iter().map(|(_, took)| took).collect();
+
+    let overlapped = talk.under_way > 0;
     let quick = whole.iter().max().is_some_and(|longest| *longest < PATIENCE);
-    let known = quick.then(|| known(generator.as_mut(), &portrait, &options)).transpose()?;
-    let factor = spent.as_secs_f64() / shown.as_secs_f64();
+    let latency_full_ms = overlapped.then(|| percentile(&mut latency, 0.5));
+    if overlapped {
+        talk.clear()?;
+        latency.clear();
+        for _ in 0..if quick { ALONE } else { 1 } {
+            latency.push(talk.next(true)?.latency);
+        }
+    }
+    let Talk { stream, speech, under_way, .. } = talk;
+    drop(stream);
+    let known = quick.then(|| known(generator.as_mut(), &portrait, &options, speech)).transpose()?;
+    let shown = frames as f64 / f64::from(fps);
+    let wall = (last - from).as_secs_f64();
     let tflop = generator.tflop_per_block(&geometry, steps);
-    let processor = processor_seconds().zip(used).map(|(end, begin)| (end - begin) / shown.as_secs_f64());
     Ok(Measured {
         engine: wanted.choice.name(),
+        device: wanted.device().map(str::to_string),
         threads: wanted.threads,
         steps,
         width,
         height,
         fps,
         block_ms: geometry.block_span(1).as_millis_f64(),
+        warm_up_blocks,
+        settled: warm_up_blocks >= settled_after,
         blocks: whole.len(),
+        overlapped,
+        under_way,
         load_ms: ms(load),
         open_ms: ms(open),
         features_ms: percentile(&mut features, 0.5),
         generation_ms: percentile(&mut generation, 0.5),
         decode_ms: percentile(&mut decode, 0.5),
         encode_ms: percentile(&mut encode, 0.5),
+        encoder_held_ms: ms(held),
         block_p50_ms: percentile(&mut whole, 0.5),
         block_p95_ms: percentile(&mut whole, 0.95),
         block_most_ms: percentile(&mut whole, 1.0),
+        latency_ms: percentile(&mut latency, 0.5),
+        latency_full_ms,
         step_most: steps.map(|n| slowest_step(&mut generation, n)),
-        first_block_ms: first.map_or(0.0, ms),
+        first_block_ms: ms(first_block),
         known,
-        grown_mib,
+        grown_mib: grown.map(|(free, end)| (free as f64 - end as f64) / f64::from(1 << 20)),
         card: wanted.card().and_then(card_facts),
         tflop,
         tflop_per_s: tflop.map(|t| t * 1000.0 / percentile(&mut generation, 0.5)),
-        real_time_factor: factor,
-        frames_per_second: f64::from(fps) / factor,
-        processor,
+        real_time_factor: wall / shown,
+        frames_per_second: frames as f64 / wall,
+        processor: used.zip(ended).map(|(begin, end)| (end - begin) / shown),
     })
 }
 
@@ -260,17 +415,28 @@ pub(super) fn memory_peak_mib() -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
 }
 
-/// Something like speech: a buzz whose pitch and loudness move, with pauses.
-fn babble(at: MediaTime, n: usize) -> Vec<f32> {
-    let first = at.units(SPEECH_RATE);
-    (0..n as i64)
-        .map(|i| {
-            let t = (first + i) as f32 / SPEECH_RATE as f32;
+/// Something like speech: a buzz whose pitch and loudness move, with pauses. Made before anything is timed.
+struct Speech(Vec<f32>);
+
+impl Speech {
+    /// Seconds after which it begins again.
+    const CYCLE: usize = 16;
+
+    fn new() -> Speech {
+        let sample = |i: usize| {
+            let t = i as f32 / SPEECH_RATE as f32;
             let loud = (0.6 + 0.4 * (t * 19.0).sin()) * f32::from(u8::from(t % 2.0 < 1.5));
             let phase = (t * 130.0 + (t * 2.0).sin()) * std::f32::consts::TAU;
             0.2 * loud * (phase.sin() + 0.5 * (2.0 * phase).sin() + 0.3 * (5.0 * phase).sin())
-        })
-        .collect()
+        };
+        Speech((0..Self::CYCLE * SPEECH_RATE as usize).map(sample).collect())
+    }
+
+    /// `n` samples from `at` on.
+    fn piece(&self, at: MediaTime, n: usize) -> Vec<f32> {
+        let first = at.units(SPEECH_RATE) as usize;
+        (first..first + n).map(|i| self.0[i % self.0.len()]).collect()
+    }
 }
 
 fn ms(d: Duration) -> f64 {
@@ -284,8 +450,9 @@ pub(super) fn percentile(values: &mut [Duration], q: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::slowest_step;
-    use std::time::Duration;
+    use super::*;
+    use crate::avatar;
+    use std::task::{Context, Poll};
 
     #[test]
     fn one_slow_step_is_told_from_a_slow_block() {
@@ -293,5 +460,75 @@ mod tests {
         let most = slowest_step(&mut blocks, 4);
         assert!((most - (520.0 - 300.0) / 100.25).abs() < 1e-9, "{most}");
         assert!((slowest_step(&mut [Duration::from_millis(100); 3], 4) - 1.0).abs() < 1e-9);
+    }
+
+    /// Makes a block of a frame for each piece of speech, and gives it when `depth` are under way, or when it is waited for.
+    struct Slow {
+        depth: usize,
+        begun: u64,
+        given: u64,
+        waited: bool,
+        mute: bool,
+    }
+
+    impl Stream for Slow {
+        fn push(&mut self, _: &AudioBlock) -> avatar::Result<()> {
+            self.begun += u64::from(!self.mute);
+            Ok(())
+        }
+        fn pull(&mut self) -> avatar::Result<Option<FrameBlock>> {
+            let full = self.under_way() > 0 && self.under_way() >= self.depth;
+            if !full && !std::mem::take(&mut self.waited) {
+                return Ok(None);
+            }
+            let index = self.given;
+            self.given += 1;
+            let (epoch, frames, controls) = (crate::media::Epoch::default(), Vec::new(), Vec::new());
+            Ok(Some(FrameBlock { epoch, index, frames, stages: StageTimes::default(), controls }))
+        }
+        fn under_way(&self) -> usize {
+            (self.begun - self.given) as usize
+        }
+        fn poll_ready(&mut self, _: &mut Context) -> Poll<()> {
+            self.waited = true;
+            Poll::Ready(())
+        }
+        fn finish(&mut self) -> avatar::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn talk(depth: usize, mute: bool) -> Talk {
+        let geometry = Geometry {
+            width: 16,
+            height: 16,
+            fps: 25,
+            first_block_frames: 1,
+            block_frames: 1,
+            look_ahead: MediaTime::ZERO,
+            matte: false,
+        };
+        Talk::new(Box::new(Slow { depth, begun: 0, given: 0, waited: false, mute }), geometry, Speech::new())
+    }
+
+    #[test]
+    fn the_line_is_kept_full_and_emptied_for_a_block_alone() {
+        let mut talk = talk(3, false);
+        let alone = talk.next(true).unwrap();
+        assert_eq!((alone.block.index, talk.under_way), (0, 0));
+        for index in 1..9 {
+            assert_eq!(talk.next(false).unwrap().block.index, index);
+            assert_eq!(talk.stream.under_way(), 2);
+        }
+        talk.clear().unwrap();
+        assert_eq!((talk.given, talk.spoken), (11, 11));
+        assert_eq!((talk.next(true).unwrap().block.index, talk.stream.under_way()), (11, 0));
+        assert_eq!(talk.under_way, 2);
+    }
+
+    #[test]
+    fn an_engine_that_gives_no_block_is_not_waited_for_for_ever() {
+        let error = talk(1, true).next(false).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("gave no block"), "{error}");
     }
 }

@@ -3,6 +3,7 @@
 mod access;
 mod base;
 mod batch;
+mod bench;
 mod bounds;
 mod checkpoints;
 mod cluster;

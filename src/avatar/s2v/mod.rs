@@ -238,6 +238,33 @@ impl How {
         }
     }
 
+    /// Blocks until the window of speech and the ring have their full length, and one that is the first to have it. A
+    /// clip's hearing is nothing beside it, and it remembers nothing that grows.
+    fn settled_after(&self, per_block: usize, reach: Reach) -> u64 {
+        let How::Block { settings, .. } = self else { return 1 };
+        let (frames, ring) = (self.frames(per_block).0, settings.clip_frames / 4 / per_block.max(1));
+        let window = (reach.context * self.fps() as usize).div_ceil(frames.max(1) * SPEECH_RATE as usize);
+        window.max(ring) as u64 + 1
+    }
+
+    /// What the transformer computes a block, 10¹² operations. `scale`: pixels of a latent position's side.
+    fn tflop(&self, c: &dit::Config, scale: usize, geometry: &Geometry, steps: Option<usize>) -> f64 {
+        let side = scale * c.patch[1];
+        let tokens = (geometry.width as usize / side) * (geometry.height as usize / side);
+        let frames = geometry.block_frames as usize / 4;
+        match self {
+            How::Block { settings, .. } => {
+                let ring = settings.clip_frames / 4;
+                c.tflop(frames * tokens, (ring * 2 + 5) * tokens / 2) * steps.unwrap_or(BLOCK_STEPS) as f64
+            }
+            How::Clip(s) => {
+                // Reference and motion are tokens of the same sequence: 2.5 frames' worth.
+                let all = (2 * frames + 5) * tokens / 2;
+                c.tflop(all, all) * (steps.unwrap_or(s.steps) * if self.guided() { 2 } else { 1 }) as f64
+            }
+        }
+    }
+
     /// Height and width of the output for a picture.
     fn output(&self, size: Size, portrait: &Portrait) -> Result<(usize, usize)> {
         let (w, h) = (portrait.width as usize, portrait.height as usize);
@@ -332,19 +359,11 @@ impl Generator for S2v {
     }
 
     fn tflop_per_block(&self, geometry: &Geometry, steps: Option<usize>) -> Option<f64> {
-        let scale = 2 * self.studio.vae.scale();
-        let tokens = (geometry.width as usize / scale) * (geometry.height as usize / scale);
-        let (c, frames) = (self.studio.dit.config(), geometry.block_frames as usize / 4);
-        Some(match &self.how {
-            How::Block { .. } => {
-                c.tflop(frames * tokens, (c.kv_frames * 2 + 5) * tokens / 2) * steps.unwrap_or(BLOCK_STEPS) as f64
-            }
-            How::Clip(s) => {
-                // Reference and motion are tokens of the same sequence: 2.5 frames' worth.
-                let all = (2 * frames + 5) * tokens / 2;
-                c.tflop(all, all) * (steps.unwrap_or(s.steps) * if self.how.guided() { 2 } else { 1 }) as f64
-            }
-        })
+        Some(self.how.tflop(self.studio.dit.config(), self.studio.vae.scale(), geometry, steps))
+    }
+
+    fn settled_after(&self) -> u64 {
+        self.how.settled_after(self.studio.dit.config().frames_per_block, self.config.reach())
     }
 
     fn memory(&self) -> Vec<Fill> {

@@ -239,6 +239,14 @@ impl Generator for Team {
         self.geometry_of(self.how.output(self.size, portrait).unwrap_or((64, 64)))
     }
 
+    fn tflop_per_block(&self, geometry: &Geometry, steps: Option<usize>) -> Option<f64> {
+        Some(self.how.tflop(&self.parts.transformer_config, SCALE, geometry, steps))
+    }
+
+    fn settled_after(&self) -> u64 {
+        self.how.settled_after(self.per_block, self.config.reach())
+    }
+
     fn memory(&self) -> Vec<Fill> {
         fill(&self.cards)
     }
