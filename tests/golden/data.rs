@@ -21,15 +21,31 @@ pub fn folder() -> PathBuf {
     }
 }
 
-/// Where the networks run: `LOQUENT_GOLDENS_DEVICE`, `cpu` (also without the variable) or `cuda`.
+/// Where the networks run: `LOQUENT_GOLDENS_DEVICE`, `cpu` (also without the variable) or `cuda`; within [`on_own_device`],
+/// what that opened.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
-    let made = || match std::env::var("LOQUENT_GOLDENS_DEVICE").as_deref() {
+    OWN.with_borrow(Clone::clone).unwrap_or_else(|| DEVICE.get_or_init(open).clone())
+}
+
+thread_local! {
+    static OWN: RefCell<Option<Device>> = const { RefCell::new(None) };
+}
+
+fn open() -> Device {
+    match std::env::var("LOQUENT_GOLDENS_DEVICE").as_deref() {
         Err(_) | Ok("cpu") => Device::Cpu,
-        Ok("cuda") => Device::new_cuda(0).unwrap_or_else(|e| panic!("no CUDA device: {e}")),
+        Ok("cuda") => loquent::model::kernels::card(0).unwrap_or_else(|e| panic!("no CUDA device: {e}")),
         Ok(other) => panic!("LOQUENT_GOLDENS_DEVICE is {other}; cpu or cuda are expected"),
-    };
-    DEVICE.get_or_init(made).clone()
+    }
+}
+
+/// Makes something on a device that nobody else works on: on a card, a stream of its own.
+pub fn on_own_device<T>(make: impl FnOnce() -> T) -> T {
+    OWN.set(Some(open()));
+    let made = make();
+    OWN.set(None);
+    made
 }
 
 /// Element type of the transformers' and the text encoder's matrices: `LOQUENT_GOLDENS_DTYPE`, `f32` or `bf16`. Audio

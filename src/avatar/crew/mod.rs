@@ -104,7 +104,8 @@ impl Crew {
     /// Starts a rank for each link and waits until all have loaded.
     ///
     /// # Errors
-    /// The first rank that could not.
+    /// The first rank that could not; two ranks with one [`Device`] of a card: each needs a stream of its own, because a
+    /// recording takes in whatever another thread sends to the same stream, and kernels share their room to work in.
     pub fn start(links: Vec<Arc<dyn Link>>, builds: Vec<Build>) -> Result<Crew> {
         let common = Arc::new(Common::default());
         common.breakers.lock().unwrap_or_else(|e| e.into_inner()).extend(links.iter().filter_map(|l| l.breaker()));
@@ -120,8 +121,13 @@ impl Crew {
             crew.members.push(Member { orders: Some(orders), thread: Some(thread) });
         }
         drop(ready);
+        let mut cards: Vec<Device> = Vec::new();
         for _ in 0..crew.members.len() {
-            loaded.recv().map_err(|_| common.error())??;
+            let device = loaded.recv().map_err(|_| common.error())??;
+            if cards.iter().any(|c| c.same_device(&device)) {
+                return Err(Error::Config("two ranks share a stream of a card: open the card anew for each".into()));
+            }
+            cards.extend((!device.is_cpu()).then_some(device));
         }
         Ok(crew)
     }

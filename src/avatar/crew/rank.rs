@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{Build, Common, Hear, Made, Times, Watch};
 use crate::{
@@ -92,7 +92,7 @@ impl Rank {
         build: Build,
         orders: Receiver<Order>,
         common: Arc<Common>,
-        ready: SyncSender<Result<()>>,
+        ready: SyncSender<Result<Device>>,
     ) {
         let built = catch_unwind(AssertUnwindSafe(build)).unwrap_or_else(|panic| Err(Error::Link(told(panic))));
         let tools = match built.at(|| format!("rank {index}")) {
@@ -103,7 +103,7 @@ impl Rank {
                 return;
             }
         };
-        if ready.send(Ok(())).is_err() {
+        if ready.send(Ok(tools.device.clone())).is_err() {
             return;
         }
         drop(ready);
@@ -256,7 +256,7 @@ impl Rank {
                 watch("frames", order.number, frames);
             }
         }
-        let own = (order.number == 0).then(|| latents.narrow(1, 0, 1)?.to_device(&candle_core::Device::Cpu));
+        let own = (order.number == 0).then(|| latents.narrow(1, 0, 1)?.to_device(&Device::Cpu));
         let block = Made { number: order.number, film, times: order.times, own: own.transpose()? };
         // A face whose owner is gone is closed by the next order.
         let _ = made.send(block);
