@@ -23,7 +23,7 @@ use std::{
     },
     task::{Context, Poll},
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use candle_core::{Device, Tensor};
@@ -262,16 +262,16 @@ pub struct FaceOpening {
     pub watch: Option<Watch>,
 }
 
-/// When each rank was at work on a block, and what the stages took.
+/// How long each rank was at work on a block, and what the stages took.
 #[derive(Debug, Default)]
 pub struct Times {
-    spans: Mutex<Vec<(usize, Instant, Instant)>>,
+    spans: Mutex<Vec<(usize, Duration)>>,
     stages: Mutex<StageTimes>,
 }
 
 impl Times {
-    fn span(&self, rank: usize, from: Instant, to: Instant) {
-        self.spans.lock().unwrap_or_else(|e| e.into_inner()).push((rank, from, to));
+    fn span(&self, rank: usize, took: Duration) {
+        self.spans.lock().unwrap_or_else(|e| e.into_inner()).push((rank, took));
     }
 
     fn stage(&self, note: impl FnOnce(&mut StageTimes)) {
@@ -291,7 +291,7 @@ impl Times {
     /// How long a rank was at work on the block.
     pub fn busy(&self, rank: usize) -> Duration {
         let spans = self.spans.lock().unwrap_or_else(|e| e.into_inner());
-        spans.iter().filter(|s| s.0 == rank).map(|s| s.2 - s.1).sum()
+        spans.iter().filter(|s| s.0 == rank).map(|s| s.1).sum()
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
     model::{
         At, Error, Result,
         dit::{self, Halfway, StreamState, TextContext},
+        kernels::Mark,
         ranks::{Layout, Link},
         sampler::Euler,
         vae::Decoding,
@@ -206,9 +207,8 @@ impl Rank {
         let latents = match &mut face.part {
             Some((stage, state)) => {
                 let leader = layout.stages[*stage].ranks.start;
-                let (features, on) = take_over(tools, link.as_ref(), &layout, *stage, &order, hear)?;
-                device.synchronize()?;
-                let began = Instant::now();
+                let (features, on, hearing) = take_over(tools, link.as_ref(), &layout, *stage, &order, hear)?;
+                let began = Mark::now(&device)?;
                 let watch = face.opening.watch.as_ref().filter(|_| me == leader);
                 let mut probe = |name: &str, x: &Tensor| {
                     if let Some(watch) = watch {
@@ -220,11 +220,18 @@ impl Rank {
                 let way = layout.stages[*stage].way.clone();
                 let on = dit.travel(state, on, way, &audio, None, &order.distance, &mut probe)?;
                 state.advance(dit.config().frames_per_block);
+                let ended = Mark::now(&device)?;
+                // Nothing waited for the device until here: its work is handed in while it does what came before.
                 device.synchronize()?;
-                let ended = Instant::now();
-                order.times.span(me, began, ended);
+                if let Some(heard) = hearing {
+                    let took = began.since(&heard)?;
+                    order.times.stage(|s| s.features = took);
+                    order.times.span(me, took);
+                }
+                let took = ended.since(&began)?;
+                order.times.span(me, took);
                 if me == leader {
-                    order.times.stage(|s| s.generation += ended - began);
+                    order.times.stage(|s| s.generation += took);
                     if let Some(next) = layout.stages.get(*stage + 1) {
                         for rank in next.ranks.clone() {
                             let parcel = [Some(features.clone()), Some(on.latent.clone()), on.tokens.clone()];
@@ -247,9 +254,9 @@ impl Rank {
             Some(_) if !face.opening.planar => Film::packed(seen.insert(show(vae, decoding, &latents, first)?))?,
             _ => film(vae, decoding, &latents, first, face.opening.planar)?,
         };
-        let ended = Instant::now();
-        order.times.span(me, began, ended);
-        order.times.stage(|s| s.decode = ended - began);
+        let took = began.elapsed();
+        order.times.span(me, took);
+        order.times.stage(|s| s.decode = took);
         if let Some(watch) = &face.opening.watch {
             watch("latents", order.number, &latents);
             if let Some(frames) = &seen {
@@ -265,7 +272,7 @@ impl Rank {
     }
 }
 
-/// Audio features of a block, and the block where this stage takes it over.
+/// Audio features of a block, the block where this stage takes it over, and when it began to listen if it does.
 fn take_over(
     tools: &Tools,
     link: &dyn Link,
@@ -273,8 +280,7 @@ fn take_over(
     stage: usize,
     order: &BlockOrder,
     hear: Option<Hear>,
-) -> Result<(Tensor, Halfway)> {
-    let me = link.rank();
+) -> Result<(Tensor, Halfway, Option<Mark>)> {
     let ranks = layout.stages[stage].ranks.clone();
     if stage > 0 {
         let parcel = link.receive(layout.stages[stage - 1].ranks.start)?;
@@ -282,24 +288,21 @@ fn take_over(
         let (Some(features), Some(latent)) = (parcel.next(), parcel.next()) else {
             return Err(Error::Link("a parcel came with too few tensors".into()));
         };
-        return Ok((features, Halfway { latent, tokens: parcel.next() }));
+        return Ok((features, Halfway { latent, tokens: parcel.next() }, None));
     }
-    let features = match hear {
+    let (features, began) = match hear {
         Some(hear) => {
-            let began = Instant::now();
+            let began = Mark::now(&tools.device)?;
             let features = hear(tools)?.contiguous()?;
-            tools.device.synchronize()?;
-            order.times.stage(|s| s.features = began.elapsed());
-            order.times.span(me, began, Instant::now());
             for other in ranks.skip(1) {
                 link.send(other, vec![features.clone()])?;
             }
-            features
+            (features, Some(began))
         }
-        None => one(link.receive(ranks.start)?)?,
+        None => (one(link.receive(ranks.start)?)?, None),
     };
     let latent = order.noise.to_device(&tools.device)?.to_dtype(DType::F32)?;
-    Ok((features, Halfway { latent, tokens: None }))
+    Ok((features, Halfway { latent, tokens: None }, began))
 }
 
 fn one(mut parcel: Vec<Tensor>) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use candle_core::{
     Device,
     cuda_backend::{
         WrapErr,
-        cudarc::driver::{result, sys::CUevent_flags},
+        cudarc::driver::{CudaEvent, result, sys::CUevent_flags},
     },
 };
 
@@ -35,6 +35,25 @@ pub fn milliseconds(
     }
     all.sort_by(f32::total_cmp);
     Ok(all)
+}
+
+/// A place in a device's stream.
+pub struct Event(CudaEvent);
+
+impl Event {
+    /// Behind everything that the stream was given.
+    pub fn record(device: &Device) -> Result<Self> {
+        let Device::Cuda(device) = device else {
+            return Err(Error::Input("only an NVIDIA card has events".into()));
+        };
+        Ok(Self(device.cuda_stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w()?))
+    }
+
+    /// The card's time since an earlier event of the same stream; waits for both.
+    pub fn since(&self, earlier: &Event) -> Result<std::time::Duration> {
+        let ms = earlier.0.elapsed_ms(&self.0).w()?;
+        Ok(std::time::Duration::from_secs_f32(ms.max(0.0) / 1e3))
+    }
 }
 
 /// Bytes of the card's memory: free, and in all.
