@@ -11,6 +11,7 @@ use crate::model::{Error, kernels::cuda};
 
 /// Keys (normed and turned) and values of one layer, `[rows, dim]` each. On a card they may be e4m3; the rows are then, and
 /// in bf16 too, a multiple of 128, which cuDNN's kernels are fastest on, and the rows behind the valid ones are masked.
+/// Values may lie transposed ([`Memory::transposed`]).
 #[derive(Debug, Clone)]
 pub struct Memory {
     k: Tensor,
@@ -19,6 +20,9 @@ pub struct Memory {
     home: Option<(Tensor, Tensor)>,
     #[cfg(feature = "cuda")]
     units: Option<cuda::attention::Units>,
+    /// Whether values lie as `attention90.cu` wants them.
+    #[cfg(feature = "cuda")]
+    transposed: bool,
 }
 
 /// Where a block's keys and values go, and how many rows count afterwards.
@@ -75,7 +79,21 @@ impl Memory {
             home: None,
             #[cfg(feature = "cuda")]
             units,
+            #[cfg(feature = "cuda")]
+            transposed: false,
         })
+    }
+
+    /// The same, still empty, with values transposed where attention is faster that way: in e4m3 on Hopper, with heads of
+    /// this width. Such a memory is attended to with a slot, and does not park.
+    pub fn transposed(self, head: usize) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if self.units.is_some() && cuda::attention::takes_transposed(self.v.device(), head)? {
+            let (rows, dim) = self.v.dims2()?;
+            return Ok(Self { v: self.v.reshape((dim, rows))?, transposed: true, ..self });
+        }
+        let _ = head;
+        Ok(self)
     }
 
     /// Keys and values that are ready as they are.
@@ -86,6 +104,8 @@ impl Memory {
             home: None,
             #[cfg(feature = "cuda")]
             units: None,
+            #[cfg(feature = "cuda")]
+            transposed: false,
         }
     }
 
@@ -93,6 +113,10 @@ impl Memory {
     pub fn park(&mut self, written: &[Range<usize>]) -> Result<()> {
         if self.k.device().is_cpu() {
             return Ok(());
+        }
+        #[cfg(feature = "cuda")]
+        if self.transposed {
+            return Err(Error::Input("a memory whose values lie transposed does not park".into()));
         }
         let brought = |t: &Tensor, home: Option<Tensor>| -> Result<Tensor> {
             let Some(home) = home else { return Ok(t.to_device(&Device::Cpu)?) };
@@ -134,6 +158,17 @@ impl Memory {
         #[cfg(feature = "cuda")]
         if let Some(units) = &self.units {
             let unit = units.table.to_vec1::<f32>()?[2];
+            if self.transposed {
+                let (dim, all) = self.v.dims2()?;
+                let v = super::fp8::restore(&self.v, &Tensor::full(unit, dim, self.v.device())?)?;
+                // Heads, 16 keys, channels, and the order of the 16 that `store_transposed` tells.
+                let v = v
+                    .reshape(vec![dim / 128, all / 16, 128, 4, 2, 2])?
+                    .permute(vec![1, 4, 3, 5, 0, 2])?
+                    .contiguous()?;
+                let v = v.reshape((all, dim))?.narrow(0, from, rows)?;
+                return Ok((part(&self.k, Some(1.0))?, v));
+            }
             return Ok((part(&self.k, Some(1.0))?, part(&self.v, Some(unit))?));
         }
         Ok((part(&self.k, None)?, part(&self.v, None)?))
@@ -186,6 +221,10 @@ impl Memory {
     /// Keys and values that are ready, stored from `row` on.
     pub fn keep(&self, k: &Tensor, v: &Tensor, row: usize) -> Result<()> {
         self.k.slice_set(k, 0, row)?;
+        #[cfg(feature = "cuda")]
+        if let (true, Some(units)) = (self.transposed, &self.units) {
+            return cuda::attention::store_transposed(v, &self.v, None, row, units);
+        }
         Ok(self.v.slice_set(v, 0, row)?)
     }
 
@@ -250,7 +289,13 @@ impl Memory {
                 Some(_) => return Err(Error::Input("the slot is not on the card".into())),
                 None => None,
             };
-            let y = cuda::attention::attention(q, &self.k, &self.v, heads, 1, valid.as_ref(), self.units.as_ref())?;
+            let y = if self.transposed {
+                let valid =
+                    valid.ok_or_else(|| Error::Input("transposed values are attended to with a slot".into()))?;
+                cuda::attention::attention_transposed(q, &self.k, &self.v, heads, &valid)?
+            } else {
+                cuda::attention::attention(q, &self.k, &self.v, heads, 1, valid.as_ref(), self.units.as_ref())?
+            };
             return Ok(match &self.units {
                 Some(units) => Rows::Scaled { stored: y, units: units.of_rows(q.dim(0)?)? },
                 None => Rows::Plain(y),
@@ -289,11 +334,20 @@ impl Memory {
             lane(k, Some(weights[1]), rotate, &self.k, true),
             cuda::rows::Lane { unit: self.units.as_ref(), ..lane(v, None, false, &self.v, true) },
         ];
-        cuda::rows::norm_rotate(&lanes, rope.map(Rope::table), Some(offset), eps)?;
+        let lanes = if let (true, Some(units)) = (self.transposed, &self.units) {
+            cuda::attention::store_transposed(v, &self.v, Some(offset), 0, units)?;
+            &lanes[..2]
+        } else {
+            &lanes[..]
+        };
+        cuda::rows::norm_rotate(lanes, rope.map(Rope::table), Some(offset), eps)?;
         Ok(queries)
     }
 
     fn place_fused(&self, x: &Tensor, rope: Option<&Rope>, target: &Tensor, row: usize) -> Result<()> {
+        if let (true, Some(units)) = (self.transposed && target.id() == self.v.id(), &self.units) {
+            return cuda::attention::store_transposed(x, target, None, row, units);
+        }
         let out = target.narrow(0, row, x.dim(0)?)?;
         let unit = if rope.is_none() && target.id() == self.v.id() { self.units.as_ref() } else { None };
         let lane = cuda::rows::Lane { input: x, weight: None, rotate: rope.is_some(), out: &out, unit, slot: false };

@@ -480,7 +480,8 @@ impl Dit {
         let columns = state.share.as_ref().map_or(self.config.dim, |s| s.heads().len() * self.config.head());
         let mut layers = Vec::with_capacity(blocks.len());
         for (block, kept) in self.blocks[blocks.clone()].iter().zip(&state.conditioning[blocks.clone()]) {
-            layers.push(block.kept().own.memory(kept, (conditioning + rows, columns), HEADROOM)?);
+            let memory = block.kept().own.memory(kept, (conditioning + rows, columns), HEADROOM)?;
+            layers.push(if self.parks { memory } else { memory.transposed(self.config.head())? });
         }
         Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows, written: 0..0 })
     }

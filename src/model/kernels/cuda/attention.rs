@@ -1,4 +1,4 @@
-//! Attention by cuDNN.
+//! Attention by cuDNN; e4m3 with transposed values by a kernel of our own (`attention90.cu`).
 
 use std::{
     collections::HashMap,
@@ -6,9 +6,9 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::{address, context, empty};
+use super::{address, context, empty, kind, launched, rows_address};
 use crate::model::{Error, Result};
 
 unsafe extern "C" {
@@ -23,6 +23,32 @@ unsafe extern "C" {
         width: i64,
         scale: f32,
     ) -> *mut c_void;
+    fn lq_attention90(
+        q: u64,
+        k: u64,
+        v: u64,
+        out: u64,
+        queries: i32,
+        room: i32,
+        heads: i32,
+        keys: u64,
+        parts: u64,
+        bytes: u64,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_store_transposed(
+        kind: i32,
+        v: u64,
+        stride: i32,
+        out: u64,
+        room: i32,
+        offset: u64,
+        row: i32,
+        unit: u64,
+        rows: i32,
+        width: i32,
+        stream: *mut c_void,
+    ) -> i32;
 }
 
 /// What stored units are worth when attention runs in e4m3. All on the card; a recorded graph reads them when it runs.
@@ -118,4 +144,83 @@ pub fn attention(
     }
     c.run(&plan, &operands)?;
     Ok(out)
+}
+
+/// Whether [`attention_transposed`] runs on this card with heads of this width: Hopper, 128.
+pub fn takes_transposed(device: &Device, head: usize) -> Result<bool> {
+    Ok(head == 128 && context(device)?.capability == (9, 0))
+}
+
+/// Queries `[n, dim]` over keys `[room, dim]` and values `[dim, room]` that [`store_transposed`] wrote, e4m3, heads of 128
+/// side by side; like the queries, values in their unit. Room is a multiple of 16. `valid`: u32 `[2]` on the card, of which
+/// the second says how many keys count, one at least; keys and values behind them are read, and must not be NaN.
+pub fn attention_transposed(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, valid: &Tensor) -> Result<Tensor> {
+    let ((queries, dim), (room, width)) = (q.dims2()?, k.dims2()?);
+    let fit = dim == heads * 128 && width == dim && v.dims() == [dim, room] && room % 16 == 0;
+    if !fit || [q, k, v].iter().any(|t| t.dtype() != DType::F8E4M3) || valid.dims() != [2] {
+        return Err(Error::Input(format!(
+            "attention of {:?} {:?} with {heads} heads over keys {:?} and transposed values {:?}",
+            q.dims(),
+            q.dtype(),
+            k.dims(),
+            v.dims()
+        )));
+    }
+    let c = context(q.device())?;
+    let out = empty(q.device(), (queries, dim), DType::F8E4M3)?;
+    // SAFETY: shapes and types were checked, the number of keys is cut to what there is; the workspace is used in the order
+    // of the stream.
+    let status = unsafe {
+        lq_attention90(
+            address(q)?,
+            address(k)?,
+            address(v)?,
+            address(&out)?,
+            queries as i32,
+            room as i32,
+            heads as i32,
+            address(valid)? + 4,
+            address(&c.workspace)?,
+            c.workspace.elem_count() as u64,
+            c.stream(),
+        )
+    };
+    launched("attention", status)?;
+    Ok(out)
+}
+
+/// Stores values `[rows, width]` (rows may stand apart; bf16, or e4m3 in `units` already) as keys `row` (and what `offset`, a
+/// u32 on the card, says when the kernel runs) and on of `out` `[width, room]`, e4m3 in `units`. The order within is that of
+/// the copies and products of [`attention_transposed`]: by head, 16 keys, channel, and then keys, key 8h + 2c + b of the 16
+/// at 4c + 2h + b.
+pub fn store_transposed(v: &Tensor, out: &Tensor, offset: Option<&Tensor>, row: usize, units: &Units) -> Result<()> {
+    let ((rows, width), (target, room)) = (v.dims2()?, out.dims2()?);
+    let (input, stride) = rows_address(v)?;
+    let types = matches!(v.dtype(), DType::BF16 | DType::F8E4M3) && out.dtype() == DType::F8E4M3;
+    if !types || target != width || width % 128 != 0 || stride % 8 != 0 || room % 16 != 0 || row + rows > room {
+        return Err(Error::Input(format!(
+            "values {:?} {:?} from row {row} on, transposed into {:?}",
+            v.dims(),
+            v.dtype(),
+            out.dims()
+        )));
+    }
+    let c = context(v.device())?;
+    // SAFETY: shapes and types were checked; that `offset` leaves the rows within the target is the caller's promise.
+    let status = unsafe {
+        lq_store_transposed(
+            kind(v.dtype())?,
+            input,
+            stride as i32,
+            address(out)?,
+            room as i32,
+            offset.map_or(Ok(0), address)?,
+            row as i32,
+            units.value()?,
+            rows as i32,
+            width as i32,
+            c.stream(),
+        )
+    };
+    launched("transposed values", status)
 }

@@ -6,6 +6,7 @@
 //! | `weights.cu`, [`weights`] | softmax weights over known keys |
 //! | [`gemm`] | matrix products by cuBLASLt: bf16 with epilogues, e4m3 with a scale per row and per channel |
 //! | `cudnn.cpp`, [`attention`] | scaled dot-product attention by cuDNN: bf16 and e4m3 |
+//! | `attention90.cu`, `hopper.cuh` | the same in e4m3 on Hopper, over values that lie transposed |
 //! | `vae.cu`, `vae.cpp`, [`vae`] | the video autoencoder: convolutions by cuDNN and the passes between them |
 //! | `nccl` | what several cards send each other |
 //! | [`graph`] | a sequence of launches recorded once and replayed |
@@ -16,6 +17,8 @@
 //! of one `Device` goes to its one stream; tensors of another `Device` of the same card must be synchronised by hand.
 
 pub mod attention;
+#[cfg(test)]
+mod attention_tests;
 pub mod gemm;
 pub mod graph;
 pub(crate) mod nccl;

@@ -13,22 +13,22 @@ use crate::model::{
 };
 
 /// The card, and what its operations are compared on.
-fn card() -> Device {
+pub(super) fn card() -> Device {
     static CARD: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
     CARD.get_or_init(|| super::open(0).unwrap()).clone()
 }
 
-fn random(shape: &[usize], deviation: f64) -> Tensor {
+pub(super) fn random(shape: &[usize], deviation: f64) -> Tensor {
     Tensor::randn(0f64, deviation, shape, &Device::Cpu).unwrap()
 }
 
 /// Numbers that `dtype` holds exactly, on `device`, and the same in f64.
-fn pair(shape: &[usize], deviation: f64, dtype: DType, device: &Device) -> (Tensor, Tensor) {
+pub(super) fn pair(shape: &[usize], deviation: f64, dtype: DType, device: &Device) -> (Tensor, Tensor) {
     let stored = random(shape, deviation).to_dtype(dtype).unwrap();
     (stored.to_device(device).unwrap(), stored.to_dtype(DType::F64).unwrap())
 }
 
-fn wide(x: &Tensor) -> Tensor {
+pub(super) fn wide(x: &Tensor) -> Tensor {
     x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap()
 }
 
@@ -45,7 +45,7 @@ fn relative(got: &Tensor, want: &Tensor) -> f64 {
 const FEW: usize = 1000;
 
 #[track_caller]
-fn close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
+pub(super) fn close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
     // Three bits behind the point: a number is off by a sixteenth at most, by 0.026 on average.
     let few = want.elem_count() < FEW && bound >= self::bound(Form::Scaled);
     let bound = if few { bound + 1.0 / 16.0 - 0.036 } else { bound };
@@ -54,7 +54,7 @@ fn close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
 }
 
 /// What a format's rounding alone costs, doubled: f32, bf16, e4m3.
-fn bound(form: Form) -> f64 {
+pub(super) fn bound(form: Form) -> f64 {
     match form {
         Form::Plain(DType::F32) => 5e-6,
         Form::Plain(_) => 4e-3,
@@ -316,7 +316,7 @@ fn folded_few(device: &Device) {
     }
 }
 
-fn attention64(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize) -> Tensor {
+pub(super) fn attention64(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, groups: usize) -> Tensor {
     let (rows, dim) = q.dims2().unwrap();
     let split = |t: &Tensor| {
         let t = t.reshape((groups, t.dim(0).unwrap() / groups, heads, dim / heads)).unwrap();
