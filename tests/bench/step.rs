@@ -11,7 +11,7 @@ use loquent::model::{
     Result,
     dit::{Config, Dit, Opening, Trace},
     kernels::cuda::{self, gemm, rows, time},
-    nn::{self, Activation, Folded, Form, Linear, Memory, Slot},
+    nn::{self, Activation, Folded, Form, Linear, Memory, Residual, Slot, norm::Affine},
     weights::{
         Fp8, Weights,
         synth::{imagined, preset},
@@ -194,16 +194,50 @@ fn parts(device: &Device, size: (usize, usize)) -> Result<()> {
         }
     }
     known(device, size)?;
+    bounded(device, size)?;
     let (x, y) = (random(&[q, d], 1.0)?, random(&[q, d], 1.0)?);
     let (gate, row) = (Tensor::randn(0f32, 0.1, (1, d), device)?, Tensor::randn(0f32, 1.0, (1, d), device)?);
     let runs = [q];
     for out in [DType::F8E4M3, DType::BF16] {
         let sum = rows::Sum { y: &y, gate: Some((&gate, &runs)) };
-        let norm = rows::Norm { scale: &row, shift: &row, runs: &runs, eps: 1e-6, out };
+        let norm = rows::Norm { scale: &row, shift: &row, runs: &runs, eps: 1e-6, out, unit: None };
         let all = time::milliseconds(device, 3, RUNS, || rows::residual_norm(&x, Some(&sum), Some(&norm)).map(drop))?;
         report(&format!("sum+norm → {out:?}"), size, "-", &all, 0.0);
         let all = time::milliseconds(device, 3, RUNS, || rows::residual_norm(&x, None, Some(&norm)).map(drop))?;
         report(&format!("norm → {out:?}"), size, "-", &all, 0.0);
+    }
+    Ok(())
+}
+
+/// Norm, product and GELU with one unit each, the result in e4m3, beside what they replace; and what the bound takes.
+fn bounded(device: &Device, size: (usize, usize)) -> Result<()> {
+    let (q, d, f) = (3 * frame(size), 5120usize, 13824usize);
+    let random = |shape: &[usize], deviation: f32, dtype: DType| -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, deviation, shape, device)?.to_dtype(dtype)?)
+    };
+    let x = random(&[q, d], 1.0, DType::BF16)?;
+    let row = |deviation: f32| random(&[1, d], deviation, DType::F32);
+    let norms = Affine::new(row(0.5)?, row(0.2)?);
+    for (name, out) in [("qkv", 3 * d), ("ffn.0", f)] {
+        let tflop = 2.0 * (q * d * out) as f64 / 1e12;
+        let make = || Linear::new(random(&[out, d], 0.015, DType::BF16)?, Some(random(&[out], 0.1, DType::BF16)?));
+        for (units, linear, norm) in [
+            ("units by row", make()?.scaled()?, norms.clone()),
+            ("one unit", make()?.evenly_scaled()?, norms.clone().bounded()?),
+        ] {
+            let mut x = Residual::new(x.copy()?);
+            let all = time::milliseconds(device, 3, RUNS, || x.norm(&norm, &[q], 1e-6, linear.form()).map(drop))?;
+            report(&format!("norm before {name}, {units}"), size, "fp8", &all, 0.0);
+            let y = x.norm(&norm, &[q], 1e-6, linear.form())?;
+            let all = time::milliseconds(device, 3, RUNS, || linear.forward_rows(&y, Activation::None).map(drop))?;
+            report(&format!("product {name}, {units}"), size, "fp8", &all, tflop);
+            let unit = linear.unit_after(&norm)?;
+            let gelu = || linear.forward_to_gelu(&y, Form::Scaled, unit.as_ref()).map(drop);
+            let all = time::milliseconds(device, 3, RUNS, gelu)?;
+            report(&format!("product {name} to GELU in e4m3, {units}"), size, "fp8", &all, tflop);
+            let all = time::milliseconds(device, 3, RUNS, || linear.unit_after(&norm).map(drop))?;
+            report(&format!("bound after {name}, {units}"), size, "fp8", &all, 0.0);
+        }
     }
     Ok(())
 }

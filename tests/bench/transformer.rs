@@ -97,7 +97,7 @@ fn main() -> Result<()> {
     }
     let (q, k) = (make(64, d)?, make(64 * kv + 160, d)?);
     measure("attention", 4.0 * n * keys * df, 500, || nn::attention(&q, &k, &k, heads, 1).map(|_| ()))?;
-    let one = norm::Affine { scale: make(1, d)?, shift: make(1, d)? };
+    let one = norm::Affine::new(make(1, d)?, make(1, d)?);
     measure("layer norm", 0.0, 500, || norm::layer_norm(&q, &one, &[64], 1e-6).map(|_| ()))?;
     measure("gated add", 0.0, 500, || norm::gated_add(&q, &q, &one.scale, &[64]).map(|_| ()))?;
     let groups = [nn::rope::Group::frames(3, 1, 8, 8)];

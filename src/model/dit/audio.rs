@@ -54,10 +54,9 @@ impl AudioEncoder {
         let d = c.dim;
         let unit = |n: usize| -> Result<Affine> {
             let device = weights.device();
-            Ok(Affine {
-                scale: Tensor::ones((1, n), DType::F32, device)?,
-                shift: Tensor::zeros((1, n), DType::F32, device)?,
-            })
+            let (scale, shift) =
+                (Tensor::ones((1, n), DType::F32, device)?, Tensor::zeros((1, n), DType::F32, device)?);
+            Ok(Affine::new(scale, shift))
         };
         let quarter = d / 4;
         Ok(Self {
@@ -175,7 +174,7 @@ impl Voice {
 impl InjectorAudio {
     /// The same in memory of its own.
     pub(super) fn copy(&self) -> Result<Self> {
-        let affine = Affine { scale: self.affine.scale.copy()?, shift: self.affine.shift.copy()? };
+        let affine = Affine::new(self.affine.scale.copy()?, self.affine.shift.copy()?);
         let others: Result<_> = self.others.iter().map(Self::copy).collect();
         let reach = self.reach.as_ref().map(Tensor::copy).transpose()?;
         Ok(Self { affine, voice: self.voice.copy()?, reach, others: others? })
@@ -274,8 +273,7 @@ impl Injector {
     pub fn prepare(&self, audio: &AudioTokens, fold: bool) -> Result<InjectorAudio> {
         let m = self.adain.forward(&audio.global.silu()?)?.to_dtype(DType::F32)?;
         let d = m.dim(1)? / 2;
-        let affine =
-            Affine { scale: (m.narrow(1, d, d)? + 1.0)?.contiguous()?, shift: m.narrow(1, 0, d)?.contiguous()? };
+        let affine = Affine::new((m.narrow(1, d, d)? + 1.0)?.contiguous()?, m.narrow(1, 0, d)?.contiguous()?);
         let k = norm::rms_norm(&self.k.forward(&audio.local)?, &self.norm_k, self.eps)?;
         let v = self.v.forward(&audio.local)?;
         let voice = if fold && Folded::pays_for_few(&self.o, k.dim(0)?, self.heads) {

@@ -64,13 +64,15 @@ impl Attention {
     /// Official key names. `own`: queries, keys and values come from the same tokens.
     pub fn load(weights: &Weights, c: &Config, own: bool) -> Result<Self> {
         let d = c.dim;
+        // Not in e4m3 yet: together they may have one unit.
+        let plain = weights.with_fp8(Fp8::Off);
         let [q, k, v] =
-            [weights.linear("q", d, d, true)?, weights.linear("k", d, d, true)?, weights.linear("v", d, d, true)?];
-        // On the CPU each product costs a wake-up of other threads, on a card a larger one fills it better.
+            [plain.linear("q", d, d, true)?, plain.linear("k", d, d, true)?, plain.linear("v", d, d, true)?];
+        let scaled = |l: Linear| if weights.fp8() == Fp8::Off { Ok(l) } else { l.scaled() };
         let stacked = if own { Linear::stacked(&[&q, &k, &v])? } else { None };
         let inputs = match stacked {
-            Some(all) => Inputs::Stacked(all),
-            None => Inputs::Apart { q, k, v },
+            Some(all) => Inputs::Stacked(even(weights, all)?),
+            None => Inputs::Apart { q: even(weights, q)?, k: scaled(k)?, v: scaled(v)? },
         };
         let o = weights.linear("o", d, d, true)?;
         Ok(Self {
@@ -108,9 +110,14 @@ impl Attention {
 
     /// How the projections want their input.
     pub fn form(&self) -> Form {
+        self.reader().form()
+    }
+
+    /// What takes the normed tokens.
+    fn reader(&self) -> &Linear {
         match &self.inputs {
-            Inputs::Apart { q, .. } => q.form(),
-            Inputs::Stacked(all) => all.form(),
+            Inputs::Apart { q, .. } => q,
+            Inputs::Stacked(all) => all,
         }
     }
 
@@ -151,7 +158,7 @@ impl Attention {
                 memory.keep(&k, &v, slot.at)?;
                 match memory.attend(&q, share.heads().len(), Some(slot))? {
                     Rows::Plain(y) => Ok(Rows::Plain(share.gather(&y)?)),
-                    Rows::Scaled { stored, .. } => memory.scaled(share.gather(&stored)?),
+                    Rows::Scaled { stored, .. } | Rows::Bound { stored, .. } => memory.scaled(share.gather(&stored)?),
                 }
             }
         }
@@ -247,17 +254,15 @@ impl Block {
         let text = if c.text_len > 0 {
             let norm = weights.pp("norm3").with_dtype(DType::F32);
             let row = |name| -> Result<Tensor> { Ok(norm.get(c.dim, name)?.reshape((1, c.dim))?) };
-            Some((
-                Affine { scale: row("weight")?, shift: row("bias")? },
-                Attention::load(&weights.pp("cross_attn"), c, false)?,
-            ))
+            let attention = Attention::load(&weights.pp("cross_attn"), c, false)?;
+            Some((before(Affine::new(row("weight")?, row("bias")?), attention.reader())?, attention))
         } else {
             None
         };
         Ok(Self {
             own: Attention::load(&weights.pp("self_attn"), c, true)?,
             text,
-            first: weights.linear("ffn.0", c.dim, c.ffn_dim, true)?,
+            first: even(weights, weights.with_fp8(Fp8::Off).linear("ffn.0", c.dim, c.ffn_dim, true)?)?,
             second: weights.linear("ffn.2", c.ffn_dim, c.dim, true)?,
             modulation: weights.with_dtype(DType::F32).get((1, 6, c.dim), "modulation")?.reshape((6, c.dim))?,
             eps: c.eps,
@@ -268,7 +273,9 @@ impl Block {
     pub fn modulation(&self, e0: &Tensor) -> Result<BlockModulation> {
         let m = BlockModulation::new(&self.modulation.to_device(e0.device())?, e0)?;
         let gated = [self.own.o.gated(&m.attention_gate)?, self.second.gated(&m.feed_forward_gate)?];
-        Ok(BlockModulation { gated, ..m })
+        let feed_forward = before(m.feed_forward, &self.first)?;
+        let hidden = if self.second.form() == Form::Scaled { self.first.unit_after(&feed_forward)? } else { None };
+        Ok(BlockModulation { attention: before(m.attention, self.own.reader())?, feed_forward, gated, hidden, ..m })
     }
 
     /// The text for this block, from embedded text `[tokens, dim]`; none where there is no text. `alike`: so many tokens
@@ -316,9 +323,19 @@ impl Block {
             (None, _) => {}
         }
         let y = x.norm(&m.feed_forward, runs, self.eps, self.first.form())?;
-        let y = self.first.forward_to_gelu(&y, self.second.form())?;
+        let y = self.first.forward_to_gelu(&y, self.second.form(), m.hidden.as_ref())?;
         add(x, "ffn", &self.second, &y, Some((&m.feed_forward_gate, feed_forward_gated)), trace)
     }
+}
+
+/// A matrix that takes normed rows, in e4m3 if that is wanted: bounds of the rows are known, so one unit does for them.
+fn even(weights: &Weights, linear: Linear) -> Result<Linear> {
+    if weights.fp8() == Fp8::Off { Ok(linear) } else { linear.evenly_scaled() }
+}
+
+/// A norm before `reader`: with a unit for its results, where that takes them so.
+fn before(norm: Affine, reader: &Linear) -> Result<Affine> {
+    if reader.even() { norm.bounded() } else { Ok(norm) }
 }
 
 impl Portable for Block {
@@ -364,7 +381,7 @@ impl Head {
     /// From `e` `[runs, dim]`.
     pub fn modulation(&self, e: &Tensor) -> Result<Affine> {
         let row = |i: usize| self.modulation.narrow(0, i, 1);
-        Ok(Affine { scale: (e.broadcast_add(&row(1)?)? + 1.0)?, shift: e.broadcast_add(&row(0)?)? })
+        Ok(Affine::new((e.broadcast_add(&row(1)?)? + 1.0)?, e.broadcast_add(&row(0)?)?))
     }
 
     /// `x` `[frames · gh · gw, dim]` → patches `[tokens, kh · kw · channels]`, channel fastest. `reference` is the

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use super::Config;
 use crate::model::{
     Result,
-    nn::{Gated, Linear, norm::Affine},
+    nn::{Gated, Linear, Unit, norm::Affine},
     weights::Weights,
 };
 
@@ -61,6 +61,8 @@ pub struct BlockModulation {
     pub feed_forward_gate: Tensor,
     /// Both gates in the matrices before them, where they have one run and the matrices can.
     pub gated: [Option<Gated>; 2],
+    /// Of what lies between the feed-forward layers, where they are e4m3 and a bound is known.
+    pub hidden: Option<Unit>,
 }
 
 impl BlockModulation {
@@ -68,13 +70,14 @@ impl BlockModulation {
     pub fn new(own: &Tensor, e0: &Tensor) -> Result<Self> {
         let m = e0.broadcast_add(own)?;
         let row = |i: usize| -> Result<Tensor> { Ok(m.narrow(1, i, 1)?.squeeze(1)?.contiguous()?) };
-        let affine = |i: usize| -> Result<Affine> { Ok(Affine { scale: (row(i + 1)? + 1.0)?, shift: row(i)? }) };
+        let affine = |i: usize| -> Result<Affine> { Ok(Affine::new((row(i + 1)? + 1.0)?, row(i)?)) };
         Ok(Self {
             attention: affine(0)?,
             attention_gate: row(2)?,
             feed_forward: affine(3)?,
             feed_forward_gate: row(5)?,
             gated: [None, None],
+            hidden: None,
         })
     }
 }

@@ -225,10 +225,8 @@ mod tests {
         for (rows, c, head) in [(7, 36, 12), (24, 96, 32)] {
             let x = Tensor::randn(0.3f32, 2.0, (rows, c), &cpu).unwrap();
             let y = Tensor::randn(0f32, 1.0, (rows, c), &cpu).unwrap();
-            let affine = Affine {
-                scale: Tensor::randn(1f32, 1.0, (3, c), &cpu).unwrap(),
-                shift: Tensor::randn(0f32, 1.0, (3, c), &cpu).unwrap(),
-            };
+            let random = |mean: f32| Tensor::randn(mean, 1.0, (3, c), &cpu).unwrap();
+            let affine = Affine::new(random(1.0), random(0.0));
             let runs = [2, 0, rows - 2];
             close(
                 &norm::layer_norm(&x, &affine, &runs, 1e-6).unwrap(),

@@ -5,13 +5,17 @@
 //! runs on the CPU, because candle has no e4m3 conversion for cards.
 //!
 //! What this program itself computes in e4m3 has a scale per row of both operands instead, which costs nothing more and
-//! loses less: the second half of this file.
+//! loses less, or one from a bound that holds for every input, where there is one: the second half of this file.
 
 use candle_core::{DType, Device, Tensor};
 
+use super::norm::Affine;
 use crate::model::Result;
 
-const LARGEST: f64 = 448.0;
+/// e4m3's largest value.
+pub(super) const LARGEST: f64 = 448.0;
+/// What sums in f32, and the shorter ones of a card's e4m3 matrix units, may add to a bound.
+pub(in crate::model) const MARGIN: f64 = 33.0 / 32.0;
 
 /// A tensor on the e4m3 grid.
 #[derive(Debug, Clone)]
@@ -57,7 +61,31 @@ pub fn quantise_rows(x: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((scaled.to_dtype(DType::F8E4M3)?, units))
 }
 
-/// Numbers of e4m3 rows, f32. By way of the CPU: for tests and for what is rare.
+/// Rows in e4m3 with one unit for all, f32 `[1]`.
+pub fn quantise_by(x: &Tensor, unit: &Tensor) -> Result<Tensor> {
+    let scaled = x.to_dtype(DType::F32)?.broadcast_div(&unit.reshape((1, 1))?)?.clamp(-LARGEST, LARGEST)?;
+    Ok(scaled.to_dtype(DType::F8E4M3)?)
+}
+
+/// The largest size that each result of `weight` `[out, d]` and `bias` `[out]` can have for a row that left `norm` and was
+/// rounded to e4m3 with `unit`, f32 `[runs, out]`: the plain twin of a device's.
+///
+/// A row `z` that leaves a LayerNorm is no longer than √d, so by Cauchy and Schwarz `w · (z ∘ scale)` is at most
+/// `√d ‖w ∘ scale‖`; the shift and the bias are known. Rounding moves a number by a sixteenth of it, or by half of the
+/// smallest step, 2⁻¹⁰ units.
+pub fn bounds(weight: &Tensor, bias: Option<&Tensor>, norm: &Affine, unit: &Tensor) -> Result<Tensor> {
+    let (w, d) = (weight.to_dtype(DType::F32)?.t()?, weight.dim(1)? as f64);
+    let of_rows = norm.scale.sqr()?.matmul(&w.sqr()?)?.affine(d, 0.0)?.sqrt()?;
+    let known = norm.shift.matmul(&w)?;
+    let known = match bias {
+        Some(b) => known.broadcast_add(&b.to_dtype(DType::F32)?)?,
+        None => known,
+    };
+    let steps = (norm.shift.abs()? / 16.0)?.broadcast_add(&(unit.reshape((1, 1))? / 1024.0)?)?;
+    Ok(((of_rows * (17.0 / 16.0))? + known.abs()? + steps.matmul(&w.abs()?)?)?)
+}
+
+/// Numbers of e4m3 rows, f32, whose units are `[n]`, or `[1]` for all. By way of the CPU: for tests and for what is rare.
 pub fn restore(stored: &Tensor, units: &Tensor) -> Result<Tensor> {
     let wide = stored.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_device(stored.device())?;
     Ok(wide.broadcast_mul(&units.to_dtype(DType::F32)?.unsqueeze(1)?)?)

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Form, Matrix, Rows};
+use super::{Form, Matrix, Rows, Unit, fp8, norm::Affine};
 use crate::model::{
     Error, Result,
     kernels::{Isa, Packed, dit_linear},
@@ -15,6 +15,8 @@ use crate::model::{
 pub struct Linear {
     matrix: Matrix,
     bias: Option<Tensor>,
+    /// Whether e4m3 rows have one unit for all, so that the first of their scales is the matrix's.
+    even: bool,
     /// The same for the CPU's f32 kernel, packed when first used.
     packed: OnceLock<Arc<Packed>>,
     /// The instructions that kernel uses.
@@ -35,6 +37,15 @@ pub struct Gated {
     scale: Tensor,
     bias: Option<Tensor>,
 }
+
+/// Most that the largest values of a matrix's rows may lie apart for one unit to lose nothing: a row whose largest value is
+/// 448 / 64 = 7 units still has 448 between it and the smallest number with all its bits (2⁻⁶), and what lies below that is
+/// off by 2⁻¹⁰ units at most, 1/7000 of the row's largest value, where rounding that value itself costs a sixteenth.
+#[cfg(feature = "cuda")]
+const APART: f32 = 64.0;
+
+/// Runs of one norm for whose results a bound is worth its making: a timestep for each token is more.
+const FEW_RUNS: usize = 8;
 
 /// What is applied to the result while it is still near.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +70,7 @@ impl Linear {
         {
             return Err(Error::Weights(format!("a matrix with {out} rows has a bias of shape {:?}", b.dims())));
         }
-        Ok(Self { matrix, bias, packed: OnceLock::new(), isa: Isa::best() })
+        Ok(Self { matrix, bias, even: false, packed: OnceLock::new(), isa: Isa::best() })
     }
 
     /// Computes with other instructions than the most exact ones where it runs on the CPU.
@@ -71,6 +82,16 @@ impl Linear {
     /// The same matrix in e4m3 with a scale per row, where the card computes so and the sizes allow it; otherwise as it
     /// was. Halves the memory of a bf16 matrix.
     pub fn scaled(self) -> Result<Self> {
+        self.in_e4m3(false)
+    }
+
+    /// The same with one unit for the whole matrix where its rows are alike enough for that, as a product of rows with one
+    /// unit wants it ([`Rows::Bound`]). Numbers that come in e4m3 keep the scales that they have.
+    pub fn evenly_scaled(self) -> Result<Self> {
+        self.in_e4m3(true)
+    }
+
+    fn in_e4m3(self, evenly: bool) -> Result<Self> {
         #[cfg(feature = "cuda")]
         {
             use super::Numbers;
@@ -81,12 +102,43 @@ impl Linear {
             if let (Device::Cuda(_), Some(weight), true) = (self.device(), plain, fits)
                 && cuda::context(weight.device())?.fp8()
             {
-                let (values, scale) = cuda::rows::quantise(weight, false)?;
+                let (mut values, mut scale) = cuda::rows::quantise(weight, false)?;
+                let most = scale.max(0)?;
+                let even = evenly && most.to_scalar::<f32>()? <= APART * scale.min(0)?.to_scalar::<f32>()?;
+                if even {
+                    // From the numbers themselves, not from those that were rounded already.
+                    values = cuda::rows::quantise_by(weight, false, &most.reshape(1)?)?;
+                    scale = most.broadcast_as(out)?.contiguous()?;
+                }
                 let matrix = Matrix::new(Numbers::Float8 { values, scale }, Vec::new(), DType::BF16)?;
-                return Ok(Self { matrix, ..self });
+                return Ok(Self { matrix, even, ..self });
             }
         }
+        let _ = evenly;
         Ok(self)
+    }
+
+    /// Whether it is in e4m3 with one unit: what leaves a norm for it may have one too ([`Affine::bounded`]).
+    pub fn even(&self) -> bool {
+        self.even && self.direct().is_some()
+    }
+
+    /// A unit for its results, which holds for every row that leaves `norm` with a unit, also after GELU, which makes no
+    /// number larger. None for a norm without, or of many runs.
+    pub fn unit_after(&self, norm: &Affine) -> Result<Option<Unit>> {
+        let Some(unit) = norm.unit.as_ref().filter(|_| norm.scale.dims()[0] <= FEW_RUNS) else { return Ok(None) };
+        Unit::of(&self.bounds(norm, unit)?).map(Some)
+    }
+
+    /// The largest size of each result, f32 `[runs, out]`: see [`fp8::bounds`].
+    pub(in crate::model) fn bounds(&self, norm: &Affine, unit: &Unit) -> Result<Tensor> {
+        let bias = self.bias.as_ref();
+        #[cfg(feature = "cuda")]
+        if let Some(numbers) = self.direct() {
+            use crate::model::kernels::cuda::rows;
+            return rows::bounds(numbers, bias, &norm.scale, &norm.shift, unit.value());
+        }
+        fp8::bounds(&self.matrix.dense()?, bias, norm, unit.value())
     }
 
     /// How the matrix wants its input.
@@ -156,7 +208,7 @@ impl Linear {
     pub fn moved(&self, device: &Device) -> Result<Self> {
         let bias = self.bias.as_ref().map(|b| b.to_device(device)).transpose()?;
         let packed = if device.is_cpu() && self.device().is_cpu() { self.packed.clone() } else { OnceLock::new() };
-        Ok(Self { matrix: self.matrix.moved(device, self.matrix.dtype())?, bias, packed, isa: self.isa })
+        Ok(Self { matrix: self.matrix.moved(device, self.matrix.dtype())?, bias, packed, ..*self })
     }
 
     /// How the numbers are kept.
@@ -233,20 +285,45 @@ impl Linear {
     /// The same for rows that are already as the matrix wants them ([`Linear::form`]).
     pub fn forward_rows(&self, x: &Rows, activation: Activation) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let (Rows::Scaled { stored, units }, Some((weight, own))) = (x, self.direct()) {
+        {
             use crate::model::kernels::cuda::gemm::{Product, product};
-            let gelu = activation == Activation::GeluTanh;
-            return product(&Product { x: stored, weight, scales: Some((units, own)), bias: self.bias.as_ref(), gelu });
+            let (gelu, bias) = (activation == Activation::GeluTanh, self.bias.as_ref());
+            if let (Rows::Bound { stored: x, unit }, Some((weight, own))) = (x, self.whole()?) {
+                return product(&Product { x, weight, scales: Some((unit.value(), &own)), bias, gelu });
+            }
+            if let (Some((x, units)), Some((weight, own))) = (x.by_row()?, self.direct()) {
+                return product(&Product { x, weight, scales: Some((&units, own)), bias, gelu });
+            }
         }
         self.forward_with(&x.plain()?, activation)
     }
 
-    /// GELU of the result, in the form that a second matrix wants: between the feed-forward layers.
-    pub fn forward_to_gelu(&self, x: &Rows, form: Form) -> Result<Rows> {
-        match form {
+    /// e4m3 values and their one unit, `[1]`.
+    #[cfg(feature = "cuda")]
+    fn whole(&self) -> Result<Option<(&Tensor, Tensor)>> {
+        let Some((values, scale)) = self.direct().filter(|_| self.even) else { return Ok(None) };
+        Ok(Some((values, scale.narrow(0, 0, 1)?)))
+    }
+
+    /// GELU of the result, in the form that a second matrix wants: between the feed-forward layers. `unit`: of results in
+    /// e4m3 ([`Linear::unit_after`]); they leave the product so where the device can.
+    pub fn forward_to_gelu(&self, x: &Rows, form: Form, unit: Option<&Unit>) -> Result<Rows> {
+        match (form, unit) {
+            (Form::Plain(_), _) => Ok(Rows::Plain(self.forward_rows(x, Activation::GeluTanh)?)),
             // The pass that quantises applies GELU on its way; in the product's epilogue it would only be extra work.
-            Form::Scaled => scaled(&self.forward_rows(x, Activation::None)?, true),
-            Form::Plain(_) => Ok(Rows::Plain(self.forward_rows(x, Activation::GeluTanh)?)),
+            (Form::Scaled, None) => scaled(&self.forward_rows(x, Activation::None)?, true),
+            (Form::Scaled, Some(unit)) => {
+                #[cfg(feature = "cuda")]
+                if let (Rows::Bound { stored: x, unit: own }, Some((weight, whole))) = (x, self.whole()?) {
+                    use crate::model::kernels::cuda::gemm::{Product, stored_product};
+                    let scales = Some((own.value(), &whole));
+                    let product = Product { x, weight, scales, bias: self.bias.as_ref(), gelu: true };
+                    if let Some(stored) = stored_product(&product, unit.inverse())? {
+                        return Ok(Rows::Bound { stored, unit: unit.clone() });
+                    }
+                }
+                bound(&self.forward_rows(x, Activation::None)?, true, unit)
+            }
         }
     }
 
@@ -267,9 +344,9 @@ impl Linear {
         #[cfg(feature = "cuda")]
         if sum.device().is_cuda() && sum.dtype() == DType::BF16 && sum.is_contiguous() {
             use crate::model::kernels::cuda::gemm::{Product, add_product};
-            if let (Rows::Scaled { stored, units }, Some((weight, own))) = (x, self.direct()) {
+            if let (Some((stored, units)), Some((weight, own))) = (x.by_row()?, self.direct()) {
                 let (own, bias) = gated.map_or((own, self.bias.as_ref()), |g| (&g.scale, g.bias.as_ref()));
-                let scales = Some((units, own));
+                let scales = Some((&units, own));
                 return add_product(&Product { x: stored, weight, scales, bias, gelu: false }, sum);
             }
             let plain = self.matrix.as_plain().filter(|w| w.dtype() == DType::BF16 && w.is_contiguous());
@@ -306,6 +383,18 @@ pub(super) fn scaled(x: &Tensor, gelu: bool) -> Result<Rows> {
         return Ok(Rows::Scaled { stored, units });
     }
     let x = if gelu { x.to_dtype(DType::F32)?.gelu()? } else { x.clone() };
-    let (stored, units) = super::fp8::quantise_rows(&x)?;
+    let (stored, units) = fp8::quantise_rows(&x)?;
     Ok(Rows::Scaled { stored, units })
+}
+
+/// The same with one unit for all.
+pub(super) fn bound(x: &Tensor, gelu: bool, unit: &Unit) -> Result<Rows> {
+    #[cfg(feature = "cuda")]
+    if matches!(x.device(), Device::Cuda(_)) {
+        let x = x.to_dtype(DType::BF16)?.contiguous()?;
+        let stored = crate::model::kernels::cuda::rows::quantise_by(&x, gelu, unit.value())?;
+        return Ok(Rows::Bound { stored, unit: unit.clone() });
+    }
+    let x = if gelu { x.to_dtype(DType::F32)?.gelu()? } else { x.clone() };
+    Ok(Rows::Bound { stored: fp8::quantise_by(&x, unit.value())?, unit: unit.clone() })
 }

@@ -23,6 +23,6 @@ pub use folded::Folded;
 pub use linear::{Activation, Gated, Linear};
 pub use matrix::{Matrix, Numbers, Side, quantised};
 pub use memory::{Memory, Slot};
-pub use operand::{Form, Rows};
+pub use operand::{Form, Rows, Unit};
 pub use residual::Residual;
 pub use rope::Rope;

@@ -3,7 +3,7 @@
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::Rope;
+use super::{Rope, Unit};
 use crate::model::{Error, Result, kernels::dit_rows};
 
 /// One scale and shift per run of rows: run `s` covers `rows[s]` rows and uses row `s` of both tensors.
@@ -13,12 +13,27 @@ pub struct Affine {
     pub scale: Tensor,
     /// `[runs, channels]`, added.
     pub shift: Tensor,
+    /// What a stored unit is worth where results are e4m3; none = each row gets its own.
+    pub unit: Option<Unit>,
 }
 
 impl Affine {
+    /// Scale and shift, `[runs, channels]` each.
+    pub fn new(scale: Tensor, shift: Tensor) -> Self {
+        Self { scale, shift, unit: None }
+    }
+
+    /// The same with a unit for its results. A row that leaves a LayerNorm is no longer than √channels, so no number is
+    /// larger, whatever came in.
+    pub fn bounded(self) -> Result<Self> {
+        let most = ((self.scale.abs()? * (self.scale.dim(1)? as f64).sqrt())? + self.shift.abs()?)?;
+        Ok(Self { unit: Some(Unit::of(&most)?), ..self })
+    }
+
     /// The same on another device.
     pub fn moved(&self, device: &Device) -> Result<Self> {
-        Ok(Self { scale: self.scale.to_device(device)?, shift: self.shift.to_device(device)? })
+        let unit = self.unit.as_ref().map(|u| u.moved(device)).transpose()?;
+        Ok(Self { scale: self.scale.to_device(device)?, shift: self.shift.to_device(device)?, unit })
     }
 }
 
@@ -130,7 +145,7 @@ mod card {
 
     pub(super) fn layer_norm(x: &Tensor, affine: &Affine, runs: &[usize], eps: f64) -> Result<Tensor> {
         let (scale, shift) = (&affine.scale.contiguous()?, &affine.shift.contiguous()?);
-        let norm = rows::Norm { scale, shift, runs, eps, out: DType::F32 };
+        let norm = rows::Norm { scale, shift, runs, eps, out: DType::F32, unit: None };
         let y = rows::residual_norm(&x.contiguous()?, None, Some(&norm))?;
         Ok(y.ok_or_else(|| Error::Input("a norm gave nothing".into()))?.0)
     }

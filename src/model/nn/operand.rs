@@ -1,6 +1,11 @@
 //! Activations between an operation and the matrix that takes them next.
 
-use candle_core::{DType, Tensor};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use candle_core::{DType, Device, Tensor};
 
 use super::fp8;
 use crate::model::Result;
@@ -10,8 +15,55 @@ use crate::model::Result;
 pub enum Form {
     /// Numbers of this type.
     Plain(DType),
-    /// e4m3 with a scale per row.
+    /// e4m3 with a scale per row, or one for all where it is known beforehand.
     Scaled,
+}
+
+/// What a stored unit of e4m3 numbers is worth, one for all rows: from a bound that holds for every input, so that nothing
+/// is looked at before it is stored. e4m3 is a floating-point format, 15 octaves of the same precision; that the bound is
+/// some times what occurs costs a few of them at the lower end. On the device, where a recorded graph reads it.
+#[derive(Debug, Clone)]
+pub struct Unit {
+    value: Tensor,
+    inverse: Tensor,
+    /// Vectors of it by length.
+    rows: Arc<Mutex<HashMap<usize, Tensor>>>,
+}
+
+impl Unit {
+    /// For numbers of at most `most` in size (f32, any shape).
+    pub fn of(most: &Tensor) -> Result<Self> {
+        let most = most.flatten_all()?.max(0)?.reshape(1)?.clamp(1e-12, f32::MAX)?;
+        let value = (most * (fp8::MARGIN / fp8::LARGEST))?;
+        Ok(Self { inverse: value.recip()?, value, rows: Arc::default() })
+    }
+
+    /// f32 `[1]`.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// 1 / value, f32 `[1]`.
+    pub fn inverse(&self) -> &Tensor {
+        &self.inverse
+    }
+
+    /// The value for each of `n` rows, f32 `[n]`; made when first asked for.
+    pub fn of_rows(&self, n: usize) -> Result<Tensor> {
+        let mut rows = self.rows.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(units) = rows.get(&n) {
+            return Ok(units.clone());
+        }
+        let units = self.value.broadcast_as(n)?.contiguous()?;
+        rows.insert(n, units.clone());
+        Ok(units)
+    }
+
+    /// The same on another device.
+    pub fn moved(&self, device: &Device) -> Result<Self> {
+        let (value, inverse) = (self.value.to_device(device)?, self.inverse.to_device(device)?);
+        Ok(Self { value, inverse, rows: Arc::default() })
+    }
 }
 
 /// Rows `[n, width]` in one of these forms. Operations that end a row give it in the form its reader wants, so that no
@@ -27,14 +79,30 @@ pub enum Rows {
         /// `[n]`, f32.
         units: Tensor,
     },
+    /// `value = stored · unit` of all.
+    Bound {
+        /// `[n, width]`, element type F8E4M3.
+        stored: Tensor,
+        /// From a bound.
+        unit: Unit,
+    },
 }
 
 impl Rows {
     /// Rows and columns.
     pub fn dims(&self) -> &[usize] {
         match self {
-            Rows::Plain(x) | Rows::Scaled { stored: x, .. } => x.dims(),
+            Rows::Plain(x) | Rows::Scaled { stored: x, .. } | Rows::Bound { stored: x, .. } => x.dims(),
         }
+    }
+
+    /// e4m3 numbers with a unit for each row, `[n]`; none where they are plain.
+    pub fn by_row(&self) -> Result<Option<(&Tensor, Tensor)>> {
+        Ok(match self {
+            Rows::Plain(_) => None,
+            Rows::Scaled { stored, units } => Some((stored, units.clone())),
+            Rows::Bound { stored, unit } => Some((stored, unit.of_rows(stored.dim(0)?)?)),
+        })
     }
 
     /// The numbers themselves.
@@ -42,6 +110,7 @@ impl Rows {
         match self {
             Rows::Plain(x) => Ok(x.clone()),
             Rows::Scaled { stored, units } => fp8::restore(stored, units),
+            Rows::Bound { stored, unit } => fp8::restore(stored, unit.value()),
         }
     }
 }

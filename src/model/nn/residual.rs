@@ -7,7 +7,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    Activation, Form, Gated, Linear, Rows,
+    Activation, Form, Gated, Linear, Rows, Unit,
     norm::{self, Affine},
 };
 use crate::model::{Error, Result};
@@ -65,10 +65,11 @@ impl Residual {
         self.add(o.forward_rows(y, Activation::None)?, gate)
     }
 
-    /// LayerNorm of the sum so far, in the form its reader wants.
+    /// LayerNorm of the sum so far, in the form its reader wants; in e4m3 with the norm's unit, if it has one.
     pub fn norm(&mut self, affine: &Affine, runs: &[usize], eps: f64, form: Form) -> Result<Rows> {
         norm::runs_cover(&self.x, runs, &affine.scale)?;
         norm::runs_cover(&self.x, runs, &affine.shift)?;
+        let unit = affine.unit.as_ref().filter(|_| form == Form::Scaled);
         #[cfg(feature = "cuda")]
         if fused(&self.x, runs.len()) {
             use crate::model::kernels::cuda::rows;
@@ -78,17 +79,20 @@ impl Residual {
                 Form::Plain(dtype) => dtype,
                 Form::Scaled => DType::F8E4M3,
             };
-            let norm = rows::Norm { scale: &affine.scale, shift: &affine.shift, runs, eps, out };
-            return match rows::residual_norm(&self.x, sum.as_ref(), Some(&norm))? {
-                Some((stored, Some(units))) => Ok(Rows::Scaled { stored, units }),
-                Some((plain, None)) => Ok(Rows::Plain(plain)),
-                None => Err(Error::Input("a norm gave nothing".into())),
+            let given = unit.map(Unit::value);
+            let norm = rows::Norm { scale: &affine.scale, shift: &affine.shift, runs, eps, out, unit: given };
+            return match (rows::residual_norm(&self.x, sum.as_ref(), Some(&norm))?, unit) {
+                (Some((stored, Some(units))), _) => Ok(Rows::Scaled { stored, units }),
+                (Some((stored, None)), Some(unit)) => Ok(Rows::Bound { stored, unit: unit.clone() }),
+                (Some((plain, None)), None) => Ok(Rows::Plain(plain)),
+                (None, _) => Err(Error::Input("a norm gave nothing".into())),
             };
         }
         let y = norm::layer_norm(self.settle()?, affine, runs, eps)?;
-        match form {
-            Form::Plain(_) => Ok(Rows::Plain(y)),
-            Form::Scaled => super::linear::scaled(&y, false),
+        match (form, unit) {
+            (Form::Plain(_), _) => Ok(Rows::Plain(y)),
+            (Form::Scaled, None) => super::linear::scaled(&y, false),
+            (Form::Scaled, Some(unit)) => super::linear::bound(&y, false, unit),
         }
     }
 

@@ -127,7 +127,8 @@ pub enum Fp8 {
     /// Nothing.
     #[default]
     Off,
-    /// Matrix products: a scale per row of the activations and per row of the weights.
+    /// Matrix products: a scale per row of the activations and per row of the weights, or one for all of each where a norm
+    /// bounds the activations.
     Linears,
     /// Attention and its keys and values as well.
     All,
@@ -181,7 +182,7 @@ impl Weights {
     }
 
     /// The same place with matrices and attention in e4m3 as `fp8` says. A matrix is quantised on the card as soon as it
-    /// is read, so neither the host nor the card holds more than one in full.
+    /// is read, so neither the host nor the card holds more than one in full (three, where three become one).
     pub fn with_fp8(&self, fp8: Fp8) -> Self {
         Self { fp8, ..self.clone() }
     }

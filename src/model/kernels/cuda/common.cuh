@@ -28,6 +28,16 @@ __device__ __forceinline__ void load8(const __nv_bfloat16 *p, float v[8]) {
     }
 }
 
+__device__ __forceinline__ void load8(const __nv_fp8_e4m3 *p, float v[8]) {
+    uint2 raw = *reinterpret_cast<const uint2 *>(p);
+    const __nv_fp8x2_storage_t *h = reinterpret_cast<const __nv_fp8x2_storage_t *>(&raw);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 f = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(h[j], __NV_E4M3)));
+        v[2 * j] = f.x, v[2 * j + 1] = f.y;
+    }
+}
+
 __device__ __forceinline__ void store8(float *p, const float v[8]) {
     reinterpret_cast<float4 *>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4 *>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);

@@ -1,7 +1,8 @@
 //! Matrix products by cuBLASLt.
 //!
 //! `y = x Wᵀ + b`, optionally through GELU, for bf16 operands, and for e4m3 operands with one f32 scale per row of `x` and
-//! per row of `W` (cuBLASLt's `OUTER_VEC_32F`, Hopper). For large products the library's heuristics are only a shortlist:
+//! per row of `W` (cuBLASLt's `OUTER_VEC_32F`, Hopper) or one for all of each, which is a little faster, and the only way
+//! to a result in e4m3. For large products the library's heuristics are only a shortlist:
 //! the first of a shape times its candidates on the real operands and keeps the fastest, which is worth 3–10 % here.
 //!
 //! Large products bring a card to its power limit, and then the kernel that takes the least energy is the fastest, not the
@@ -58,7 +59,8 @@ pub struct Product<'a> {
     pub x: &'a Tensor,
     /// `[out, in]`, contiguous; like `x`.
     pub weight: &'a Tensor,
-    /// What a stored unit of each row of `x` `[n]` and of `weight` `[out]` is worth, f32; exactly when they are e4m3.
+    /// What a stored unit of each row of `x` `[n]` and of `weight` `[out]` is worth, f32, or one for all rows of each,
+    /// `[1]` and `[1]`; exactly when they are e4m3.
     pub scales: Option<(&'a Tensor, &'a Tensor)>,
     /// `[out]`, bf16.
     pub bias: Option<&'a Tensor>,
@@ -71,11 +73,30 @@ struct Key {
     out: usize,
     n: usize,
     width: usize,
-    fp8: bool,
+    operands: Operands,
     bias: bool,
     gelu: bool,
-    /// Whether it is added to what is there.
-    sum: bool,
+    result: Of,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Operands {
+    Bf16,
+    /// e4m3, a scale for each row.
+    Rows,
+    /// e4m3, one scale for each operand.
+    Whole,
+}
+
+/// Where a result goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Of {
+    /// bf16.
+    Itself,
+    /// bf16, added to what is there.
+    Sum,
+    /// e4m3.
+    Stored,
 }
 
 /// The library's handle and what was chosen for which shape.
@@ -110,7 +131,9 @@ struct Call {
     weight: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
     y: sys::cublasLtMatrixLayout_t,
-    /// What was there counts so many times.
+    /// What may be added; bf16 whatever the result is.
+    sum: sys::cublasLtMatrixLayout_t,
+    /// It counts so many times.
     beta: f32,
 }
 
@@ -121,24 +144,28 @@ impl Drop for Call {
             let _ = result::destroy_matrix_layout(self.weight);
             let _ = result::destroy_matrix_layout(self.x);
             let _ = result::destroy_matrix_layout(self.y);
+            let _ = result::destroy_matrix_layout(self.sum);
             let _ = result::destroy_matmul_desc(self.operation);
         }
     }
 }
 
 impl Call {
-    /// cuBLASLt counts columns first, so rows of ours are its columns: it computes `yᵀ = W xᵀ`.
-    fn new(key: Key, p: &Product) -> Result<Self> {
+    /// cuBLASLt counts columns first, so rows of ours are its columns: it computes `yᵀ = W xᵀ`. `stored`: what a result in
+    /// e4m3 is multiplied by, f32 `[1]`.
+    fn new(key: Key, p: &Product, stored: Option<&Tensor>) -> Result<Self> {
         use sys::{cublasLtMatmulDescAttributes_t as At, cudaDataType_t as Type};
-        let operand = if key.fp8 { Type::CUDA_R_8F_E4M3 } else { Type::CUDA_R_16BF };
+        let operand = if key.operands == Operands::Bf16 { Type::CUDA_R_16BF } else { Type::CUDA_R_8F_E4M3 };
+        let given = if key.result == Of::Stored { Type::CUDA_R_8F_E4M3 } else { Type::CUDA_R_16BF };
         let (out, n, width) = (key.out as u64, key.n as u64, key.width as u64);
         let call = Self {
             operation: result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)
                 .checked()?,
             weight: result::create_matrix_layout(operand, width, out, width as i64).checked()?,
             x: result::create_matrix_layout(operand, width, n, width as i64).checked()?,
-            y: result::create_matrix_layout(Type::CUDA_R_16BF, out, n, out as i64).checked()?,
-            beta: if key.sum { 1.0 } else { 0.0 },
+            y: result::create_matrix_layout(given, out, n, out as i64).checked()?,
+            sum: result::create_matrix_layout(Type::CUDA_R_16BF, out, n, out as i64).checked()?,
+            beta: if key.result == Of::Sum { 1.0 } else { 0.0 },
         };
         let set = |at: At, value: &[u8]| {
             // SAFETY: `value` is the attribute's type as bytes, of its size.
@@ -159,13 +186,19 @@ impl Call {
             set(At::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(Type::CUDA_R_16BF as i32).to_ne_bytes())?;
         }
         if let Some((x, weight)) = p.scales {
-            let rows =
-                (sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32).to_ne_bytes();
-            set(At::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
-            set(At::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
+            // One scale for all is the library's default.
+            if key.operands == Operands::Rows {
+                let rows =
+                    (sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32).to_ne_bytes();
+                set(At::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
+                set(At::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
+            }
             set(At::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &address(weight)?.to_ne_bytes())?;
             set(At::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &address(x)?.to_ne_bytes())?;
             set(At::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &[1])?;
+        }
+        if let Some(stored) = stored {
+            set(At::CUBLASLT_MATMUL_DESC_D_SCALE_POINTER, &address(stored)?.to_ne_bytes())?;
         }
         Ok(call)
     }
@@ -189,7 +222,7 @@ impl Call {
                 self.operation,
                 self.weight,
                 self.x,
-                self.y,
+                self.sum,
                 self.y,
                 preference,
                 CANDIDATES as i32,
@@ -216,6 +249,8 @@ impl Call {
         let one = 1f32;
         let (one, beta): (*const c_void, *const c_void) = ((&raw const one).cast(), (&raw const self.beta).cast());
         let at = |t: &Tensor| address(t).map(|a| a as *const c_void);
+        // Nothing is added where β is 0, but the library wants an address, and not the result's if their types differ.
+        let sum = if y.dtype() == DType::BF16 { y } else { p.x };
         // SAFETY: the layouts describe these tensors (checked in `product`), which live until the call is queued; their
         // memory is reused in stream order.
         unsafe {
@@ -228,8 +263,8 @@ impl Call {
                 self.weight,
                 at(p.x)?,
                 self.x,
-                at(y)?,
-                self.y,
+                at(sum)?,
+                self.sum,
                 address(y)? as *mut c_void,
                 self.y,
                 algorithm,
@@ -245,37 +280,57 @@ impl Call {
 
 /// Computes a product: `[n, out]`, bf16.
 pub fn product(p: &Product) -> Result<Tensor> {
-    let key = key(p, false)?;
-    let (c, call) = (context(p.x.device())?, Call::new(key, p)?);
-    let y = empty(p.x.device(), (key.n, key.out), DType::BF16)?;
-    let way = algorithm(&c, &call, p, key, || Ok(y.clone()))?;
-    let way = way.ok_or_else(|| Error::Config(format!("cuBLASLt has no way to compute {key:?}")))?;
+    let key = key(p, Of::Itself)?;
+    fresh(p, key, None)?.ok_or_else(|| Error::Config(format!("cuBLASLt has no way to compute {key:?}")))
+}
+
+/// The same in e4m3, times `factor` (f32 `[1]`), and what is beyond 448 then becomes 448; for operands with one scale each.
+/// None where the library cannot.
+pub fn stored_product(p: &Product, factor: &Tensor) -> Result<Option<Tensor>> {
+    let key = key(p, Of::Stored)?;
+    if key.operands != Operands::Whole || factor.dims() != [1] || factor.dtype() != DType::F32 {
+        return Err(Error::Input(format!("a product of {key:?} times {:?} {:?}", factor.dims(), factor.dtype())));
+    }
+    fresh(p, key, Some(factor))
+}
+
+fn fresh(p: &Product, key: Key, stored: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let (c, call) = (context(p.x.device())?, Call::new(key, p, stored)?);
+    let y = empty(p.x.device(), (key.n, key.out), if stored.is_some() { DType::F8E4M3 } else { DType::BF16 })?;
+    let Some(way) = algorithm(&c, &call, p, key, || Ok(y.clone()))? else { return Ok(None) };
     call.run(&c, p, &y, &way)?;
-    Ok(y)
+    Ok(Some(y))
 }
 
 /// Adds a product to `y` (`[n, out]`, bf16, contiguous), in place: one rounding, and no pass over memory for the sum.
 /// False, and nothing is done, where the library cannot.
 pub fn add_product(p: &Product, y: &Tensor) -> Result<bool> {
-    let key = key(p, true)?;
+    let key = key(p, Of::Sum)?;
     if y.dims() != [key.n, key.out] || y.dtype() != DType::BF16 {
         return Err(Error::Input(format!("a product of {key:?} added to {:?} {:?}", y.dims(), y.dtype())));
     }
-    let (c, call) = (context(p.x.device())?, Call::new(key, p)?);
+    let (c, call) = (context(p.x.device())?, Call::new(key, p, None)?);
     // Candidates are timed on a sum of their own.
     let way = algorithm(&c, &call, p, key, || Ok(Tensor::zeros(y.shape(), DType::BF16, y.device())?))?;
     way.map_or(Ok(false), |way| call.run(&c, p, y, &way).map(|()| true))
 }
 
-fn key(p: &Product, sum: bool) -> Result<Key> {
+fn key(p: &Product, result: Of) -> Result<Key> {
     let ((n, width), (out, depth)) = (p.x.dims2()?, p.weight.dims2()?);
     let dtype = if p.scales.is_some() { DType::F8E4M3 } else { DType::BF16 };
+    // A matrix of one row that is e4m3 would be no multiple of 16, so one scale is for all rows.
+    let operands = match p.scales {
+        None => Operands::Bf16,
+        Some((_, weight)) if weight.dims() == [1] => Operands::Whole,
+        Some(_) => Operands::Rows,
+    };
+    let rows = if operands == Operands::Whole { (1, 1) } else { (n, out) };
     let fits = |s: &Tensor, rows: usize| s.dims() == [rows] && s.dtype() == DType::F32;
     if width != depth
         || p.x.dtype() != dtype
         || p.weight.dtype() != dtype
         || p.bias.is_some_and(|b| b.dims() != [out] || b.dtype() != DType::BF16)
-        || p.scales.is_some_and(|(x, w)| !fits(x, n) || !fits(w, out))
+        || p.scales.is_some_and(|(x, w)| !fits(x, rows.0) || !fits(w, rows.1))
     {
         return Err(Error::Input(format!(
             "a product of {:?} {:?} and {:?} {:?}",
@@ -285,7 +340,7 @@ fn key(p: &Product, sum: bool) -> Result<Key> {
             p.weight.dtype()
         )));
     }
-    Ok(Key { out, n, width, fp8: p.scales.is_some(), bias: p.bias.is_some(), gelu: p.gelu, sum })
+    Ok(Key { out, n, width, operands, bias: p.bias.is_some(), gelu: p.gelu, result })
 }
 
 /// What was chosen for this shape; chosen now when it is new, writing to what `y` gives.
@@ -307,8 +362,8 @@ fn algorithm(
 
 /// Whether cuBLASLt can compute a product like this one.
 pub fn possible(p: &Product) -> Result<bool> {
-    let key = key(p, false)?;
-    Ok(!Call::new(key, p)?.candidates(context(p.x.device())?.products.handle)?.is_empty())
+    let key = key(p, Of::Itself)?;
+    Ok(!Call::new(key, p, None)?.candidates(context(p.x.device())?.products.handle)?.is_empty())
 }
 
 fn choose(c: &Context, call: &Call, p: &Product, y: &Tensor, key: Key) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {

@@ -7,11 +7,13 @@ using namespace lq;
 
 namespace {
 
-// Writes a normed row. e4m3 rows get a scale of their own: value = stored · scale.
+// Writes a normed row. e4m3 rows have the unit that is given, or get a scale of their own: value = stored · scale.
 template <int HELD, class Out>
-__device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, int row, int width, float *room) {
+__device__ __forceinline__ void put_row(float (*v)[8], Out *out, const float *unit, float *scale, int row, int width,
+                                        float *room) {
     float factor = 1.f;
-    if constexpr (sizeof(Out) == 1) {
+    if (sizeof(Out) == 1 && unit) factor = 1.f / *unit;
+    else if constexpr (sizeof(Out) == 1) {
         float most = 0.f;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
@@ -40,7 +42,8 @@ __device__ __forceinline__ void put_row(float (*v)[8], Out *out, float *scale, i
 // one pass, of the row less its first element: without that shift squares of a far mean would swallow the variance.
 template <int HELD, class X, class Out, bool ADD, bool NORM>
 __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, Runs gate_runs, const float *scale,
-                              const float *shift, Runs norm_runs, float eps, Out *out, float *row_scale, int width) {
+                              const float *shift, Runs norm_runs, float eps, Out *out, const float *unit,
+                              float *row_scale, int width) {
     __shared__ float room[3 * 32];
     __shared__ float first;
     const int row = blockIdx.x;
@@ -92,7 +95,7 @@ __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, R
 #pragma unroll
             for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * inverse * a[j] + b[j];
         }
-        put_row<HELD>(v, out, row_scale, row, width, room + 64);
+        put_row<HELD>(v, out, unit, row_scale, row, width, room + 64);
     }
 }
 
@@ -111,11 +114,11 @@ template <class Go> int with_held(int width, Go go) {
 template <class X, class Out>
 int residual_norm_with(bool add, bool norm, void *x, const void *y, const float *gate, const Runs *gate_runs,
                        const float *scale, const float *shift, const Runs *norm_runs, float eps, void *out,
-                       float *row_scale, int rows, int width, cudaStream_t stream) {
+                       const float *unit, float *row_scale, int rows, int width, cudaStream_t stream) {
     const int threads = threads_for(width);
     auto go = [&](auto kernel) {
         kernel<<<rows, threads, 0, stream>>>((X *)x, (const __nv_bfloat16 *)y, gate, *gate_runs, scale, shift,
-                                             *norm_runs, eps, (Out *)out, row_scale, width);
+                                             *norm_runs, eps, (Out *)out, unit, row_scale, width);
     };
     return with_held(width, [&](auto held) {
         if (add && norm) go(residual_norm<held(), X, Out, true, true>);
@@ -198,9 +201,9 @@ __device__ __forceinline__ float gelu_tanh(float x) {
     return __fdividef(x, 1.f + __expf(-2.f * u));
 }
 
-// Rows of bf16 to e4m3 with a scale each, through GELU if wanted. Rows of weights are quantised by the same.
+// Rows of bf16 to e4m3 with the unit given or a scale each, through GELU if wanted. Weights are quantised by the same.
 template <int HELD, bool GELU>
-__global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, float *row_scale, int width) {
+__global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, const float *unit, float *row_scale, int width) {
     __shared__ float room[32];
     const int row = blockIdx.x;
     float v[HELD][8];
@@ -213,7 +216,44 @@ __global__ void quantise(const __nv_bfloat16 *x, __nv_fp8_e4m3 *out, float *row_
 #pragma unroll
             for (int j = 0; j < 8; j++) v[k][j] = gelu_tanh(v[k][j]);
     }
-    put_row<HELD>(v, out, row_scale, row, width, room);
+    put_row<HELD>(v, out, unit, row_scale, row, width, room);
+}
+
+// The largest size that each output of an e4m3 matrix can have for rows z · scale + shift with |z|² <= width that were
+// rounded to e4m3 with `unit`: Cauchy and Schwarz for z, then what rounding adds, a sixteenth of a number or half the
+// smallest step. A block sees some outputs, so that scale and shift are read once for all of them.
+constexpr int OUTPUTS = 8;
+__global__ void bounds(const __nv_fp8_e4m3 *weight, const float *worth, const __nv_bfloat16 *bias, const float *scale,
+                       const float *shift, const float *unit, float *out, int width, int outputs) {
+    __shared__ float room[3 * OUTPUTS * 32];
+    const int first = blockIdx.x * OUTPUTS;
+    const size_t run = (size_t)blockIdx.y * width;
+    const float step = *unit / 1024.f;
+    float sums[3 * OUTPUTS] = {};
+    for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+        float a[8], b[8], w[8];
+        load8(scale + run + i, a);
+        load8(shift + run + i, b);
+#pragma unroll
+        for (int n = 0; n < OUTPUTS; n++) {
+            load8(weight + (size_t)(first + n) * width + i, w);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                sums[3 * n] += w[j] * w[j] * a[j] * a[j];
+                sums[3 * n + 1] += w[j] * b[j];
+                sums[3 * n + 2] += fabsf(w[j]) * (fabsf(b[j]) / 16.f + step);
+            }
+        }
+    }
+    over_block<Sum>(sums, room);
+#pragma unroll
+    for (int n = 0; n < OUTPUTS; n++) {
+        if (threadIdx.x != n) continue;
+        const int o = first + n;
+        const float known = sums[3 * n + 1] * worth[o] + (bias ? __bfloat162float(bias[o]) : 0.f);
+        const float moved = 17.f / 16.f * sqrtf(sums[3 * n] * width) + sums[3 * n + 2];
+        out[(size_t)blockIdx.y * outputs + o] = moved * worth[o] + fabsf(known);
+    }
 }
 
 // Queries normed, then attention to the few keys of the row's group, the whole row in one block. The lanes that share a
@@ -277,7 +317,7 @@ __global__ void few_keys(const __nv_bfloat16 *q, const __nv_bfloat16 *weight, co
 #pragma unroll
         for (int j = 0; j < 8; j++) v[k][j] /= sum;
     }
-    put_row<HELD>(v, out, row_scale, row, width, room + 32);
+    put_row<HELD>(v, out, (const float *)nullptr, row_scale, row, width, room + 32);
 }
 
 } // namespace
@@ -287,15 +327,17 @@ extern "C" {
 // Whether rows of this width fit the kernels of this file.
 int lq_row_fits(int width) { return threads_for(width) > 0; }
 
-// x_kind: F32 or BF16. y none = nothing is added; scale none = nothing is normed. out_kind: BF16, F32 or E4M3.
+// x_kind: F32 or BF16. y none = nothing is added; scale none = nothing is normed. out_kind: BF16, F32 or E4M3, the last
+// with `unit`, or with a scale for each row where there is none.
 int lq_residual_norm(int x_kind, int out_kind, void *x, const void *y, const float *gate, const Runs *gate_runs,
                      const float *scale, const float *shift, const Runs *norm_runs, float eps, void *out,
-                     float *row_scale, int rows, int width, void *stream) {
+                     const float *unit, float *row_scale, int rows, int width, void *stream) {
     if (!threads_for(width) || (!y && !scale)) return cudaErrorInvalidValue;
     auto go = [&](auto x_type, auto out_type) {
         return residual_norm_with<decltype(x_type), decltype(out_type)>(y != nullptr, scale != nullptr, x, y, gate,
                                                                         gate_runs, scale, shift, norm_runs, eps, out,
-                                                                        row_scale, rows, width, (cudaStream_t)stream);
+                                                                        unit, row_scale, rows, width,
+                                                                        (cudaStream_t)stream);
     };
     auto with = [&](auto x_type) {
         if (out_kind == F32) return go(x_type, float{});
@@ -318,16 +360,26 @@ int lq_norm_rotate(int out_kind, const Lanes *lanes, int count, int stride, cons
     });
 }
 
-int lq_quantise(int gelu, const void *x, void *out, float *row_scale, int rows, int width, void *stream) {
+int lq_quantise(int gelu, const void *x, void *out, const float *unit, float *row_scale, int rows, int width,
+                void *stream) {
     const int threads = threads_for(width);
     if (!threads) return cudaErrorInvalidValue;
     auto go = [&](auto kernel) {
-        kernel<<<rows, threads, 0, (cudaStream_t)stream>>>((const __nv_bfloat16 *)x, (__nv_fp8_e4m3 *)out, row_scale, width);
+        kernel<<<rows, threads, 0, (cudaStream_t)stream>>>((const __nv_bfloat16 *)x, (__nv_fp8_e4m3 *)out, unit,
+                                                           row_scale, width);
     };
     return with_held(width, [&](auto held) {
         if (gelu) go(quantise<held(), true>);
         else go(quantise<held(), false>);
     });
+}
+
+int lq_bounds(const void *weight, const float *worth, const void *bias, const float *scale, const float *shift,
+              const float *unit, float *out, int runs, int outputs, int width, void *stream) {
+    if (runs < 1 || outputs < 1 || outputs % OUTPUTS || width < 8 || width % 8) return cudaErrorInvalidValue;
+    bounds<<<dim3(outputs / OUTPUTS, runs), 128, 0, (cudaStream_t)stream>>>(
+        (const __nv_fp8_e4m3 *)weight, worth, (const __nv_bfloat16 *)bias, scale, shift, unit, out, width, outputs);
+    LQ_LAUNCHED();
 }
 
 int lq_few_keys(int out_kind, const void *q, const void *weight, const void *keys, const void *values, void *out,

@@ -54,6 +54,7 @@ unsafe extern "C" {
         norm_runs: *const Runs,
         eps: f32,
         out: u64,
+        unit: u64,
         row_scale: u64,
         rows: i32,
         width: i32,
@@ -72,7 +73,29 @@ unsafe extern "C" {
         width: i32,
         stream: *mut c_void,
     ) -> i32;
-    fn lq_quantise(gelu: i32, x: u64, out: u64, row_scale: u64, rows: i32, width: i32, stream: *mut c_void) -> i32;
+    fn lq_quantise(
+        gelu: i32,
+        x: u64,
+        out: u64,
+        unit: u64,
+        row_scale: u64,
+        rows: i32,
+        width: i32,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_bounds(
+        weight: u64,
+        worth: u64,
+        bias: u64,
+        scale: u64,
+        shift: u64,
+        unit: u64,
+        out: u64,
+        runs: i32,
+        outputs: i32,
+        width: i32,
+        stream: *mut c_void,
+    ) -> i32;
     fn lq_few_keys(
         out_kind: i32,
         q: u64,
@@ -111,12 +134,14 @@ pub struct Norm<'a> {
     pub shift: &'a Tensor,
     pub runs: &'a [usize],
     pub eps: f64,
-    /// Element type of the result: f32, bf16, or `F8E4M3` with a scale per row.
+    /// Element type of the result: f32, bf16, or `F8E4M3`.
     pub out: DType,
+    /// What a stored unit of a result in `F8E4M3` is worth, f32 `[1]`; none = each row gets a scale of its own.
+    pub unit: Option<&'a Tensor>,
 }
 
-/// Adds `sum` to `x` (`[rows, width]`, f32 or bf16, **in place**), then norms `x`. Returns the normed rows and, for e4m3,
-/// what a stored unit of each row is worth.
+/// Adds `sum` to `x` (`[rows, width]`, f32 or bf16, **in place**), then norms `x`. Returns the normed rows and, for e4m3
+/// without a given unit, what a stored unit of each row is worth.
 pub fn residual_norm(x: &Tensor, sum: Option<&Sum>, norm: Option<&Norm>) -> Result<Option<(Tensor, Option<Tensor>)>> {
     let (rows, width) = x.dims2()?;
     let device = x.device();
@@ -130,7 +155,8 @@ pub fn residual_norm(x: &Tensor, sum: Option<&Sum>, norm: Option<&Norm>) -> Resu
     };
     let bad = sum.is_some_and(|s| {
         s.y.dims() != [rows, width] || s.y.dtype() != DType::BF16 || s.gate.is_some_and(|(g, r)| !f32s(g, r))
-    }) || norm.is_some_and(|n| !f32s(n.scale, n.runs) || !f32s(n.shift, n.runs));
+    }) || norm
+        .is_some_and(|n| !f32s(n.scale, n.runs) || !f32s(n.shift, n.runs) || n.unit.is_some_and(|u| !one(u)));
     if bad || (sum.is_none() && norm.is_none()) || x.dtype() == DType::F8E4M3 {
         return Err(Error::Input(format!(
             "a residual norm of {:?} {:?} whose operands do not fit",
@@ -140,7 +166,7 @@ pub fn residual_norm(x: &Tensor, sum: Option<&Sum>, norm: Option<&Norm>) -> Resu
     }
     let out = norm.map(|n| empty(device, (rows, width), n.out)).transpose()?;
     let scales = match norm {
-        Some(n) if n.out == DType::F8E4M3 => Some(empty(device, rows, DType::F32)?),
+        Some(n) if n.out == DType::F8E4M3 && n.unit.is_none() => Some(empty(device, rows, DType::F32)?),
         _ => None,
     };
     let (y, gate) = (sum.map(|s| s.y), sum.and_then(|s| s.gate));
@@ -160,6 +186,7 @@ pub fn residual_norm(x: &Tensor, sum: Option<&Sum>, norm: Option<&Norm>) -> Resu
             &norm_runs,
             norm.map_or(0.0, |n| n.eps as f32),
             at(out.as_ref())?,
+            at(norm.and_then(|n| n.unit))?,
             at(scales.as_ref())?,
             rows as i32,
             width as i32,
@@ -236,26 +263,86 @@ pub fn norm_rotate(lanes: &[Lane], table: Option<&Tensor>, offset: Option<&Tenso
 
 /// Rows of bf16 (through GELU, tanh approximation, if `gelu`) as e4m3 bytes, and what a stored unit of each is worth.
 pub fn quantise(x: &Tensor, gelu: bool) -> Result<(Tensor, Tensor)> {
+    let scales = empty(x.device(), x.dim(0)?, DType::F32)?;
+    Ok((quantised(x, gelu, None, Some(&scales))?, scales))
+}
+
+/// The same with one unit for all rows, f32 `[1]`: what is beyond 448 of them becomes 448.
+pub fn quantise_by(x: &Tensor, gelu: bool, unit: &Tensor) -> Result<Tensor> {
+    quantised(x, gelu, Some(unit), None)
+}
+
+/// One number on the card.
+fn one(t: &Tensor) -> bool {
+    t.dims() == [1] && t.dtype() == DType::F32
+}
+
+fn quantised(x: &Tensor, gelu: bool, unit: Option<&Tensor>, scales: Option<&Tensor>) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    if x.dtype() != DType::BF16 {
-        return Err(Error::Input(format!("rows of bf16 are quantised, not {:?}", x.dtype())));
+    if x.dtype() != DType::BF16 || unit.is_some_and(|u| !one(u)) {
+        return Err(Error::Input(format!("rows of bf16 are quantised, not {:?}, by one f32 or each", x.dtype())));
     }
     let c = context(x.device())?;
-    let (out, scales) = (empty(x.device(), (rows, width), DType::F8E4M3)?, empty(x.device(), rows, DType::F32)?);
+    let out = empty(x.device(), (rows, width), DType::F8E4M3)?;
     // SAFETY: shapes and types were checked.
     let status = unsafe {
         lq_quantise(
             i32::from(gelu),
             address(x)?,
             address(&out)?,
-            address(&scales)?,
+            unit.map_or(Ok(0), address)?,
+            scales.map_or(Ok(0), address)?,
             rows as i32,
             width as i32,
             c.stream(),
         )
     };
     launched("quantisation", status)?;
-    Ok((out, scales))
+    Ok(out)
+}
+
+/// The largest size that each result of an e4m3 matrix (`[out, width]`, what its rows are worth `[out]`, bias `[out]` in
+/// bf16) can have for a row that left a LayerNorm with `scale` and `shift` (`[runs, width]`, f32) and was rounded to e4m3
+/// with `unit` (f32 `[1]`): f32 `[runs, out]`. See [`crate::model::nn::fp8::bounds`], its twin.
+pub fn bounds(
+    (weight, worth): (&Tensor, &Tensor),
+    bias: Option<&Tensor>,
+    scale: &Tensor,
+    shift: &Tensor,
+    unit: &Tensor,
+) -> Result<Tensor> {
+    let ((outputs, width), (runs, columns)) = (weight.dims2()?, scale.dims2()?);
+    let f32s = [worth, scale, shift].iter().all(|t| t.dtype() == DType::F32);
+    if columns != width
+        || shift.dims() != scale.dims()
+        || weight.dtype() != DType::F8E4M3
+        || worth.dims() != [outputs]
+        || bias.is_some_and(|b| b.dims() != [outputs] || b.dtype() != DType::BF16)
+        || !f32s
+        || !one(unit)
+    {
+        return Err(Error::Input(format!("bounds of {:?} after a norm of {:?}", weight.dims(), scale.dims())));
+    }
+    let c = context(weight.device())?;
+    let out = empty(weight.device(), (runs, outputs), DType::F32)?;
+    // SAFETY: shapes and types were checked here and in the launcher.
+    let status = unsafe {
+        lq_bounds(
+            address(weight)?,
+            address(worth)?,
+            bias.map_or(Ok(0), address)?,
+            address(scale)?,
+            address(shift)?,
+            address(unit)?,
+            address(&out)?,
+            runs as i32,
+            outputs as i32,
+            width as i32,
+            c.stream(),
+        )
+    };
+    launched("bounds of a product", status)?;
+    Ok(out)
 }
 
 /// Queries `[groups · n, width]` (bf16, before their RMS norm) over the few keys and values `[groups · count, width]` of

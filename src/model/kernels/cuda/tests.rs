@@ -1,6 +1,8 @@
 //! The operations that a card fuses, against plain tensor operations in f64 of the same numbers: one body for the CPU and
 //! the card. Inputs are fresh each time, results lie in memory that held NaN before, sizes are odd.
 
+mod bounds;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{attention, gemm, rows};
@@ -83,8 +85,8 @@ fn residual_and_norm(device: &Device) {
             let (gate, gate64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
             let (scale, scale64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
             let (shift, shift64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
-            let affine = Affine { scale, shift };
-            let affine64 = Affine { scale: scale64, shift: shift64 };
+            let affine = Affine::new(scale, shift);
+            let affine64 = Affine::new(scale64, shift64);
             let what = format!("{runs:?} × {width}, {dtype:?} → {form:?}");
 
             let mut stream = Residual::new(x.copy().unwrap());
@@ -337,6 +339,8 @@ fn cpu_and_plain_operations_agree() {
     folded(&Device::Cpu);
     folded_few(&Device::Cpu);
     gated(&Device::Cpu);
+    bounds::norms(&Device::Cpu);
+    bounds::feed_forward(&Device::Cpu);
 }
 
 #[test]
