@@ -7,7 +7,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    Activation, Form, Gated, Linear, Rows, Unit,
+    Activation, Form, Gated, Linear, Rows,
     norm::{self, Affine},
 };
 use crate::model::{Error, Result};
@@ -79,7 +79,7 @@ impl Residual {
                 Form::Plain(dtype) => dtype,
                 Form::Scaled => DType::F8E4M3,
             };
-            let given = unit.map(Unit::value);
+            let given = unit.map(super::Unit::value);
             let norm = rows::Norm { scale: &affine.scale, shift: &affine.shift, runs, eps, out, unit: given };
             return match (rows::residual_norm(&self.x, sum.as_ref(), Some(&norm))?, unit) {
                 (Some((stored, Some(units))), _) => Ok(Rows::Scaled { stored, units }),

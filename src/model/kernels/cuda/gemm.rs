@@ -284,8 +284,8 @@ pub fn product(p: &Product) -> Result<Tensor> {
     fresh(p, key, None)?.ok_or_else(|| Error::Config(format!("cuBLASLt has no way to compute {key:?}")))
 }
 
-/// The same in e4m3, times `factor` (f32 `[1]`), and what is beyond 448 then becomes 448; for operands with one scale each.
-/// None where the library cannot.
+/// The same in e4m3, times `factor` (f32 `[1]`), which must leave nothing beyond 448; for operands with one scale each. None
+/// where the library cannot.
 pub fn stored_product(p: &Product, factor: &Tensor) -> Result<Option<Tensor>> {
     let key = key(p, Of::Stored)?;
     if key.operands != Operands::Whole || factor.dims() != [1] || factor.dtype() != DType::F32 {

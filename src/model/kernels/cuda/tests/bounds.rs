@@ -70,7 +70,7 @@ pub(super) fn feed_forward(device: &Device) {
             let kept = if cpu { DType::F32 } else { DType::BF16 };
             let (w, w64) = pair(&[out, width], (width as f64).sqrt().recip(), kept, device);
             // Some channels are much smaller than others, but not so small that they get scales of their own.
-            let sizes = Tensor::from_iter((0..out).map(|j| [1.0, 0.25, 0.0625][j % 3]), &Device::Cpu).unwrap();
+            let sizes = Tensor::from_iter((0..out).map(|j| [1.0, 0.5, 0.125][j % 3]), &Device::Cpu).unwrap();
             let sizes = sizes.reshape((out, 1)).unwrap();
             let w64 = w64.broadcast_mul(&sizes).unwrap();
             let w = w.broadcast_mul(&sizes.to_dtype(kept).unwrap().to_device(device).unwrap()).unwrap();
@@ -90,8 +90,15 @@ pub(super) fn feed_forward(device: &Device) {
                 &Affine::new(scale64.to_dtype(DType::F32).unwrap(), shift64.to_dtype(DType::F32).unwrap()),
                 &given.value().to_device(&Device::Cpu).unwrap(),
             );
-            // The card's are of the rounded matrix.
-            close(&format!("bounds of {what}"), &bounds, &twin.unwrap(), if cpu { 1e-5 } else { 2e-2 });
+            // The card's are of the rounded matrix, whose errors even out over a row.
+            let limit = if cpu {
+                1e-5
+            } else if width < 100 {
+                super::bound(Form::Scaled)
+            } else {
+                2e-2
+            };
+            close(&format!("bounds of {what}"), &bounds, &twin.unwrap(), limit);
 
             // Rows along w_j ∘ scale, to the side where the shift and the bias are, for every j of every run.
             let known = shift64.matmul(&w64.t().unwrap()).unwrap().broadcast_add(&bias64).unwrap();
