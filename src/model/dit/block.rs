@@ -64,15 +64,13 @@ impl Attention {
     /// Official key names. `own`: queries, keys and values come from the same tokens.
     pub fn load(weights: &Weights, c: &Config, own: bool) -> Result<Self> {
         let d = c.dim;
-        // Not in e4m3 yet: together they may have one unit.
-        let plain = weights.with_fp8(Fp8::Off);
         let [q, k, v] =
-            [plain.linear("q", d, d, true)?, plain.linear("k", d, d, true)?, plain.linear("v", d, d, true)?];
-        let scaled = |l: Linear| if weights.fp8() == Fp8::Off { Ok(l) } else { l.scaled() };
+            [weights.linear("q", d, d, true)?, weights.linear("k", d, d, true)?, weights.linear("v", d, d, true)?];
+        // On the CPU each product costs a wake-up of other threads, on a card a larger one fills it better.
         let stacked = if own { Linear::stacked(&[&q, &k, &v])? } else { None };
         let inputs = match stacked {
-            Some(all) => Inputs::Stacked(even(weights, all)?),
-            None => Inputs::Apart { q: even(weights, q)?, k: scaled(k)?, v: scaled(v)? },
+            Some(all) => Inputs::Stacked(all),
+            None => Inputs::Apart { q, k, v },
         };
         let o = weights.linear("o", d, d, true)?;
         Ok(Self {
@@ -262,7 +260,10 @@ impl Block {
         Ok(Self {
             own: Attention::load(&weights.pp("self_attn"), c, true)?,
             text,
-            first: even(weights, weights.with_fp8(Fp8::Off).linear("ffn.0", c.dim, c.ffn_dim, true)?)?,
+            first: {
+                let first = weights.with_fp8(Fp8::Off).linear("ffn.0", c.dim, c.ffn_dim, true)?;
+                if weights.fp8() == Fp8::Off { first } else { first.evenly_scaled()? }
+            },
             second: weights.linear("ffn.2", c.ffn_dim, c.dim, true)?,
             modulation: weights.with_dtype(DType::F32).get((1, 6, c.dim), "modulation")?.reshape((6, c.dim))?,
             eps: c.eps,
@@ -328,14 +329,9 @@ impl Block {
     }
 }
 
-/// A matrix that takes normed rows, in e4m3 if that is wanted: bounds of the rows are known, so one unit does for them.
-fn even(weights: &Weights, linear: Linear) -> Result<Linear> {
-    if weights.fp8() == Fp8::Off { Ok(linear) } else { linear.evenly_scaled() }
-}
-
-/// A norm before `reader`: with a unit for its results, where that takes them so.
+/// A norm before `reader`: with a unit for its results, where that takes e4m3. Bounds of the rows are known.
 fn before(norm: Affine, reader: &Linear) -> Result<Affine> {
-    if reader.even() { norm.bounded() } else { Ok(norm) }
+    if reader.form() == Form::Scaled { norm.bounded() } else { Ok(norm) }
 }
 
 impl Portable for Block {
