@@ -1,4 +1,5 @@
-//! Attention by cuDNN; e4m3 with transposed values by a kernel of our own (`attention90.cu`).
+//! Attention by cuDNN, and on Hopper by kernels of our own: e4m3 with transposed values (`attention90.cu`), bf16
+//! (`attention16.cu`).
 
 use std::{
     collections::HashMap,
@@ -27,6 +28,22 @@ unsafe extern "C" {
         q: u64,
         k: u64,
         v: u64,
+        out: u64,
+        queries: i32,
+        room: i32,
+        heads: i32,
+        keys: u64,
+        parts: u64,
+        bytes: u64,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_attention16(
+        q: u64,
+        q_stride: i32,
+        k: u64,
+        k_stride: i32,
+        v: u64,
+        v_stride: i32,
         out: u64,
         queries: i32,
         room: i32,
@@ -124,6 +141,9 @@ pub fn attention(
     }
     let c = context(q.device())?;
     let width = dim / heads;
+    if units.is_none() && keys / batch >= MANY && takes_rows(q.device(), width)? {
+        return attention_rows(q, k, v, heads, batch, valid);
+    }
     let numbers = [batch, heads, queries / batch, keys / batch, width].map(|n| n as i64);
     let [b, h, nq, nk, w] = numbers;
     let (fp8, masked) = (i32::from(units.is_some()), i32::from(valid.is_some()));
@@ -143,6 +163,69 @@ pub fn attention(
         operands.extend((0..8).map(|i| (7 + i as i64, at + 4 * i)));
     }
     c.run(&plan, &operands)?;
+    Ok(out)
+}
+
+/// Keys from which on [`attention_rows`] runs where it can; fewer are left to cuDNN.
+const MANY: usize = 1024;
+
+/// Whether [`attention_rows`] runs on this card with heads of this width: Hopper, 128.
+pub fn takes_rows(device: &Device, head: usize) -> Result<bool> {
+    Ok(head == 128 && context(device)?.capability == (9, 0))
+}
+
+/// [`attention`] in bf16 by the kernel of our own; rows may stand apart. Of `valid` only the numbers of keys are looked at;
+/// keys and values behind them are read, and must not be NaN.
+pub fn attention_rows(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    batch: usize,
+    valid: Option<&Tensor>,
+) -> Result<Tensor> {
+    let ((queries, dim), (keys, width)) = (q.dims2()?, k.dims2()?);
+    let even = batch > 0 && queries % batch == 0 && keys % batch == 0 && queries >= batch && keys >= batch;
+    let fit = even && dim == heads * 128 && width == dim && v.dims() == k.dims();
+    let bf16 = [q, k, v].iter().all(|t| t.dtype() == DType::BF16);
+    if !fit || !bf16 || valid.is_some_and(|t| t.dims().iter().product::<usize>() != 2 * batch) {
+        return Err(Error::Input(format!(
+            "attention of {:?} {:?} with {heads} heads over keys {:?} and values {:?} in {batch} groups",
+            q.dims(),
+            q.dtype(),
+            k.dims(),
+            v.dims()
+        )));
+    }
+    let c = context(q.device())?;
+    let out = empty(q.device(), (queries, dim), DType::BF16)?;
+    let (rows, room) = (queries / batch, keys / batch);
+    let [(q, from_q), (k, from_k), (v, from_v)] = [rows_address(q)?, rows_address(k)?, rows_address(v)?];
+    let at = |first: u64, rows: usize, stride: usize| first + (rows * stride * 2) as u64;
+    for group in 0..batch {
+        let counted = valid.map_or(Ok(0), |t| Ok::<_, Error>(address(t)? + 4 * (batch + group) as u64))?;
+        // SAFETY: shapes and types were checked, the number of keys is cut to what there is; the workspace is used in the
+        // order of the stream.
+        let status = unsafe {
+            lq_attention16(
+                at(q, group * rows, from_q),
+                from_q as i32,
+                at(k, group * room, from_k),
+                from_k as i32,
+                at(v, group * room, from_v),
+                from_v as i32,
+                at(address(&out)?, group * rows, dim),
+                rows as i32,
+                room as i32,
+                heads as i32,
+                counted,
+                address(&c.workspace)?,
+                c.workspace.elem_count() as u64,
+                c.stream(),
+            )
+        };
+        launched("attention", status)?;
+    }
     Ok(out)
 }
 

@@ -14,29 +14,20 @@
 // bits below the sum. Exponentials by a polynomial beside the special function unit's are slower.)
 //
 // Other architectures get empty kernels, which nobody launches.
-#include "hopper.cuh"
+#include "attention.cuh"
 
 namespace lq::attention90 {
 
-constexpr int HEAD = 128;   // channels of a head: the bytes of one row of a tile, and of the swizzle
-constexpr int ROWS = 64;    // queries of a group
 constexpr int GROUPS = 3;   // groups of a block
 constexpr int TILE = 96;    // keys of a tile
 constexpr int STAGES = 8;   // tiles of keys, and of values, on their way
 constexpr int S = TILE / 2; // registers of scores
 constexpr int TILE_BYTES = TILE * HEAD;
 constexpr int THREADS = 128 * (GROUPS + 1);
-constexpr int PART = ROWS * HEAD + 4 * 128; // floats of an unfinished result: sums of 128 threads, their maxima and totals
 
 // Where the n-th tile lies, and which of a barrier's two phases is its.
 __device__ __forceinline__ int stage(uint32_t n) { return n % STAGES; }
 __device__ __forceinline__ uint32_t phase(uint32_t n) { return n / STAGES & 1; }
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Four floats to four e4m3 bytes, the first lowest: two instructions, which the compiler does not find by itself.
 __device__ __forceinline__ uint32_t pack(float a, float b, float c, float d) {
@@ -50,112 +41,8 @@ __device__ __forceinline__ uint32_t pack(float a, float b, float c, float d) {
     return r;
 }
 
-// Two rows of a thread: largest score (what p is relative to), sum of p over the thread's keys.
-struct Softmax {
-    float most[2], sum[2], shrink[2];
-};
-
 constexpr float STRETCH = 7.f; // p = 2^7 at the largest score seen when it was last set, up to ...
 constexpr float LAZY = 1.75f;  // ... 2^8.75 < 448 before everything is rescaled
-
-// Largest score of a thread's row r: three at a time as integers, which orders floats unless all are negative.
-__device__ __forceinline__ float largest(const float (&s)[S], int r) {
-    auto bits = [&](int j) { return __float_as_int(s[j / 2 * 4 + 2 * r + j % 2]); };
-    int a = __vimax3_s32(bits(0), bits(1), bits(2)), b = __vimax3_s32(bits(3), bits(4), bits(5));
-#pragma unroll
-    for (int j = 6; j < S / 2 - 2; j += 4)
-        a = __vimax3_s32(a, bits(j), bits(j + 1)), b = __vimax3_s32(b, bits(j + 2), bits(j + 3));
-    return __int_as_float(max(__vimax3_s32(a, bits(S / 2 - 2), bits(S / 2 - 1)), b));
-}
-__device__ __forceinline__ float largest_of_all(const float (&s)[S], int r) {
-    float a = s[2 * r];
-#pragma unroll
-    for (int j = 1; j < S / 2; j++) a = fmaxf(a, s[j / 2 * 4 + 2 * r + j % 2]);
-    return a;
-}
-
-// What p is relative to, given new scores; whether what was summed before must be multiplied by `shrink`.
-__device__ __forceinline__ bool raise(const float (&s)[S], Softmax &x, float scale) {
-    float top[2] = {largest(s, 0), largest(s, 1)};
-    if (__any_sync(~0u, (__float_as_int(top[0]) | __float_as_int(top[1])) < 0))
-        top[0] = largest_of_all(s, 0), top[1] = largest_of_all(s, 1);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
-    }
-    const bool up[2] = {(top[0] - x.most[0]) * scale > LAZY, (top[1] - x.most[1]) * scale > LAZY};
-    const bool any = __any_sync(~0u, up[0] || up[1]);
-    if (any) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            x.shrink[r] = up[r] ? exp2_approximate((x.most[r] - top[r]) * scale) : 1.f;
-            x.most[r] = up[r] ? top[r] : x.most[r];
-            x.sum[r] *= x.shrink[r];
-        }
-    }
-    return any;
-}
-
-// Scores to p in place.
-__device__ __forceinline__ void soften(float (&s)[S], Softmax &x, float scale) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const float shift = STRETCH - x.most[r] * scale;
-        float sums[2] = {x.sum[r], 0.f};
-#pragma unroll
-        for (int j = 0; j < S / 2; j++) {
-            float &p = s[j / 2 * 4 + 2 * r + j % 2];
-            p = exp2_approximate(__fmaf_rn(p, scale, shift));
-            sums[j & 1] = j == 1 ? p : sums[j & 1] + p;
-        }
-        x.sum[r] = sums[0] + sums[1];
-    }
-}
-
-// Where the blocks' work lies. Units are (head, tile of queries); whole rounds of the grid first, a unit for each block,
-// neighbours in the same head so that its keys come from the cache once; what is left, less than a unit for each block, is
-// cut into equal runs of key tiles. A run touches two units at most.
-struct Plan {
-    int units, tiles_q, tiles_k, rounds, grid;
-    int rest;    // key tiles of all units left
-    int workers; // blocks that share them
-
-    __device__ __forceinline__ void make(int heads, int queries, int keys, int blocks) {
-        grid = blocks;
-        tiles_q = (queries + GROUPS * ROWS - 1) / (GROUPS * ROWS);
-        tiles_k = (keys + TILE - 1) / TILE;
-        units = heads * tiles_q;
-        rounds = units / grid;
-        rest = units % grid * tiles_k;
-        workers = min(grid, rest);
-    }
-    __device__ __forceinline__ int start(int block) const { return (int)((unsigned)rest * block / workers); }
-};
-// Keys that count: what the card says, but of those there are.
-__device__ __forceinline__ int valid_of(const uint32_t *keys, int room) { return min(max((int)*keys, 1), room); }
-
-struct Piece {
-    int unit, first, last; // key tiles first ... last - 1
-    int part;              // which of the block's unfinished results; -1: the unit is whole
-};
-// The block's n-th piece; false: no more.
-__device__ __forceinline__ bool piece(const Plan &plan, int n, Piece &p) {
-    const int block = blockIdx.x;
-    if (n < plan.rounds) {
-        p = {n * plan.grid + block, 0, plan.tiles_k, -1};
-        return p.unit < plan.units;
-    }
-    const int part = n - plan.rounds;
-    if (part > 1 || block >= plan.workers) return false;
-    const int from = plan.start(block), to = plan.start(block + 1);
-    const int border = (from / plan.tiles_k + 1) * plan.tiles_k;
-    const int a = part ? border : from, b = part ? to : min(border, to);
-    if (a >= b) return false;
-    const int left = a / plan.tiles_k, first = a % plan.tiles_k, last = first + b - a;
-    p = {plan.rounds * plan.grid + left, first, last, first == 0 && last == plan.tiles_k ? -1 : part};
-    return true;
-}
 
 struct Shared {
     uint8_t q[GROUPS * ROWS * HEAD];
@@ -163,11 +50,10 @@ struct Shared {
     uint8_t v[STAGES][TILE_BYTES];
     uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     int valid;
-    Plan plan;
+    Plan<GROUPS, TILE> plan;
 };
 
-// Rows of a group's result: fragment d of q·kᵀ and of p·v: thread t of a warp holds columns 8j + 2(t % 4) + {0, 1} of
-// rows t / 4 (d[4j], d[4j + 1]) and t / 4 + 8 (d[4j + 2], d[4j + 3]).
+// Rows of a group's result.
 __device__ __forceinline__ void store_rows(const float *o, const float (&sum)[2], uint8_t *out, int row, int queries, int dim,
                                            int column) {
     const int lane = threadIdx.x & 31;
@@ -213,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         reinterpret_cast<uint4 *>(sh.v)[i] = make_uint4(0, 0, 0, 0);
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
-    const Plan &plan = sh.plan;
+    const auto &plan = sh.plan;
 
     if (group < 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
@@ -301,8 +187,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int i = 0; i < S; i++)
                 if (i / 4 * 8 + (i & 1) >= border) s[i] = -INFINITY;
         }
-        raise(s, x, scale);
-        soften(s, x, scale);
+        raise(s, x, scale, LAZY);
+        soften(s, x, scale, STRETCH);
         convert();
         wait_values(t);
         if (t + 1 < end) barrier_wait(&sh.k_full[stage(t + 1)], phase(t + 1));
@@ -317,8 +203,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             products_wait<1>();
             pin(s);
             free_keys(t + 1);
-            const bool shrink = raise(s, x, scale);
-            soften(s, x, scale);
+            const bool shrink = raise(s, x, scale, LAZY);
+            soften(s, x, scale, STRETCH);
             pin(s);
             // The compiler's scheduler would have the softmax after the products, but may not move it over a loop that
             // depends on it: no sum is negative, in truth.
@@ -366,40 +252,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
-// Puts the parts of unit `blockIdx.x` of those that were split together, in their order; a block is a group.
 __global__ void __launch_bounds__(128)
     join90(uint8_t *out, int queries, int room, int heads, const uint32_t *keys, float scale, const float *parts,
            int grid) {
-    Plan plan;
+    Plan<GROUPS, TILE> plan;
     plan.make(heads, queries, valid_of(keys, room), grid);
-    const int group = blockIdx.y, left = blockIdx.x, begin = left * plan.tiles_k, end = begin + plan.tiles_k;
-    if (begin >= plan.rest) return;
-    int first = left * plan.workers / (plan.units % grid), last; // a worker near the unit's first
-    while (first > 0 && plan.start(first) > begin) first--;
-    while (plan.start(first + 1) <= begin) first++;
-    for (last = first; plan.start(last + 1) < end;) last++;
-    if (first == last) return; // its only block has stored it
-    auto part_of = [&](int block) {
-        const int part = plan.start(block) < begin;
-        return parts + (size_t)((block * 2 + part) * GROUPS + group) * PART + threadIdx.x;
-    };
-    float o[64], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-    for (int block = first; block <= last; block++)
-        for (int r = 0; r < 2; r++) most[r] = fmaxf(most[r], part_of(block)[(64 + r) * 128]);
-#pragma unroll
-    for (int i = 0; i < 64; i++) o[i] = 0.f;
-    for (int block = first; block <= last; block++) {
-        const float *part = part_of(block);
-        float factor[2];
-        for (int r = 0; r < 2; r++) {
-            factor[r] = exp2_approximate((part[(64 + r) * 128] - most[r]) * scale);
-            sum[r] += part[(66 + r) * 128] * factor[r];
-        }
-#pragma unroll
-        for (int i = 0; i < 64; i++) o[i] += part[i * 128] * factor[i / 2 & 1];
-    }
-    const int unit = plan.rounds * grid + left;
-    const int row = unit % plan.tiles_q * GROUPS * ROWS + group * ROWS + threadIdx.x / 32 * 16;
+    float o[64], sum[2];
+    const int unit = joined<GROUPS>(plan, parts, scale, o, sum);
+    if (unit < 0) return;
+    const int row = (unit % plan.tiles_q * GROUPS + blockIdx.y) * ROWS + threadIdx.x / 32 * 16;
     store_rows(o, sum, out, row, queries, heads * HEAD, unit / plan.tiles_q * HEAD);
 }
 
@@ -475,8 +336,8 @@ int lq_attention90(const void *q, const void *k, const void *v, void *out, int q
         return cudaErrorInvalidValue;
     CUtensorMap maps[2];
     const int dim = heads * HEAD;
-    if (int e = tiles_of(&maps[0], q, dim, queries, GROUPS * ROWS)) return e;
-    if (int e = tiles_of(&maps[1], k, dim, room, TILE)) return e;
+    if (int e = tiles_of(&maps[0], CU_TENSOR_MAP_DATA_TYPE_UINT8, q, dim, queries, dim, GROUPS * ROWS)) return e;
+    if (int e = tiles_of(&maps[1], CU_TENSOR_MAP_DATA_TYPE_UINT8, k, dim, room, dim, TILE)) return e;
     const int shared = sizeof(Shared);
     if (auto e = cudaFuncSetAttribute(attend90, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return e;
     const float scale = 1.4426950408889634f / sqrtf((float)HEAD);

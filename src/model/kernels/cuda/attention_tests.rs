@@ -1,10 +1,10 @@
-//! Attention over transposed values (`attention90.cu`) against plain operations in f64 over the same stored numbers. On
-//! cards that are not Hopper's the same memories lie in rows, and the same must hold.
+//! Attention over transposed values (`attention90.cu`) and in bf16 (`attention16.cu`) against plain operations in f64 over
+//! the same stored numbers. On cards that are not Hopper's cuDNN attends, in rows, and the same must hold.
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    attention::takes_transposed,
+    attention::{attention, attention_rows, takes_rows, takes_transposed},
     graph::Graph,
     tests::{attention64, bound, card, close, pair, random, wide},
 };
@@ -210,5 +210,89 @@ fn card_attention_in_a_graph() {
         work(&slot).unwrap();
         assert!(replayed == flat(&out), "{rows} rows at {at}, {keys} keys: a graph gives other numbers than launches");
         assert!(replayed.iter().any(|x| *x != 0.0));
+    }
+}
+
+/// bf16: sizes that end amid tiles, work that is split, groups, rows that stand apart, numbers of keys from the card, and
+/// rows behind them that must not count.
+#[test]
+fn card_attention_in_bf16_of_odd_sizes() {
+    let device = card();
+    let cases = [
+        (1, 1, 1, 1, 128),
+        (2, 1, 64, 1, 128),
+        (3, 1, 100, 31, 128),
+        (2, 1, 193, 97, 97),
+        (2, 3, 129, 255, 255),
+        (3, 2, 300, 257, 384),
+        (1, 1, 577, 1_153, 1_280),
+        (40, 1, 700, 301, 384),
+        (1, 1, 17_000, 129, 256),
+        (2, 2, 70, 5_001, 5_120),
+        (3, 1, 500, 2_999, 3_072),
+    ];
+    for (heads, batch, rows, keys, room) in cases {
+        for kind in ["random", "growing", "negative"] {
+            let what = format!("{batch} x {rows} over {keys} of {room}, {heads} heads, {kind}");
+            let width = heads * HEAD;
+            // Rows behind those that count are large, and would be seen.
+            let size = |i: usize| match (i % room < keys, kind) {
+                (false, _) => 50.0,
+                (true, "growing") => 0.5 + 3.5 * (1.0 - (i % room) as f64 / room as f64),
+                _ => 1.0,
+            };
+            let size =
+                Tensor::from_vec((0..batch * room).map(size).collect(), (batch * room, 1), &Device::Cpu).unwrap();
+            let mean = if kind == "negative" { 1.0 } else { 0.0 };
+            let q = (random(&[batch * rows, width], 1.0) + 2.0 * mean).unwrap();
+            let k = (random(&[batch * room, width], 1.0).broadcast_mul(&size).unwrap() - mean).unwrap();
+            let v = random(&[batch * room, width], 1.0).broadcast_mul(&size).unwrap();
+            let bf16 = |t: &Tensor| t.to_dtype(DType::BF16).unwrap();
+            // Queries and values are columns of something wider.
+            let apart = |t: &Tensor| Tensor::cat(&[&bf16(t), &bf16(t)], 1).unwrap().to_device(&device).unwrap();
+            let (wide_q, wide_v) = (apart(&q), apart(&v));
+            let (q16, v16) = (wide_q.narrow(1, width, width).unwrap(), wide_v.narrow(1, 0, width).unwrap());
+            let k16 = bf16(&k).to_device(&device).unwrap();
+            let numbers = [vec![rows as u32; batch], vec![keys as u32; batch]].concat();
+            let valid = Tensor::from_vec(numbers, (2, batch), &device).unwrap();
+            let valid = (keys < room).then_some(&valid);
+            let attend = || {
+                if takes_rows(&device, HEAD).unwrap() {
+                    return attention_rows(&q16, &k16, &v16, heads, batch, valid).unwrap();
+                }
+                let (q, v) = (q16.contiguous().unwrap(), v16.contiguous().unwrap());
+                attention(&q, &k16, &v, heads, batch, valid, None).unwrap()
+            };
+            let got = attend();
+            let all = |t: &Tensor| wide(&t.contiguous().unwrap());
+            let (q, k, v) = (all(&q16), all(&k16), all(&v16));
+            for group in 0..batch {
+                let part = |t: &Tensor, from: usize, n: usize| t.narrow(0, group * from, n).unwrap();
+                let want = attention64(&part(&q, rows, rows), &part(&k, room, keys), &part(&v, room, keys), heads, 1);
+                close(&what, &part(&got, rows, rows), &want, bound(Form::Plain(DType::BF16)));
+            }
+            assert!(flat(&got) == flat(&attend()), "{what}: other numbers the second time");
+        }
+    }
+}
+
+/// Recorded once, attention in bf16 reads its keys' number on the card whenever it runs.
+#[test]
+fn card_attention_in_bf16_in_a_graph() {
+    // A stream of its own: other tests' launches would be recorded too.
+    let (device, heads, rows, room) = (super::open(0).unwrap(), 3, 200, 2_048);
+    let operand = |rows: usize| pair(&[rows, heads * HEAD], 1.0, DType::BF16, &device);
+    let ((q, q64), (k, k64), (v, v64)) = (operand(rows), operand(room), operand(room));
+    let valid = Tensor::new(&[rows as u32, 1], &device).unwrap();
+    let out = q.zeros_like().unwrap();
+    let work = || -> Result<()> { Ok(out.slice_set(&attention(&q, &k, &v, heads, 1, Some(&valid), None)?, 0, 0)?) };
+    work().unwrap();
+    let mut graph = Graph::record(&device, work).unwrap();
+    for keys in [1, 128, 129, 1_000, room] {
+        valid.slice_set(&Tensor::new(&[rows as u32, keys as u32], &device).unwrap(), 0, 0).unwrap();
+        graph.launch().unwrap();
+        let cut = |t: &Tensor| t.narrow(0, 0, keys).unwrap();
+        let want = attention64(&q64, &cut(&k64), &cut(&v64), heads, 1);
+        close(&format!("{keys} keys by a graph"), &out, &want, bound(Form::Plain(DType::BF16)));
     }
 }

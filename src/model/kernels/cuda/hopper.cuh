@@ -40,10 +40,12 @@ __device__ __forceinline__ void copy_run(void *to, const void *from, int bytes, 
 }
 
 // Operands in shared memory for wgmma. Rows: of 128 bytes in the swizzle of 128 bytes, groups of eight rows
-// 1024 apart. Values: blocks of eight channels by 16 keys, 128 bytes each; the next channels' follows, the next keys' is
-// 2048 away. The low half names the place in units of 16 bytes, and the step between two blocks in a row of them.
+// 1024 apart. Halves: the same, multiplied along their rows, whose other 64 channels are APART bytes away. Blocks: of eight
+// channels by 16 keys, 128 bytes each; the next channels' follows, the next keys' is 2048 away. The low half names the place
+// in units of 16 bytes, and the step between two blocks, or halves, in a row of them.
 __device__ __forceinline__ uint32_t place_of(const void *p) { return (shared_address(p) & 0x3ffff) >> 4; }
 __device__ __forceinline__ uint32_t rows_at(const void *p) { return place_of(p) | 1 << 16; }
+template <int APART> __device__ __forceinline__ uint32_t halves_at(const void *p) { return place_of(p) | APART / 16 << 16; }
 __device__ __forceinline__ uint32_t blocks_at(const void *p) { return place_of(p) | (2048 >> 4) << 16; }
 __device__ __forceinline__ uint64_t rows_of(uint32_t low) { return low | (uint64_t)(1 << 30 | 1024 >> 4) << 32; }
 __device__ __forceinline__ uint64_t blocks_of(uint32_t low) { return low | (uint64_t)(128 >> 4) << 32; }
@@ -83,8 +85,22 @@ __device__ __forceinline__ void product(float (&d)[64], const uint32_t *a, uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(blocks_of(b)));
 }
 
-// A matrix of bytes as the accelerator sees it, in boxes of 128 columns.
-inline int tiles_of(CUtensorMap *map, const void *at, uint64_t columns, uint64_t rows, uint32_t box) {
+// d (+)= a · bᵀ over 16 channels in bf16: 64 queries x 128 keys, both from shared memory.
+template <int ADD> __device__ __forceinline__ void product16(float (&d)[64], uint32_t a, uint32_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LQ_64 "}, %64, %65, %66, 1, 1, 0, 0;"
+                 : LQ_16(d, 0), LQ_16(d, 16), LQ_16(d, 32), LQ_16(d, 48)
+                 : "l"(rows_of(a)), "l"(rows_of(b)), "n"(ADD));
+}
+// d += a · b over 16 keys in bf16: 64 queries x 128 channels, a from registers, b in halves.
+__device__ __forceinline__ void product16(float (&d)[64], const uint32_t *a, uint32_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LQ_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+                 : LQ_16(d, 0), LQ_16(d, 16), LQ_16(d, 32), LQ_16(d, 48)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows_of(b)));
+}
+
+// A matrix as the accelerator sees it, rows `stride` bytes apart, in boxes of 128 bytes of `box` rows.
+inline int tiles_of(CUtensorMap *map, CUtensorMapDataType type, const void *at, uint64_t columns, uint64_t rows, uint64_t stride,
+                    uint32_t box) {
     static PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
         void *found = nullptr;
         cudaDriverEntryPointQueryResult how;
@@ -93,9 +109,9 @@ inline int tiles_of(CUtensorMap *map, const void *at, uint64_t columns, uint64_t
         return (PFN_cuTensorMapEncodeTiled_v12000)found;
     }();
     if (!encode) return cudaErrorNotSupported;
-    const cuuint64_t sizes[2] = {columns, rows}, pitch[1] = {columns};
-    const cuuint32_t boxes[2] = {128, box}, steps[2] = {1, 1};
-    const CUresult done = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(at), sizes, pitch, boxes, steps,
+    const cuuint64_t sizes[2] = {columns, rows}, pitch[1] = {stride};
+    const cuuint32_t boxes[2] = {type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 128u : 64u, box}, steps[2] = {1, 1};
+    const CUresult done = encode(map, type, 2, const_cast<void *>(at), sizes, pitch, boxes, steps,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return done == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
