@@ -1,8 +1,9 @@
 // Attention in bf16 for Hopper, heads of 128 channels, no causal mask.
 //
-// A block of threads is a producer (one thread that orders copies) and two groups of 128 threads with 64 queries each. A
-// group hands in the next tile's q·kᵀ and the last tile's product with the values, and computes the softmax of the one while
-// the other runs; the groups take turns in handing in, so that one's softmax lies beside the other's products.
+// A block of threads is a producer (one thread that orders copies) and three groups of 128 threads with 64 queries each, so
+// that a scheduler has three warps whose softmax, products and waits lie beside each other. A group hands in the next
+// tile's q·kᵀ and the last tile's product with the values, and computes the softmax of the one while the other runs. Tiles
+// of 80 keys are the largest whose scores, softmax values and results fit into the registers of three groups.
 //
 // Softmax values are 1 at a score that is raised only when they would pass 2^8; their sum is taken before they are rounded
 // to bf16, in f32.
@@ -13,9 +14,9 @@
 namespace lq::attention16 {
 
 constexpr int HALF = 64;    // channels of a row of 128 bytes, the width of the swizzle: a head is two
-constexpr int GROUPS = 2;   // groups of a block
-constexpr int TILE = 128;   // keys of a tile
-constexpr int STAGES = 3;   // tiles of keys, and of values, on their way
+constexpr int GROUPS = 3;   // groups of a block
+constexpr int TILE = 80;    // keys of a tile
+constexpr int STAGES = 4;   // tiles of keys, and of values, on their way
 constexpr int S = TILE / 2; // registers of scores
 constexpr int TILE_BYTES = TILE * HEAD * 2;
 constexpr int THREADS = 128 * (GROUPS + 1);
@@ -24,10 +25,6 @@ constexpr float LAZY = 8.f; // octaves by which scores grow before everything is
 // Where the n-th tile lies, and which of a barrier's two phases is its.
 __device__ __forceinline__ int stage(uint32_t n) { return n % STAGES; }
 __device__ __forceinline__ uint32_t phase(uint32_t n) { return n / STAGES & 1; }
-
-// Turns: barrier 1 + g lets group g go on.
-__device__ __forceinline__ void turn_wait(int g) { asm volatile("bar.sync %0, 256;" ::"r"(1 + g) : "memory"); }
-__device__ __forceinline__ void turn_give(int g) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + g) : "memory"); }
 
 // Two floats to two bf16, the first lower.
 __device__ __forceinline__ uint32_t pack(float a, float b) {
@@ -96,7 +93,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const auto &plan = sh.plan;
 
     if (group < 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (threadIdx.x != 0) return;
         uint32_t k = 0, v = 0; // tiles ordered so far
         auto copy = [&](uint8_t *to, const CUtensorMap *map, int column, int row, uint64_t *full) {
@@ -128,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     const int lane = threadIdx.x & 31;
     auto free_place = [&](uint64_t *b) {
         if (lane == 0) barrier_arrive(b);
@@ -159,7 +156,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         pin(p16);
     };
     uint32_t t = 0; // the tile that is multiplied with its values next, of all tiles so far
-    if (group == GROUPS - 1) turn_give(0);
     Piece p;
     for (int n = 0; piece(plan, n, p); n++) {
         const uint32_t end = t + p.last - p.first;
@@ -193,13 +189,11 @@ __global__ void __launch_bounds__(THREADS, 1)
         // Tile t + 1's scores, then tile t with its values; meanwhile the softmax of tile t + 1.
 #pragma unroll 1
         while (t + 1 != end) {
-            turn_wait(group);
             products_begin();
             scores(t + 1);
             products_commit();
             weighted(t);
             products_commit();
-            turn_give(group + 1 == GROUPS ? 0 : group + 1);
             products_wait<1>();
             pin(s);
             free_keys(t + 1);
@@ -249,7 +243,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int r = 0; r < 2; r++) part[(64 + r) * 128] = x.most[r], part[(66 + r) * 128] = x.sum[r];
     }
-    if (group == 0) turn_wait(0); // what the last group gave last
 #endif
 }
 

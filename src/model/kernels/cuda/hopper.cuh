@@ -67,9 +67,10 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&r)[N]) {
 
 #define LQ_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LQ_16(d, i) LQ_4(d, i), LQ_4(d, i + 4), LQ_4(d, i + 8), LQ_4(d, i + 12)
-#define LQ_48                                                                                                            \
+#define LQ_40                                                                                                            \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,"  \
-    "%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+    "%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define LQ_48 LQ_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define LQ_64 LQ_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // d (+)= a · bᵀ over 32 bytes of each row: 64 queries x 96 keys, both from shared memory.
@@ -85,10 +86,10 @@ __device__ __forceinline__ void product(float (&d)[64], const uint32_t *a, uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(blocks_of(b)));
 }
 
-// d (+)= a · bᵀ over 16 channels in bf16: 64 queries x 128 keys, both from shared memory.
-template <int ADD> __device__ __forceinline__ void product16(float (&d)[64], uint32_t a, uint32_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LQ_64 "}, %64, %65, %66, 1, 1, 0, 0;"
-                 : LQ_16(d, 0), LQ_16(d, 16), LQ_16(d, 32), LQ_16(d, 48)
+// d (+)= a · bᵀ over 16 channels in bf16: 64 queries x 80 keys, both from shared memory.
+template <int ADD> __device__ __forceinline__ void product16(float (&d)[40], uint32_t a, uint32_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" LQ_40 "}, %40, %41, %42, 1, 1, 0, 0;"
+                 : LQ_16(d, 0), LQ_16(d, 16), LQ_4(d, 32), LQ_4(d, 36)
                  : "l"(rows_of(a)), "l"(rows_of(b)), "n"(ADD));
 }
 // d += a · b over 16 keys in bf16: 64 queries x 128 channels, a from registers, b in halves.
