@@ -22,6 +22,9 @@ pub(super) struct Flags {
     /// second stream, as cuda:0,cuda:0 [default: auto].
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
+    /// Block mode on a single card: decode after the steps instead of beside the next block's, on a second stream.
+    #[arg(long)]
+    one_stream: bool,
     /// How several devices share the work: balanced, steps or sequence [default: balanced].
     #[arg(long, value_parser = named::<Share>)]
     share: Option<Share>,
@@ -85,6 +88,7 @@ impl Flags {
             ("--lora", !self.lora.is_empty()),
             ("--mode", self.mode.is_some()),
             ("--device", self.device.as_deref().is_some_and(|d| !["cpu", "auto"].contains(&d))),
+            ("--one-stream", self.one_stream),
             ("--share", self.share.is_some()),
             ("--dtype", self.dtype.is_some()),
             ("--offload", self.offload.is_some()),
@@ -125,6 +129,7 @@ impl Flags {
             loras: if self.lora.is_empty() { base.loras } else { self.lora.clone() },
             mode: self.mode.unwrap_or(base.mode),
             device: text(&self.device, base.device),
+            second_stream: base.second_stream && !self.one_stream,
             share: self.share.unwrap_or(base.share),
             wire: base.wire,
             stage_ms: base.stage_ms,

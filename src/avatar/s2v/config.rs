@@ -114,6 +114,8 @@ pub struct Config {
     /// `auto`, `cpu`, `cuda` or `cuda:N`; in block mode several, as `cuda:0,cuda:1`. A card named again at the end
     /// decodes on a second stream, as `cuda:0,cuda:0`.
     pub device: String,
+    /// Block mode on a single card decodes on a second stream, beside the steps of the next block.
+    pub second_stream: bool,
     /// How several devices share the work.
     pub share: Share,
     /// What they send each other with.
@@ -158,6 +160,7 @@ impl Default for Config {
             loras: Vec::new(),
             mode: Mode::Auto,
             device: "auto".into(),
+            second_stream: true,
             share: Share::Balanced,
             wire: Wire::Nccl,
             stage_ms: [Costs::MEASURED.hearing, Costs::MEASURED.step, Costs::MEASURED.decode],
@@ -242,6 +245,18 @@ impl Config {
     /// steps of the first.
     pub(super) fn decodes_only(places: &[Place], rank: usize) -> bool {
         matches!(places.get(rank), Some(place @ Place::Cuda(_)) if places[..rank].contains(place))
+    }
+
+    /// The same with the decoder on a second stream of the only card there is: in block mode where nothing waits in main
+    /// memory, unless it is switched off. None where it stays as it is. `card`: whether the only device is one.
+    pub(super) fn beside(&self, card: bool, block: bool) -> Option<Config> {
+        let n = match self.places().ok()?[..] {
+            [Place::Cuda(n)] => n,
+            [Place::Auto] => 0,
+            _ => return None,
+        };
+        let wanted = card && block && self.second_stream && self.offload == Offload::None;
+        wanted.then(|| Config { device: format!("cuda:{n},cuda:{n}"), ..self.clone() })
     }
 
     /// Who does what where several devices share a face, for `steps` steps of a transformer of `blocks` blocks.
@@ -404,6 +419,23 @@ mod tests {
         for text in ["", "a:heavy", "a:nan", "a:1e9"] {
             assert!(adapter(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_single_card_decodes_on_a_second_stream_in_block_mode() {
+        let on = |device: &str| Config { device: device.into(), ..Config::default() };
+        let beside = |c: Config, card, block| c.beside(card, block).map(|c| c.device);
+        assert_eq!(beside(on("cuda"), true, true).as_deref(), Some("cuda:0,cuda:0"));
+        assert_eq!(beside(on("cuda:3"), true, true).as_deref(), Some("cuda:3,cuda:3"));
+        assert_eq!(beside(on("auto"), true, true).as_deref(), Some("cuda:0,cuda:0"));
+        let made = on("cuda:3").beside(true, true).unwrap();
+        assert!(made.validate().is_ok() && made.layout(4, 40).is_ok_and(|l| (l.stages.len(), l.decoder) == (1, 1)));
+        // The processor, clips, several devices, what waits in main memory, and who wants it so.
+        assert_eq!(beside(on("auto"), false, true), None);
+        assert_eq!(beside(on("cuda"), true, false), None);
+        assert_eq!(beside(on("cuda:0,cuda:1"), true, true), None);
+        assert_eq!(beside(Config { offload: Offload::Rings, ..on("cuda") }, true, true), None);
+        assert_eq!(beside(Config { second_stream: false, ..on("cuda") }, true, true), None);
     }
 
     #[test]

@@ -86,14 +86,16 @@ enum How {
 /// [`AvatarError::Options`] names a setting that this model or machine does not have.
 pub fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box<dyn Generator>> {
     config.validate().map_err(AvatarError::Options)?;
-    if config.places().map_err(AvatarError::Options)?.len() > 1 {
-        return team::load(config, prompts, watcher);
-    }
     let size = Size::parse(&config.size).map_err(AvatarError::Options)?;
     let device = parts::device(config)?;
     let dtype = parts::precision(config, &device)?;
     let parts = Parts::find(config)?;
     let how = how(config, parts.live)?;
+    let beside = config.beside(!device.is_cpu(), matches!(how, How::Block { .. }));
+    let config = beside.as_ref().unwrap_or(config);
+    if config.places().map_err(AvatarError::Options)?.len() > 1 {
+        return team::load(config, prompts, watcher, (device, parts, how));
+    }
     let mut reader =
         Reader::new(&parts.text, parts.transformer_config.text_len, &device, dtype, &watcher).map_err(fits)?;
     let mut known: Vec<&str> = vec![&config.prompt];

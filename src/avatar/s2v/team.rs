@@ -1,4 +1,4 @@
-//! The 14B engine on several devices: the same faces, made by a [`Crew`].
+//! The 14B engine on several devices, or on two streams of one: the same faces, made by a [`Crew`].
 
 use std::{
     collections::VecDeque,
@@ -14,7 +14,6 @@ use super::{
     album::{Album, Key},
     ears::Ears,
     face::{DISTANCE, frames},
-    how,
     parts::{self, Parts, Watcher, fits},
     reach, sample,
     words::Reader,
@@ -40,8 +39,8 @@ fn lost(error: model::Error) -> AvatarError {
     AvatarError::Device { block: 0, stage: "ranks", source: error.into() }
 }
 
-/// Starts the ranks. Each loads what it needs: the first the audio encoder, one that only decodes nothing but the
-/// autoencoder. Ranks on the processor have one set of weights.
+/// Starts the ranks. Each loads what it needs: the first the audio encoder; where one only decodes, it has the autoencoder
+/// and nothing else, and the others have none. Ranks on the processor have one set of weights.
 fn start(
     config: &Config,
     parts: &Arc<Parts>,
@@ -58,23 +57,24 @@ fn start(
         let (parts, config, how, watcher) = (parts.clone(), config.clone(), how.clone(), watcher.clone());
         let (device, common) = (devices[rank].clone(), common.clone());
         let decodes_only = Config::decodes_only(places, rank);
+        let decodes = decodes_only || !Config::decodes_only(places, places.len() - 1);
         Box::new(move || -> model::Result<Tools> {
             let loader = Loader { parts: &parts, config: &config, how: &how, dtype, watcher: &watcher };
-            let load = |steps: bool, hears: bool| -> model::Result<Tools> {
+            let load = |steps: bool, hears: bool, decodes: bool| -> model::Result<Tools> {
                 Ok(Tools {
                     dit: steps.then(|| loader.dit(&device)).transpose()?.map(Arc::new),
-                    vae: Some(loader.vae(&device)?.into()),
+                    vae: decodes.then(|| loader.vae(&device)).transpose()?.map(Arc::new),
                     hearing: hears.then(|| loader.hearing(&device)).transpose()?.map(Arc::new),
                     device: device.clone(),
                 })
             };
             if !device.is_cpu() {
-                return load(!decodes_only, rank == 0);
+                return load(!decodes_only, rank == 0, decodes);
             }
             let mut common = common.lock().unwrap_or_else(|e| e.into_inner());
             match &mut *common {
                 Some(tools) => Ok(tools.clone()),
-                none => Ok(none.insert(load(true, true)?).clone()),
+                none => Ok(none.insert(load(true, true, true)?).clone()),
             }
         })
     };
@@ -139,15 +139,26 @@ struct Team {
     newest: Option<(usize, Layout)>,
 }
 
-/// As [`super::load`], on several devices.
-pub(super) fn load(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Box<dyn Generator>> {
-    Ok(Box::new(load_team(config, prompts, watcher)?))
+/// As [`super::load`], on several devices. `found`: the first of them, and what was made out of the checkpoint.
+pub(super) fn load(
+    config: &Config,
+    prompts: &[String],
+    watcher: Watcher,
+    found: (Device, Parts, How),
+) -> Result<Box<dyn Generator>> {
+    Ok(Box::new(load_team(config, prompts, watcher, found)?))
 }
 
-fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Team> {
+fn load_team(
+    config: &Config,
+    prompts: &[String],
+    watcher: Watcher,
+    (first, parts, how): (Device, Parts, How),
+) -> Result<Team> {
     let size = Size::parse(&config.size).map_err(AvatarError::Options)?;
     let places = config.places().map_err(AvatarError::Options)?;
-    let devices = places.iter().copied().map(parts::opened).collect::<Result<Vec<_>>>()?;
+    let others = places.iter().skip(1).copied().map(parts::opened);
+    let devices = std::iter::once(Ok(first)).chain(others).collect::<Result<Vec<_>>>()?;
     let dtype = parts::precision(config, &devices[0])?;
     for device in &devices[1..] {
         if parts::precision(config, device)? != dtype {
@@ -157,8 +168,7 @@ fn load_team(config: &Config, prompts: &[String], watcher: Watcher) -> Result<Te
             )));
         }
     }
-    let parts = Arc::new(Parts::find(config)?);
-    let how = how(config, parts.live)?;
+    let parts = Arc::new(parts);
     let How::Block { settings, shift } = how.clone() else {
         return Err(AvatarError::Options(
             "several devices share the work of block mode; clip mode runs on one: give --mode block or one device"
@@ -422,7 +432,7 @@ impl Drop for Face {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::avatar::s2v::Mode;
+    use crate::avatar::s2v::{Mode, how};
 
     #[test]
     fn a_rank_that_dies_takes_the_engine_with_it_and_says_why() {
@@ -434,7 +444,9 @@ mod tests {
             audio_context_ms: 200,
             ..Config::default()
         };
-        let mut team = load_team(&config, &[], Arc::new(|_| {})).unwrap();
+        let parts = Parts::find(&config).unwrap();
+        let how = how(&config, parts.live).unwrap();
+        let mut team = load_team(&config, &[], Arc::new(|_| {}), (Device::Cpu, parts, how)).unwrap();
         let options = OpenOptions { steps: Some(1), ..OpenOptions::default() };
         let portrait = team.sample_portrait();
         let mut stream = team.open(&portrait, &options).unwrap();
