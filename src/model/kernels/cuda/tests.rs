@@ -340,6 +340,7 @@ fn cpu_and_plain_operations_agree() {
     folded_few(&Device::Cpu);
     gated(&Device::Cpu);
     bounds::norms(&Device::Cpu);
+    bounds::far_norms(&Device::Cpu);
     bounds::feed_forward(&Device::Cpu);
 }
 

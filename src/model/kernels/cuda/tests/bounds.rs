@@ -60,6 +60,47 @@ pub(super) fn norms(device: &Device) {
     }
 }
 
+/// Normed rows that lie a hundred of their deviations from zero keep their digits, with a unit for all and with one each; so
+/// do rows of one number, and rows of one number but for a single one. 5120 has a kernel of its own.
+pub(super) fn far_norms(device: &Device) {
+    for (runs, width) in [(vec![2, 1, 30], 136), (vec![3], 5112), (vec![3], 5120), (vec![37, 1, 90, 5], 5120)] {
+        let n: usize = runs.iter().sum();
+        for dtype in stream_types(device) {
+            let (scale, scale64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
+            let (shift, shift64) = pair(&[runs.len(), width], 0.5, DType::F32, device);
+            let (given, each) =
+                (Affine::new(scale.clone(), shift.clone()).bounded().unwrap(), Affine::new(scale, shift));
+            let mut x = random(&[n, width], 1.0).affine(1.0, 100.0).unwrap().to_vec2::<f64>().unwrap();
+            x[0].fill(100.0);
+            x[n - 1].fill(101.0);
+            x[n - 1][width / 3] = 100.0;
+            let x = Tensor::new(x, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let want = plain::layer_norm(&x.to_dtype(DType::F64).unwrap(), &Affine::new(scale64, shift64), &runs, 1e-6);
+            let want = wide(&want.unwrap()).to_vec2::<f64>().unwrap();
+            for norm in [given, each] {
+                let mut stream = Residual::new(x.to_device(device).unwrap());
+                let y = stream.norm(&norm, &runs, 1e-6, Form::Scaled).unwrap();
+                let units = match &y {
+                    Rows::Scaled { units, .. } => units.to_vec1::<f32>().unwrap(),
+                    Rows::Bound { unit, .. } => vec![unit.value().to_vec1::<f32>().unwrap()[0]; n],
+                    Rows::Plain(_) => panic!("rows in e4m3 are expected"),
+                };
+                let y = wide(&y.plain().unwrap()).to_vec2::<f64>().unwrap();
+                for (row, unit) in units.into_iter().enumerate() {
+                    for (got, want) in y[row].iter().zip(&want[row]) {
+                        // Half a step of three bits, half the smallest step, and what f32 makes of a hundred deviations.
+                        let allowed = want.abs() * 0.0626 + f64::from(unit) / 1023.0 + 1e-3;
+                        assert!(
+                            (got - want).abs() <= allowed,
+                            "{runs:?} × {width}, {dtype:?}, row {row}: {got} in place of {want}, unit {unit}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Norm, product, GELU and the form between two matrices, of rows that stand along each of the matrix's own: bounds hold,
 /// nothing is cut off, and the bounds are not idle.
 pub(super) fn feed_forward(device: &Device) {
@@ -159,6 +200,11 @@ fn pair_of(width: usize, out: usize, device: &Device) -> (Linear, Tensor, Tensor
 #[test]
 fn card_norms_with_one_unit() {
     norms(&card());
+}
+
+#[test]
+fn card_norms_of_rows_far_from_zero() {
+    far_norms(&card());
 }
 
 #[test]
