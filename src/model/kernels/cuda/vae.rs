@@ -1,4 +1,5 @@
-//! Doors to the kernels of `vae.cu` and the plans of `vae.cpp`: video `[frames, height, width, channels]` in bf16.
+//! Doors to the kernels of `vae.cu` and `narrow.cu` and to the plans of `vae.cpp`: video `[frames, height, width,
+//! channels]` in bf16.
 
 use std::{ffi::c_void, sync::Arc};
 
@@ -47,6 +48,16 @@ unsafe extern "C" {
         cache: u64,
         frames: i32,
         pixels: i32,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lq_vae_narrow(
+        x: u64,
+        weight: u64,
+        out: u64,
+        frames: i32,
+        height: i32,
+        width: i32,
+        channels: i32,
         stream: *mut c_void,
     ) -> i32;
     fn lq_vae_planes(y: u64, bias: u64, out: u64, frames: i32, pixels: i32, stream: *mut c_void) -> i32;
@@ -324,6 +335,8 @@ pub struct Convolution {
     form: Form,
     /// `[4, out, 1, side, side, in]`, bf16.
     pairs: Option<Tensor>,
+    /// 3×3×3 to at most three channels: a kernel of our own (`narrow.cu`) instead of cuDNN.
+    narrow: bool,
 }
 
 /// `t` with zeros behind, up to a multiple of eight along `axis`.
@@ -335,9 +348,12 @@ fn filled(t: &Tensor, axis: usize) -> Result<Tensor> {
 impl Convolution {
     /// From the official form `[out, in, taps, side, side]` (any type) and `[out]`; channels are filled up with zeros.
     pub fn new(weight: &Tensor, bias: &Tensor, padding: (usize, usize), stride: (usize, usize)) -> Result<Self> {
-        let weight = filled(&filled(weight, 0)?, 1)?.permute((0, 2, 3, 4, 1))?.contiguous()?;
+        let (out, input, taps, side, _) = weight.dims5()?;
+        let narrow =
+            out <= 3 && (taps, side, padding, stride) == (3, 3, (1, 1), (1, 1)) && [32, 64, 96, 128].contains(&input);
+        let weight = filled(&filled(weight, 0)?, 1)?.permute((0, 2, 3, 4, 1))?.contiguous()?.to_dtype(DType::BF16)?;
         let bias = filled(&bias.flatten_all()?.to_dtype(DType::F32)?, 0)?.contiguous()?;
-        Ok(Self { weight: weight.to_dtype(DType::BF16)?, bias, padding, stride, form: Form::Frames, pairs: None })
+        Ok(Self { weight, bias, padding, stride, form: Form::Frames, pairs: None, narrow })
     }
 
     /// Rows and columns doubled by repeating, then a convolution of 3×3 with one zero around, from `[out, in, 3, 3]` and
@@ -406,8 +422,19 @@ impl Convolution {
     pub fn run(&self, x: &Tensor, usual: usize) -> Result<Tensor> {
         let (t, taps) = (x.dim(0)?, self.weight.dim(1)?);
         fits("convolution", t >= taps)?;
-        let y = self.room(x, (t - taps) / self.stride.0 + 1)?;
-        self.compute(x, &self.weight, &y, usual)?;
+        let frames = (t - taps) / self.stride.0 + 1;
+        let y = self.room(x, frames)?;
+        if !self.narrow {
+            self.compute(x, &self.weight, &y, usual)?;
+            return Ok(y);
+        }
+        let (_, h, w, c) = x.dims4()?;
+        fits("convolution", c == self.weight.dim(4)? && x.dtype() == DType::BF16)?;
+        let [n, h, w, c] = [frames, h, w, c].map(|n| n as i32);
+        let stream = context(x.device())?.stream();
+        // SAFETY: shapes and types were checked.
+        let status = unsafe { lq_vae_narrow(address(x)?, address(&self.weight)?, address(&y)?, n, h, w, c, stream) };
+        launched("a convolution to three channels", status)?;
         Ok(y)
     }
 
