@@ -1,24 +1,41 @@
 // What stands between the convolutions of the video autoencoder. Video is [frames, pixels, channels] in bf16.
 #include "common.cuh"
 
+#include <cuda_pipeline.h>
+
 using namespace lq;
 typedef __nv_bfloat16 bf16;
 
 namespace {
 
-// Vectors of eight that a lane holds of one pixel.
-constexpr int EACH = 3;
+// Vectors of eight that a lane holds of one pixel, and threads of a block that passes over video.
+constexpr int EACH = 3, THREADS = 128;
 
 // How the first summand lies: as `vae.rs` has it (`Form`).
 enum Form : int { FRAMES, QUARTERS, PRODUCTS };
 
-// a + sign · b, of eight.
-__device__ __forceinline__ void store_sum(bf16 *to, const uint4 &a, float sign, const uint4 &b) {
-    float v[8], more[8];
-    load8((const bf16 *)&a, v), load8((const bf16 *)&b, more);
+// a ± b, of eight: rounded once, and so are sums in f32 that are rounded then (24 bits are no fewer than 2 · 8 + 2).
+template <bool LESS> __device__ __forceinline__ void store_sum(bf16 *to, const uint4 &a, const uint4 &b) {
+    uint4 o;
+    auto *first = (const __nv_bfloat162 *)&a, *second = (const __nv_bfloat162 *)&b;
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] += sign * more[j];
-    store8(to, v);
+    for (int j = 0; j < 4; j++)
+        ((__nv_bfloat162 *)&o)[j] = LESS ? __hsub2(first[j], second[j]) : __hadd2(first[j], second[j]);
+    *(uint4 *)to = o;
+}
+
+__device__ __forceinline__ void unpack(const uint4 &raw, float v[8]) { load8((const bf16 *)&raw, v); }
+
+// v / (1 + e^−v) for |v| ≤ TAME, where no step leaves what f32 holds: without the exceptions of a division, and the same
+// bits once it is rounded to bf16.
+constexpr float TAME = 80.f;
+__device__ __forceinline__ float silu(float v) {
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -1.4426950408889634f));
+    const float d = 1.f + e;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+    const float q = v * r, over = __fmaf_rn(q, d, -v);
+    return __fmaf_rn(-over, r, q);
 }
 
 struct Pass {
@@ -32,138 +49,187 @@ struct Pass {
     int width;           // of the picture
 };
 
+// Frames that go together, and how many are read for them.
+constexpr int step(int form, bool paired) { return paired || form == PRODUCTS ? 2 : 1; }
+constexpr int parts(int form, bool paired) { return form == PRODUCTS ? 4 : step(form, paired); }
+
 // Sum, RMS norm over channels, SiLU or ReLU, and the causal past in front: all that lies between two convolutions in one pass.
-// `LANES` lanes share a pixel and walk through its frames, so that a cache can be read and replaced by the same lane.
+// `LANES` lanes share a pixel and walk through its frames, so that a cache can be read and replaced by the same lane. While
+// they work on a frame or a pair, the next is on its way into shared memory, where a thread reads what it asked for itself.
 //
 // When `PAIRED`, the next convolution gives frames by pairs (`Convolution::paired`): instead of a pair's two frames and the
 // two before them, d0 … d3, it gets d0 − d2, d1 + d2, d2 − d1 and d1 − d3. They are made of what is stored elsewhere, so
 // that where a video is cut makes no difference. The products of such a convolution, m0 … m3, are summed when they are
 // read: a pair is m0 + m1 + m2 and m1 − m2 − m3.
-template <int LANES, int FORM, bool PAIRED> __global__ void __launch_bounds__(256) pass(Pass p) {
+template <int LANES, int FORM, bool PAIRED> __global__ void __launch_bounds__(THREADS, 4) pass(Pass p) {
+    constexpr int STEP = step(FORM, PAIRED), PARTS = parts(FORM, PAIRED);
     const int lane = threadIdx.x % LANES;
     const int pixel = (blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (pixel >= p.pixels) return;
     const unsigned mates = LANES == 32 ? ~0u : ((1u << LANES) - 1) << ((threadIdx.x & 31) / LANES * LANES);
     const int vectors = p.channels / 8;
-    const size_t plane = (size_t)p.pixels * p.channels, at = (size_t)pixel * p.channels;
+    const size_t plane = (size_t)p.pixels * p.channels, at = (size_t)pixel * p.channels + lane * 8;
+    constexpr int NEXT = LANES * 8;
+    bool has[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) has[k] = lane + k * LANES < vectors;
     // The pixel's place in a frame of `x`, and from frame to frame.
-    size_t from = at, step = plane;
+    size_t from = at, far = plane;
     if (FORM == QUARTERS) {
         // A small picture's windows, one more than it has rows and columns; each gives the four pixels around its middle.
         const int row = pixel / p.width, column = pixel % p.width, wide = p.width / 2 + 1;
         const size_t window = (size_t)(row + 1) / 2 * wide + (column + 1) / 2;
-        from = (window * 4 + row % 2 * 2 + column % 2) * p.channels;
-        step = (size_t)(p.pixels / p.width / 2 + 1) * wide * 4 * p.channels;
+        from = (window * 4 + row % 2 * 2 + column % 2) * p.channels + lane * 8;
+        far = (size_t)(p.pixels / p.width / 2 + 1) * wide * 4 * p.channels;
     }
     const size_t group = p.frames / 2 * plane;
-    uint4 d0[EACH], d1[EACH], d2[EACH];
-    float second[EACH][8];
-    if (PAIRED) {
+    uint4 d0[EACH], d1[EACH];
+    // A normed value is no larger than its gain.
+    bool tame = p.bend == 1 && p.gain;
 #pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            const int i = lane + k * LANES;
-            if (i < vectors) {
-                d0[k] = *(const uint4 *)(p.cache + at + i * 8);
-                d1[k] = *(const uint4 *)(p.cache + plane + at + i * 8);
-            }
+    for (int k = 0; k < EACH; k++) {
+        if (!has[k]) continue;
+        if (PAIRED) {
+            d0[k] = *(const uint4 *)(p.cache + at + k * NEXT);
+            d1[k] = *(const uint4 *)(p.cache + plane + at + k * NEXT);
+        }
+        if (p.gain) {
+            float g[8];
+            load8(p.gain + lane * 8 + k * NEXT, g);
+#pragma unroll
+            for (int j = 0; j < 8; j++) tame = tame && fabsf(g[j]) <= TAME;
         }
     }
     for (int f = 0; !PAIRED && f < p.past; f++) {
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
-            const int i = lane + k * LANES;
-            if (i < vectors) {
-                const size_t here = f * plane + at + i * 8;
-                *(uint4 *)(p.out + here) = *(const uint4 *)(p.cache + here);
+            if (has[k]) {
+                const size_t here = f * plane + at + k * NEXT;
+                const uint4 old = *(const uint4 *)(p.cache + here);
+                *(uint4 *)(p.out + here) = old;
                 // What moves forward when fewer frames come than are remembered.
                 const int to = f - p.frames;
-                if (to >= 0) *(uint4 *)(p.cache + to * plane + at + i * 8) = *(const uint4 *)(p.cache + here);
+                if (to >= 0) *(uint4 *)(p.cache + to * plane + at + k * NEXT) = old;
             }
         }
     }
-    for (int f = 0; f < p.frames; f++) {
-        float v[EACH][8];
-        float square = 0.f;
+    const bf16 *x = p.x + from, *y = p.y + at;
+    const size_t apart = FORM == PRODUCTS ? group : far, onward = FORM == PRODUCTS ? plane : STEP * far;
+    extern __shared__ uint4 stage[];
+    auto slot = [&](int n) { return stage + n * THREADS + threadIdx.x; };
+    auto fetch = [&]() {
+#pragma unroll
+        for (int s = 0; s < PARTS; s++)
+#pragma unroll
+            for (int k = 0; k < EACH; k++)
+                if (has[k]) __pipeline_memcpy_async(slot(s * EACH + k), x + s * apart + k * NEXT, 16);
+        if (p.y) {
+#pragma unroll
+            for (int s = 0; s < STEP; s++)
+#pragma unroll
+                for (int k = 0; k < EACH; k++)
+                    if (has[k]) __pipeline_memcpy_async(slot((PARTS + s) * EACH + k), y + s * plane + k * NEXT, 16);
+        }
+        x += onward, y += STEP * plane;
+        __pipeline_commit();
+    };
+    fetch();
+    for (int f = 0; f < p.frames; f += STEP) {
+        __pipeline_wait_prior(0);
+        auto part = [&](int s, int k) { return has[k] ? *slot(s * EACH + k) : uint4{}; };
+        auto other = [&](int s, int k) { return has[k] ? *slot((PARTS + s) * EACH + k) : uint4{}; };
+        uint4 all[STEP][EACH];
+        float square[STEP];
+#pragma unroll
+        for (int s = 0; s < STEP; s++) square[s] = 0.f;
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
-            const int i = lane + k * LANES;
-            if (i < vectors) {
-                const size_t here = f * plane + at + i * 8;
-                if (FORM != PRODUCTS) {
-                    load8(p.x + f * step + from + i * 8, v[k]);
-                } else if (f % 2 == 0) {
-                    float m1[8], m2[8], m3[8];
-                    const bf16 *m = p.x + f / 2 * plane + at + i * 8;
-                    load8(m, v[k]), load8(m + group, m1), load8(m + 2 * group, m2), load8(m + 3 * group, m3);
+            float v[STEP][8], more[8];
+            unpack(part(0, k), v[0]);
+            if (FORM == PRODUCTS) {
+                float m2[8], m3[8];
+                unpack(part(1, k), more), unpack(part(2, k), m2), unpack(part(PARTS - 1, k), m3);
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] += m1[j] + m2[j], second[k][j] = m1[j] - m2[j] - m3[j];
-                } else {
+                for (int j = 0; j < 8; j++) v[0][j] += more[j] + m2[j], v[STEP - 1][j] = more[j] - m2[j] - m3[j];
+            } else if (STEP == 2) {
+                unpack(part(STEP - 1, k), v[STEP - 1]);
+            }
+            if (p.y) {
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] = second[k][j];
+                for (int s = 0; s < STEP; s++) {
+                    unpack(other(s, k), more);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) v[s][j] += more[j];
                 }
-                if (p.y) {
-                    float more[8];
-                    load8(p.y + here, more);
+            }
+            if (p.bias && has[k]) {
+                load8(p.bias + lane * 8 + k * NEXT, more);
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] += more[j];
-                }
-                if (p.bias) {
-                    float more[8];
-                    load8(p.bias + i * 8, more);
+                for (int s = 0; s < STEP; s++)
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] += more[j];
-                }
-                // The norm sees what is stored.
+                    for (int j = 0; j < 8; j++) v[s][j] += more[j];
+            }
+            // The norm sees what is stored.
 #pragma unroll
-                for (int j = 0; j < 8; j++) v[k][j] = __bfloat162float(__float2bfloat16_rn(v[k][j]));
-                if (p.sum) store8(p.sum + here, v[k]);
+            for (int s = 0; s < STEP; s++) {
+                store8((bf16 *)&all[s][k], v[s]);
+                load8((const bf16 *)&all[s][k], v[s]);
 #pragma unroll
-                for (int j = 0; j < 8; j++) square += v[k][j] * v[k][j];
+                for (int j = 0; j < 8; j++) square[s] += v[s][j] * v[s][j];
+                if (p.sum && has[k]) *(uint4 *)(p.sum + (f + s) * plane + at + k * NEXT) = all[s][k];
             }
         }
+        if (f + STEP < p.frames) fetch();
         if (!p.out) continue;
-        float scale = 1.f;
-        if (p.gain) {
+        float scale[STEP];
 #pragma unroll
-            for (int o = LANES / 2; o > 0; o >>= 1) square += __shfl_xor_sync(mates, square, o);
-            scale = 1.f / fmaxf(sqrtf(square), 1e-12f);
+        for (int s = 0; s < STEP; s++) {
+            scale[s] = 1.f;
+            if (p.gain) {
+#pragma unroll
+                for (int o = LANES / 2; o > 0; o >>= 1) square[s] += __shfl_xor_sync(mates, square[s], o);
+                scale[s] = 1.f / fmaxf(sqrtf(square[s]), 1e-12f);
+            }
         }
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
-            const int i = lane + k * LANES;
-            if (i < vectors) {
+            if (!has[k]) continue;
+            float g[8];
+            if (p.gain) load8(p.gain + lane * 8 + k * NEXT, g);
+            uint4 d[STEP];
+#pragma unroll
+            for (int s = 0; s < STEP; s++) {
+                float v[8];
+                load8((const bf16 *)&all[s][k], v);
                 if (p.gain) {
-                    float g[8];
-                    load8(p.gain + i * 8, g);
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] *= scale * g[j];
+                    for (int j = 0; j < 8; j++) v[j] *= scale[s] * g[j];
                 }
-                if (p.bend == 2) {
+                if (tame) {
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] = fmaxf(v[k][j], 0.f);
-                } else if (p.bend) {
+                    for (int j = 0; j < 8; j++) v[j] = silu(v[j]);
+                } else if (p.bend == 1) {
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[k][j] = v[k][j] / (1.f + __expf(-v[k][j]));
+                    for (int j = 0; j < 8; j++) v[j] = v[j] / (1.f + __expf(-v[j]));
+                } else if (p.bend == 2) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) v[j] = fmaxf(v[j], 0.f);
                 }
-                const size_t here = at + i * 8;
-                if (PAIRED) {
-                    uint4 d3;
-                    store8((bf16 *)&d3, v[k]);
-                    bf16 *to = p.out + f / 2 * plane + here;
-                    if (f % 2 == 0) {
-                        d2[k] = d3;
-                        store_sum(to, d0[k], -1.f, d2[k]);
-                        store_sum(to + group, d1[k], 1.f, d2[k]);
-                        store_sum(to + 2 * group, d2[k], -1.f, d1[k]);
-                    } else {
-                        store_sum(to + 3 * group, d1[k], -1.f, d3);
-                        d0[k] = d2[k], d1[k] = d3;
-                    }
-                } else {
-                    store8(p.out + (size_t)(p.past + f) * plane + here, v[k]);
-                }
-                const int to = f - p.frames + p.past;
-                if (to >= 0) store8(p.cache + to * plane + here, v[k]);
+                store8((bf16 *)&d[s], v);
+                const int to = f + s - p.frames + p.past;
+                if (to >= 0) *(uint4 *)(p.cache + to * plane + at + k * NEXT) = d[s];
+            }
+            const size_t here = at + k * NEXT;
+            if (PAIRED) {
+                bf16 *to = p.out + f / 2 * plane + here;
+                store_sum<true>(to, d0[k], d[0]);
+                store_sum<false>(to + group, d1[k], d[0]);
+                store_sum<true>(to + 2 * group, d[0], d1[k]);
+                store_sum<true>(to + 3 * group, d1[k], d[STEP - 1]);
+                d0[k] = d[0], d1[k] = d[STEP - 1];
+            } else {
+#pragma unroll
+                for (int s = 0; s < STEP; s++) *(uint4 *)(p.out + (size_t)(p.past + f + s) * plane + here) = d[s];
             }
         }
     }
@@ -304,15 +370,18 @@ __global__ void __launch_bounds__(512) softmax(const float *x, bf16 *out, int co
 
 inline unsigned blocks(size_t n, int threads) { return (unsigned)((n + threads - 1) / threads); }
 
+template <int LANES, int FORM, bool PAIRED> void start(const Pass &p, cudaStream_t s) {
+    // At most 36 KB: what every card gives without being asked.
+    const size_t room = (parts(FORM, PAIRED) + (p.y ? step(FORM, PAIRED) : 0)) * EACH * THREADS * sizeof(uint4);
+    pass<LANES, FORM, PAIRED><<<blocks((size_t)p.pixels * LANES, THREADS), THREADS, room, s>>>(p);
+}
+
 template <int FORM, bool PAIRED> void launch(const Pass &p, cudaStream_t s) {
     const int need = (p.channels / 8 + EACH - 1) / EACH;
-    auto grid = [&](int lanes) { return blocks((size_t)p.pixels * lanes, 256); };
-    if (need <= 1) pass<1, FORM, PAIRED><<<grid(1), 256, 0, s>>>(p);
-    else if (need <= 2) pass<2, FORM, PAIRED><<<grid(2), 256, 0, s>>>(p);
-    else if (need <= 4) pass<4, FORM, PAIRED><<<grid(4), 256, 0, s>>>(p);
-    else if (need <= 8) pass<8, FORM, PAIRED><<<grid(8), 256, 0, s>>>(p);
-    else if (need <= 16) pass<16, FORM, PAIRED><<<grid(16), 256, 0, s>>>(p);
-    else pass<32, FORM, PAIRED><<<grid(32), 256, 0, s>>>(p);
+    if (need <= 4) start<4, FORM, PAIRED>(p, s);
+    else if (need <= 8) start<8, FORM, PAIRED>(p, s);
+    else if (need <= 16) start<16, FORM, PAIRED>(p, s);
+    else start<32, FORM, PAIRED>(p, s);
 }
 
 } // namespace
@@ -323,7 +392,7 @@ extern "C" {
 int lq_vae_pass(const void *x, const void *y, const float *bias, void *sum, const float *gain, void *out, void *cache,
                 int frames, int past, int height, int width, int channels, int bend, int form, int paired, void *stream) {
     if (channels % 8 || channels > 8 * EACH * 32) return 1;
-    if ((paired || form == PRODUCTS) && frames % 2 || paired && past != 2) return 1;
+    if (frames < 1 || frames % step(form, paired) || paired && past != 2) return 1;
     Pass p{(const bf16 *)x, (const bf16 *)y, bias, (bf16 *)sum, gain, (bf16 *)out, (bf16 *)cache,
            frames, past, height * width, channels, bend, width};
     auto s = (cudaStream_t)stream;
