@@ -425,6 +425,8 @@ impl Convolution {
         let frames = (t - taps) / self.stride.0 + 1;
         let y = self.room(x, frames)?;
         if !self.narrow {
+            // Where frames go by pairs, only a video's very first comes here.
+            let usual = if self.pairs.is_some() { 1 } else { usual };
             self.compute(x, &self.weight, &y, usual)?;
             return Ok(y);
         }

@@ -173,6 +173,24 @@ fn card_convolutions_agree_with_f64() {
 }
 
 #[test]
+fn card_large_convolutions_round_alike_whole_and_frame_by_frame() {
+    // So much work that all of cuDNN's list is timed; other numbers of frames have other lists.
+    let (t, h, w, c) = (3, 79, 83, 384);
+    let ((kernel, k64), (bias, _), (x, x64)) = (bf16(&[c, c, 1, 3, 3]), f32s(&[c]), bf16(&[t, h, w, c]));
+    let conv = Convolution::new(&kernel, &bias, (1, 1), (1, 1)).unwrap();
+    let whole = flat(&conv.run(&x, t).unwrap());
+    let alone = (0..t).flat_map(|f| flat(&conv.run(&x.narrow(0, f, 1).unwrap(), t).unwrap()));
+    assert!(alone.eq(whole.iter().copied()), "frame by frame");
+    let (f, py, px) = (1, 40, 41);
+    let want = (0..c).map(|o| {
+        let tap = |n: usize| &x64[((f * h + py + n / 3 - 1) * w + px + n % 3 - 1) * c..][..c];
+        (0..9).map(|n| (0..c).map(|i| k64[(o * c + i) * 9 + n] * tap(n)[i]).sum::<f64>()).sum::<f64>()
+    });
+    let got = &whole[((f * h + py) * w + px) * c..][..c];
+    close("a pixel", got, &want.collect::<Vec<_>>(), 4e-3);
+}
+
+#[test]
 fn card_doubling_before_a_convolution_agrees_with_f64() {
     for (t, h, w, cin, cout) in [(2, 3, 5, 16, 24), (1, 1, 1, 8, 3), (3, 4, 3, 96, 48), (1, 1, 6, 24, 8)] {
         let ((kernel, k64), (bias, b64)) = (bf16(&[cout, cin, 3, 3]), f32s(&[cout]));
