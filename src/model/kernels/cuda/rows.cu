@@ -99,30 +99,51 @@ __global__ void residual_norm(X *x, const __nv_bfloat16 *y, const float *gate, R
     }
 }
 
-// The same for rows of 5120 in bf16 to which nothing is added, to e4m3 with a unit (UNIT) or a scale each. The row
-// stays in registers as it came, so more are on their way at once: as many blocks a multiprocessor as spill nothing.
-// Each lane loads 8 bytes of a row, 16 of scale and shift, beside its neighbour's.
+// Rows of 5120 in bf16 have kernels of their own. There a row stays in registers as it came, so more are on their way
+// at once: as many blocks a multiprocessor as spill nothing.
 constexpr int WIDE = 5120, WIDE_THREADS = 128;
 
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// As `over_block`, for blocks of four warps; `room` is one float4 for each value.
-template <class Op, int N> __device__ __forceinline__ void over_four_warps(float (&v)[N], float4 *room) {
+// Part of a row, past L1, which is for what rows share.
+__device__ __forceinline__ void load_past(const __nv_bfloat16 *p, uint2 &raw) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(p));
+}
+__device__ __forceinline__ void load_past(const __nv_bfloat16 *p, uint4 &raw) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(p));
+}
+
+__device__ __forceinline__ void unpack(const uint4 &raw, float (&v)[8]) {
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[2 * j] = low(pairs[j]), v[2 * j + 1] = high(pairs[j]);
+}
+
+// As `over_block`, for blocks of a known number of warps, four or more; `room` is STEP float4 for each value.
+template <int WARPS, class Op, int N> __device__ __forceinline__ void over_warps(float (&v)[N], float4 *room) {
+    static_assert(WARPS >= 4);
+    constexpr int STEP = (WARPS + 3) / 4;
 #pragma unroll
     for (int n = 0; n < N; n++) {
 #pragma unroll
         for (int o = 16; o > 0; o >>= 1) v[n] = Op::of(v[n], __shfl_xor_sync(~0u, v[n], o));
-        if ((threadIdx.x & 31) == 0) reinterpret_cast<float *>(room + n)[threadIdx.x >> 5] = v[n];
+        if ((threadIdx.x & 31) == 0) reinterpret_cast<float *>(room + n * STEP)[threadIdx.x >> 5] = v[n];
     }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        const float4 f = room[n];
+        const float4 f = room[n * STEP];
         v[n] = Op::of(Op::of(f.x, f.y), Op::of(f.z, f.w));
+#pragma unroll
+        for (int w = 4; w < WARPS; w++) v[n] = Op::of(v[n], reinterpret_cast<const float *>(room + n * STEP)[w]);
     }
 }
 
+// `residual_norm` of such rows to which nothing is added, to e4m3 with a unit (UNIT) or a scale each. Each thread loads
+// 8 bytes of a row, 16 of scale and shift, beside its neighbour's.
 template <bool UNIT>
 __global__ void __launch_bounds__(WIDE_THREADS, UNIT ? 8 : 5)
     wide_norm(const __nv_bfloat16 *x, const float *scale, const float *shift, const __grid_constant__ Runs runs,
@@ -134,10 +155,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, UNIT ? 8 : 5)
     const __nv_bfloat16 *in = x + (size_t)row * WIDE;
     uint2 raw[HELD];
 #pragma unroll
-    for (int k = 0; k < HELD; k++) // past L1, which is for scale and shift
-        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                     : "=r"(raw[k].x), "=r"(raw[k].y)
-                     : "l"(in + column + k * STEP));
+    for (int k = 0; k < HELD; k++) load_past(in + column + k * STEP, raw[k]);
     const float pivot = __bfloat162float(*in);
     float factor = UNIT ? 1.f / *unit : 1.f;
     float sums[2] = {0.f, 0.f};
@@ -148,7 +166,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, UNIT ? 8 : 5)
 #pragma unroll
         for (int j = 0; j < 4; j++) sums[0] += v[j], sums[1] += v[j] * v[j];
     }
-    over_four_warps<Sum>(sums, room);
+    over_warps<4, Sum>(sums, room);
     const float mean = sums[0] / WIDE;
     const float inverse = rsqrtf(fmaxf(sums[1] / WIDE - mean * mean, 0.f) + eps), start = -mean * inverse;
     const size_t run = (size_t)runs.of(row) * WIDE;
@@ -173,7 +191,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, UNIT ? 8 : 5)
             for (int j = 0; j < 4; j++) most[0] = fmaxf(most[0], fabsf(y[k][j]));
     }
     if constexpr (!UNIT) {
-        over_four_warps<Largest>(most, room + 2);
+        over_warps<4, Largest>(most, room + 2);
         factor = LARGEST / most[0];
         if (threadIdx.x == 0) row_scale[row] = most[0] / LARGEST;
 #pragma unroll
@@ -274,6 +292,58 @@ __global__ void norm_rotate(Lanes lanes, int stride, const float *table, int hea
 #pragma unroll
             for (int j = 0; j < 8; j++) v[k][j] *= unit;
         store8(out + i, v[k]);
+    }
+}
+
+// The same for lanes of 40 heads of 128 that are normed and turned, to e4m3. What a thread holds stands at one place of
+// its heads, so it needs four pairs of the table, into which the norm and the unit are multiplied.
+constexpr int WIDE_HEAD = 128, TURN_THREADS = 160;
+
+__global__ void __launch_bounds__(TURN_THREADS, 8)
+    wide_norm_rotate(const __grid_constant__ Lanes lanes, int stride, const float *table, const int *offset,
+                     float eps) {
+    constexpr int STEP = TURN_THREADS * 8, HELD = WIDE / STEP, WARPS = TURN_THREADS / 32;
+    static_assert(HELD * STEP == WIDE && STEP % WIDE_HEAD == 0);
+    __shared__ float4 room[(WARPS + 3) / 4];
+    const Lane &lane = lanes.lane[blockIdx.y];
+    const int row = blockIdx.x, column = threadIdx.x * 8;
+    const __nv_bfloat16 *in = (const __nv_bfloat16 *)lane.in + (size_t)row * stride + column;
+    uint4 raw[HELD];
+#pragma unroll
+    for (int k = 0; k < HELD; k++) load_past(in + k * STEP, raw[k]);
+    const int first = lane.slot && offset ? *offset : 0;
+    const float *turn = table + (size_t)row * WIDE_HEAD + column % WIDE_HEAD / 2;
+    const float4 c = __ldg(reinterpret_cast<const float4 *>(turn));
+    const float4 s = __ldg(reinterpret_cast<const float4 *>(turn + WIDE_HEAD / 2));
+    float squares[1] = {0.f}, odd = 0.f;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        float v[8];
+        unpack(raw[k], v);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) squares[0] += v[j] * v[j], odd += v[j + 1] * v[j + 1];
+    }
+    squares[0] += odd;
+    over_warps<WARPS, Sum>(squares, room);
+    const float factor = rsqrtf(squares[0] / WIDE + eps) * (lane.unit ? 1.f / *lane.unit : 1.f);
+    const float cc[4] = {c.x * factor, c.y * factor, c.z * factor, c.w * factor};
+    const float ss[4] = {s.x * factor, s.y * factor, s.z * factor, s.w * factor};
+    __nv_fp8_e4m3 *out = (__nv_fp8_e4m3 *)lane.out + (size_t)(row + first) * WIDE + column;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) // not kept as floats
+        asm volatile("" : "+r"(raw[k].x), "+r"(raw[k].y), "+r"(raw[k].z), "+r"(raw[k].w));
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        float v[8], w[8];
+        unpack(raw[k], v);
+        unpack(__ldg(reinterpret_cast<const uint4 *>(lane.weight + column + k * STEP)), w);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float a = v[2 * j] * w[2 * j], b = v[2 * j + 1] * w[2 * j + 1];
+            v[2 * j] = a * cc[j] - b * ss[j];
+            v[2 * j + 1] = a * ss[j] + b * cc[j];
+        }
+        store8(out + k * STEP, v);
     }
 }
 
@@ -439,8 +509,20 @@ int lq_norm_rotate(int out_kind, const Lanes *lanes, int count, int stride, cons
                    const int *offset, float eps, int rows, int width, void *stream) {
     const int threads = threads_for(width);
     if (!threads || head % 8 || count < 1 || count > 3) return cudaErrorInvalidValue;
+    const bool wide = out_kind == E4M3 && width == WIDE && head == WIDE_HEAD;
+    Lanes turned{}, others{};
+    int turns = 0, left = 0;
+    for (int i = 0; i < count; i++) {
+        const Lane &lane = lanes->lane[i];
+        if (wide && lane.weight && lane.rotate) turned.lane[turns++] = lane;
+        else others.lane[left++] = lane;
+    }
+    if (turns)
+        wide_norm_rotate<<<dim3(rows, turns), TURN_THREADS, 0, (cudaStream_t)stream>>>(turned, stride, table, offset,
+                                                                                       eps);
+    if (!left) LQ_LAUNCHED();
     auto go = [&](auto kernel) {
-        kernel<<<dim3(rows, count), threads, 0, (cudaStream_t)stream>>>(*lanes, stride, table, head, offset, eps, width);
+        kernel<<<dim3(rows, left), threads, 0, (cudaStream_t)stream>>>(others, stride, table, head, offset, eps, width);
     };
     return with_held(width, [&](auto held) {
         if (out_kind == BF16) go(norm_rotate<held(), __nv_bfloat16>);
