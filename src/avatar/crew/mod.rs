@@ -14,6 +14,7 @@
 //! A rank that fails or panics takes its queues with it, so nobody waits for it; the first reason is kept and every line
 //! gives it as its error. A crew is not repaired: its owner starts a new one.
 
+mod mark;
 mod rank;
 
 use std::{

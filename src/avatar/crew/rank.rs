@@ -13,7 +13,7 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Build, Common, Hear, Made, Times, Watch};
+use super::{Build, Common, Hear, Made, Times, Watch, mark::Mark};
 use crate::{
     avatar::{
         block::{film, prime, show},
@@ -23,7 +23,6 @@ use crate::{
     model::{
         At, Error, Result,
         dit::{self, Halfway, StreamState, TextContext},
-        kernels::Mark,
         ranks::{Layout, Link},
         sampler::Euler,
         vae::Decoding,

@@ -32,36 +32,6 @@ pub fn card(ordinal: usize) -> crate::model::Result<candle_core::Device> {
     )))
 }
 
-/// A moment in a device's work: on a card, when what was handed in so far is done.
-pub enum Mark {
-    Host(std::time::Instant),
-    #[cfg(feature = "cuda")]
-    Card(cuda::time::Event),
-}
-
-impl Mark {
-    /// After all work that this device was given.
-    pub fn now(device: &candle_core::Device) -> crate::model::Result<Mark> {
-        #[cfg(feature = "cuda")]
-        if device.is_cuda() {
-            return Ok(Mark::Card(cuda::time::Event::record(device)?));
-        }
-        let _ = device;
-        Ok(Mark::Host(std::time::Instant::now()))
-    }
-
-    /// Time since an earlier one of the same device; on a card this waits for both.
-    pub fn since(&self, earlier: &Mark) -> crate::model::Result<std::time::Duration> {
-        match (earlier, self) {
-            (Mark::Host(from), Mark::Host(to)) => Ok(to.saturating_duration_since(*from)),
-            #[cfg(feature = "cuda")]
-            (Mark::Card(from), Mark::Card(to)) => to.since(from),
-            #[cfg(feature = "cuda")]
-            _ => Err(crate::model::Error::Input("two moments of different devices".into())),
-        }
-    }
-}
-
 /// An NVIDIA card as benchmarks name it.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Card {
