@@ -88,7 +88,7 @@ impl Memory {
     /// this width. Such a memory is attended to with a slot, and does not park.
     pub fn transposed(self, head: usize) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if self.units.is_some() && cuda::attention::takes_transposed(self.v.device(), head)? {
+        if self.units.is_some() && cuda::attention::has_own(self.v.device(), head)? {
             let (rows, dim) = self.v.dims2()?;
             return Ok(Self { v: self.v.reshape((dim, rows))?, transposed: true, ..self });
         }

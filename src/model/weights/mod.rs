@@ -127,8 +127,8 @@ pub enum Fp8 {
     /// Nothing.
     #[default]
     Off,
-    /// Matrix products: a scale per row of the activations and per row of the weights, or one for all of each where a norm
-    /// bounds the activations.
+    /// Matrix products: a scale per row of the activations and per row of the weights. Behind a norm one unit that holds for
+    /// every input does for all activations, and one for the matrix where the result is e4m3, too.
     Linears,
     /// Attention and its keys and values as well.
     All,
@@ -182,7 +182,7 @@ impl Weights {
     }
 
     /// The same place with matrices and attention in e4m3 as `fp8` says. A matrix is quantised on the card as soon as it
-    /// is read, so neither the host nor the card holds more than one in full (three, where three become one).
+    /// is read, so neither the host nor the card holds more than one in full.
     pub fn with_fp8(&self, fp8: Fp8) -> Self {
         Self { fp8, ..self.clone() }
     }

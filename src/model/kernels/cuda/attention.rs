@@ -141,7 +141,7 @@ pub fn attention(
     }
     let c = context(q.device())?;
     let width = dim / heads;
-    if units.is_none() && keys / batch >= MANY && takes_rows(q.device(), width)? {
+    if units.is_none() && keys / batch >= MANY && has_own(q.device(), width)? {
         return attention_rows(q, k, v, heads, batch, valid);
     }
     let numbers = [batch, heads, queries / batch, keys / batch, width].map(|n| n as i64);
@@ -169,8 +169,8 @@ pub fn attention(
 /// Keys from which on [`attention_rows`] runs where it can; fewer are left to cuDNN.
 const MANY: usize = 1024;
 
-/// Whether [`attention_rows`] runs on this card with heads of this width: Hopper, 128.
-pub fn takes_rows(device: &Device, head: usize) -> Result<bool> {
+/// Whether [`attention_rows`] and [`attention_transposed`] run on this card with heads of this width: Hopper, 128.
+pub fn has_own(device: &Device, head: usize) -> Result<bool> {
     Ok(head == 128 && context(device)?.capability == (9, 0))
 }
 
@@ -227,11 +227,6 @@ pub fn attention_rows(
         launched("attention", status)?;
     }
     Ok(out)
-}
-
-/// Whether [`attention_transposed`] runs on this card with heads of this width: Hopper, 128.
-pub fn takes_transposed(device: &Device, head: usize) -> Result<bool> {
-    Ok(head == 128 && context(device)?.capability == (9, 0))
 }
 
 /// Queries `[n, dim]` over keys `[room, dim]` and values `[dim, room]` that [`store_transposed`] wrote, e4m3, heads of 128

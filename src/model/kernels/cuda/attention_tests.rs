@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    attention::{attention, attention_rows, takes_rows, takes_transposed},
+    attention::{attention, attention_rows, has_own},
     graph::Graph,
     tests::{attention64, bound, card, close, pair, random, wide},
 };
@@ -93,7 +93,7 @@ fn card_values_are_transposed_at_any_row() {
         close(&what, &transposed.part(at, rows).unwrap().1, &wide(&v.contiguous().unwrap()), bound(Form::Scaled));
 
         let mut parks = transposed.clone();
-        assert_eq!(parks.park(&[]).is_err(), takes_transposed(&device, HEAD).unwrap());
+        assert_eq!(parks.park(&[]).is_err(), has_own(&device, HEAD).unwrap());
     }
 }
 
@@ -169,7 +169,7 @@ fn card_attention_over_many_keys() {
         gains.push(sum((&got * &want).unwrap()) / sum(want.sqr().unwrap()) - 1.0);
     }
     println!("gain over {keys} keys: cuDNN {:+.4}, transposed {:+.4}", gains[0], gains[1]);
-    if takes_transposed(&device, HEAD).unwrap() {
+    if has_own(&device, HEAD).unwrap() {
         assert!(gains[1].abs() < gains[0].abs() + 0.005, "results are off by a factor of {:.4}", 1.0 + gains[1]);
     }
 }
@@ -258,7 +258,7 @@ fn card_attention_in_bf16_of_odd_sizes() {
             let valid = Tensor::from_vec(numbers, (2, batch), &device).unwrap();
             let valid = (keys < room).then_some(&valid);
             let attend = || {
-                if takes_rows(&device, HEAD).unwrap() {
+                if has_own(&device, HEAD).unwrap() {
                     return attention_rows(&q16, &k16, &v16, heads, batch, valid).unwrap();
                 }
                 let (q, v) = (q16.contiguous().unwrap(), v16.contiguous().unwrap());
