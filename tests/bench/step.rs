@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --features cuda --bench step [-- SIZES [PRECISIONS [WHAT]]]`, for example `704x384,480x832 fp8,bf16 step`.
 //! WHAT: `step` (the whole step, by graph and by launches), `parts` (its products, attentions and row passes one by one),
-//! `error` (fp8 and bf16 against f32 of the same weights at reduced depth). One JSON line per figure, then a table.
+//! `error` (fp8 and bf16 against f32 of the same weights at reduced depth), `whole` (fp8 against bf16, all layers). One JSON
+//! line per figure.
 
 use std::sync::Arc;
 
@@ -41,6 +42,11 @@ fn main() -> Result<()> {
     }
     if wants("error") {
         errors(&device)?;
+    }
+    if wants("whole") {
+        for &size in &sizes {
+            whole(&device, size)?;
+        }
     }
     if wants("step") {
         for precision in &precisions {
@@ -284,40 +290,53 @@ fn known(device: &Device, size: (usize, usize)) -> Result<()> {
     Ok(())
 }
 
-/// Relative error of a step's prediction, block after block of a stream, at a tenth of the depth.
+/// Relative error of a step's prediction, block after block of a stream, at an eighth of the depth.
 fn errors(device: &Device) -> Result<()> {
     let config = Config { num_layers: 5, audio_inject_layers: vec![0, 4], ..Config::default() };
-    let size = (256, 256);
-    let x = inputs(device, size)?;
-    let mut all: Vec<(String, Vec<Tensor>)> = Vec::new();
+    let x = inputs(device, (256, 256))?;
     // Named "unfolded": attention to text and voice apart from their output projection.
-    for (precision, fold) in
-        [("f32", true), ("bf16", true), ("fp8-linears", true), ("fp8", true), ("bf16", false), ("fp8", false)]
-    {
-        let dit = load(device, precision, config.clone())?.folding(fold);
-        let schedule = Arc::new(dit.schedule_of(4)?);
-        let text = Arc::new(dit.text(&x.text)?);
-        let opening = Opening { reference: &x.reference, motion: None, text: Some(text) };
-        let mut state = dit.open(&opening, &schedule)?;
-        let audio = dit.audio(&x.audio)?;
-        let mut out = Vec::new();
-        for _ in 0..5 {
-            out.push(dit.forward(&mut state, &x.noise, 0, &audio, None, 30, &mut Trace::off())?);
-            state.advance(3);
-        }
-        all.push((format!("{precision}{}", if fold { "" } else { " unfolded" }), out));
-    }
-    let relative = |a: &[Tensor], b: &[Tensor]| -> Result<Vec<f32>> {
-        let norm = |t: &Tensor| -> Result<f32> { Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()) };
-        a.iter().zip(b).map(|(a, b)| Ok(norm(&(a - b)?)? / norm(b)?)).collect()
-    };
+    let all = [("f32", true), ("bf16", true), ("fp8-linears", true), ("fp8", true), ("bf16", false), ("fp8", false)]
+        .map(|(precision, fold)| predictions(device, &config, &x, precision, fold));
+    let all = all.into_iter().collect::<Result<Vec<_>>>()?;
     for (i, j) in [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 1), (3, 1), (5, 4)] {
-        let errors = relative(&all[i].1, &all[j].1)?;
-        println!(
-            "{}",
-            serde_json::json!({"what": "relative error of a prediction, five blocks", "layers": 5,
-                "of": all[i].0, "against": all[j].0, "errors": errors})
-        );
+        differ(config.num_layers, &all[i], &all[j])?;
     }
+    Ok(())
+}
+
+/// The same of the whole model, fp8 against bf16.
+fn whole(device: &Device, size: (usize, usize)) -> Result<()> {
+    let (config, x) = (Config::default(), inputs(device, size)?);
+    let bf16 = predictions(device, &config, &x, "bf16", true)?;
+    for precision in ["fp8-linears", "fp8"] {
+        differ(config.num_layers, &predictions(device, &config, &x, precision, true)?, &bf16)?;
+    }
+    Ok(())
+}
+
+/// What a stream's first five blocks predict, on the processor, and how that was computed.
+fn predictions(device: &Device, config: &Config, x: &Inputs, precision: &str, fold: bool) -> Result<(String, Vec<Tensor>)> {
+    let dit = load(device, precision, config.clone())?.folding(fold);
+    let schedule = Arc::new(dit.schedule_of(4)?);
+    let text = Arc::new(dit.text(&x.text)?);
+    let mut state = dit.open(&Opening { reference: &x.reference, motion: None, text: Some(text) }, &schedule)?;
+    let audio = dit.audio(&x.audio)?;
+    let mut out = Vec::new();
+    for _ in 0..5 {
+        let prediction = dit.forward(&mut state, &x.noise, 0, &audio, None, 30, &mut Trace::off())?;
+        out.push(prediction.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
+        state.advance(3);
+    }
+    Ok((format!("{precision}{}", if fold { "" } else { " unfolded" }), out))
+}
+
+fn differ(layers: usize, (of, a): &(String, Vec<Tensor>), (against, b): &(String, Vec<Tensor>)) -> Result<()> {
+    let norm = |t: &Tensor| -> Result<f32> { Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()) };
+    let errors = a.iter().zip(b).map(|(a, b)| Ok(norm(&(a - b)?)? / norm(b)?)).collect::<Result<Vec<f32>>>()?;
+    println!(
+        "{}",
+        serde_json::json!({"what": "relative error of a prediction, five blocks", "layers": layers, "of": of,
+            "against": against, "errors": errors})
+    );
     Ok(())
 }
