@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Rope, Rows, attention, norm};
+use super::{Rope, Rows, Unit, attention, norm};
 use crate::model::Result;
 #[cfg(feature = "cuda")]
 use crate::model::{Error, kernels::cuda};
@@ -18,6 +18,8 @@ pub struct Memory {
     v: Tensor,
     /// The same in host memory, if it was there before: right but for the rows written since.
     home: Option<(Tensor, Tensor)>,
+    /// Of values in e4m3, and so of what attention makes of them.
+    unit: Option<Unit>,
     #[cfg(feature = "cuda")]
     units: Option<cuda::attention::Units>,
     /// Whether values lie as `attention90.cu` wants them.
@@ -65,18 +67,19 @@ impl Memory {
         let dtype = if fp8 { DType::F8E4M3 } else { values.dtype() };
         // Zeros, because masked rows are read all the same, and 0 · NaN is NaN.
         let zeros = || Tensor::zeros((rows, dim), dtype, device);
-        #[cfg(feature = "cuda")]
-        let units = if fp8 {
+        let unit = if fp8 {
             let largest = values.abs()?.max(1)?.to_dtype(DType::F32)?.max(0)?.clamp(1e-6, f32::MAX)?;
-            Some(cuda::attention::Units::new(&(largest * (headroom / 448.0))?)?)
+            Some(Unit::new((largest * (headroom / super::fp8::LARGEST))?.reshape(1)?)?)
         } else {
             None
         };
-        let _ = headroom;
+        #[cfg(feature = "cuda")]
+        let units = unit.as_ref().map(|u| cuda::attention::Units::new(u.value())).transpose()?;
         Ok(Self {
             k: zeros()?,
             v: zeros()?,
             home: None,
+            unit,
             #[cfg(feature = "cuda")]
             units,
             #[cfg(feature = "cuda")]
@@ -102,6 +105,7 @@ impl Memory {
             k,
             v,
             home: None,
+            unit: None,
             #[cfg(feature = "cuda")]
             units: None,
             #[cfg(feature = "cuda")]
@@ -156,8 +160,8 @@ impl Memory {
             })
         };
         #[cfg(feature = "cuda")]
-        if let Some(units) = &self.units {
-            let unit = units.table.to_vec1::<f32>()?[2];
+        if let Some(unit) = &self.unit {
+            let unit = unit.value().to_vec1::<f32>()?[0];
             if self.transposed {
                 let (dim, all) = self.v.dims2()?;
                 let v = super::fp8::restore(&self.v, &Tensor::full(unit, dim, self.v.device())?)?;
@@ -230,12 +234,10 @@ impl Memory {
 
     /// Rows that [`Memory::attend`] gave in e4m3, cut or put together since, with their units.
     pub fn scaled(&self, stored: Tensor) -> Result<Rows> {
-        #[cfg(feature = "cuda")]
-        if let Some(units) = &self.units {
-            let units = units.of_rows(stored.dim(0)?)?;
-            return Ok(Rows::Scaled { stored, units });
-        }
-        Ok(Rows::Plain(stored))
+        Ok(match &self.unit {
+            Some(unit) => Rows::Scaled { units: unit.of_rows(stored.dim(0)?)?, stored },
+            None => Rows::Plain(stored),
+        })
     }
 
     /// Keys that are normed but not turned, turned and stored from `row` on.
@@ -296,10 +298,7 @@ impl Memory {
             } else {
                 cuda::attention::attention(q, &self.k, &self.v, heads, 1, valid.as_ref(), self.units.as_ref())?
             };
-            return Ok(match &self.units {
-                Some(units) => Rows::Scaled { stored: y, units: units.of_rows(q.dim(0)?)? },
-                None => Rows::Plain(y),
-            });
+            return self.scaled(y);
         }
         let keys = slot.map_or(self.k.dims()[0], |s| s.keys);
         let (k, v) = (self.k.narrow(0, 0, keys)?, self.v.narrow(0, 0, keys)?);

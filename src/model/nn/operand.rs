@@ -34,7 +34,11 @@ impl Unit {
     /// For numbers of at most `most` in size (f32, any shape).
     pub fn of(most: &Tensor) -> Result<Self> {
         let most = most.flatten_all()?.max(0)?.reshape(1)?.clamp(1e-12, f32::MAX)?;
-        let value = (most * (fp8::MARGIN / fp8::LARGEST))?;
+        Self::new((most * (fp8::MARGIN / fp8::LARGEST))?)
+    }
+
+    /// Of this value, f32 `[1]`.
+    pub fn new(value: Tensor) -> Result<Self> {
         Ok(Self { inverse: value.recip()?, value, rows: Arc::default() })
     }
 

@@ -1,11 +1,7 @@
 //! Attention by cuDNN, and on Hopper by kernels of our own: e4m3 with transposed values (`attention90.cu`), bf16
 //! (`attention16.cu`).
 
-use std::{
-    collections::HashMap,
-    ffi::c_void,
-    sync::{Arc, Mutex},
-};
+use std::ffi::c_void;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -71,8 +67,6 @@ unsafe extern "C" {
 /// What stored units are worth when attention runs in e4m3. All on the card; a recorded graph reads them when it runs.
 #[derive(Debug, Clone)]
 pub struct Units {
-    /// Vectors of the value's unit by length: what a product takes as the units of an attention's rows.
-    rows: Arc<Mutex<HashMap<usize, Tensor>>>,
     /// f32 `[8]`: a query's unit, a key's, a value's, a softmax value's, its inverse, what the result is multiplied by,
     /// and two places where cuDNN leaves the largest values it saw.
     pub table: Tensor,
@@ -95,18 +89,7 @@ impl Units {
             value.recip()?,
             fixed(&[0.0, 0.0])?,
         ];
-        Ok(Self { rows: Arc::default(), table: Tensor::cat(&parts, 0)?.contiguous()? })
-    }
-
-    /// The value's unit for each of `n` rows, f32 `[n]`; made when first asked for.
-    pub fn of_rows(&self, n: usize) -> Result<Tensor> {
-        let mut rows = self.rows.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(units) = rows.get(&n) {
-            return Ok(units.clone());
-        }
-        let units = self.table.narrow(0, 2, 1)?.broadcast_as(n)?.contiguous()?;
-        rows.insert(n, units.clone());
-        Ok(units)
+        Ok(Self { table: Tensor::cat(&parts, 0)?.contiguous()? })
     }
 
     /// Where a value's unit stands.
