@@ -315,7 +315,13 @@ fn whole(device: &Device, size: (usize, usize)) -> Result<()> {
 }
 
 /// What a stream's first five blocks predict, on the processor, and how that was computed.
-fn predictions(device: &Device, config: &Config, x: &Inputs, precision: &str, fold: bool) -> Result<(String, Vec<Tensor>)> {
+fn predictions(
+    device: &Device,
+    config: &Config,
+    x: &Inputs,
+    precision: &str,
+    fold: bool,
+) -> Result<(String, Vec<Tensor>)> {
     let dit = load(device, precision, config.clone())?.folding(fold);
     let schedule = Arc::new(dit.schedule_of(4)?);
     let text = Arc::new(dit.text(&x.text)?);
