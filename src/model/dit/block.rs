@@ -187,7 +187,7 @@ impl Attention {
         let p = self.project(y)?;
         if self.fp8 {
             let rows = p.q.dim(0)?;
-            let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?.transposed(rope.head())?;
+            let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?.transposed(rope.head())?.centred(&p.v)?;
             let slot = Slot { at: 0, keys: rows, card: None }.on(p.q.device(), rows)?;
             let q = memory.store([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k], self.eps, rope, &slot)?;
             return memory.attend(&q, self.heads, Some(&slot));

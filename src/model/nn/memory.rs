@@ -25,6 +25,9 @@ pub struct Memory {
     /// Whether values lie as `attention90.cu` wants them.
     #[cfg(feature = "cuda")]
     transposed: bool,
+    /// What is taken from values when they are stored, and added to what attention gives; f32 `[dim]`, in their unit.
+    #[cfg(feature = "cuda")]
+    mean: Option<Tensor>,
 }
 
 /// Where a block's keys and values go, and how many rows count afterwards.
@@ -57,6 +60,10 @@ impl Slot {
 /// Rows of a memory on a card are a multiple of this.
 const TILE: usize = 128;
 
+/// So many rows of values tell their means.
+#[cfg(feature = "cuda")]
+const SAMPLE: usize = 4096;
+
 impl Memory {
     /// Room for `[rows, dim]` keys and values in the element type of `values` (`[n, all]`), or in e4m3 if `fp8`. e4m3
     /// values are scaled once and for all by the largest of `values`, with room above it for values `headroom` times as
@@ -84,6 +91,8 @@ impl Memory {
             units,
             #[cfg(feature = "cuda")]
             transposed: false,
+            #[cfg(feature = "cuda")]
+            mean: None,
         })
     }
 
@@ -99,6 +108,23 @@ impl Memory {
         Ok(self)
     }
 
+    /// The same, still empty, with each channel's mean over values like these `[n, dim]` left out of what is stored, if it
+    /// is transposed. Whatever the means are, attention is the same: weights sum to one. But sums of e4m3 products over many
+    /// keys come out small where values have a mean (`attention90.cu`). Such a memory takes values as they come from their
+    /// product ([`Memory::store`], [`Memory::place`]), not from [`Memory::ready`].
+    pub fn centred(self, values: &Tensor) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let (true, Some(unit)) = (self.transposed, &self.unit) {
+            let n = values.dim(0)?.min(SAMPLE);
+            let some = values.narrow(0, 0, n)?.contiguous()?;
+            let sums = Tensor::ones((1, n), some.dtype(), some.device())?.matmul(&some)?;
+            let means = (sums.squeeze(0)?.to_dtype(DType::F32)? / n as f64)?;
+            return Ok(Self { mean: Some(means.broadcast_mul(unit.inverse())?), ..self });
+        }
+        let _ = values;
+        Ok(self)
+    }
+
     /// Keys and values that are ready as they are.
     pub fn of(k: Tensor, v: Tensor) -> Self {
         Self {
@@ -110,6 +136,8 @@ impl Memory {
             units: None,
             #[cfg(feature = "cuda")]
             transposed: false,
+            #[cfg(feature = "cuda")]
+            mean: None,
         }
     }
 
@@ -164,13 +192,18 @@ impl Memory {
             let unit = unit.value().to_vec1::<f32>()?[0];
             if self.transposed {
                 let (dim, all) = self.v.dims2()?;
-                let v = super::fp8::restore(&self.v, &Tensor::full(unit, dim, self.v.device())?)?;
+                let v = super::fp8::restore(&self.v, &Tensor::full(1f32, dim, self.v.device())?)?;
                 // Heads, 16 keys, channels, and the order of the 16 that `store_transposed` tells.
                 let v = v
                     .reshape(vec![dim / 128, all / 16, 128, 4, 2, 2])?
                     .permute(vec![1, 4, 3, 5, 0, 2])?
                     .contiguous()?;
                 let v = v.reshape((all, dim))?.narrow(0, from, rows)?;
+                let v = match &self.mean {
+                    Some(mean) => v.broadcast_add(&mean.to_device(v.device())?)?,
+                    None => v,
+                };
+                let v = (v * f64::from(unit))?;
                 return Ok((part(&self.k, Some(1.0))?, v));
             }
             return Ok((part(&self.k, Some(1.0))?, part(&self.v, Some(unit))?));
@@ -202,6 +235,10 @@ impl Memory {
     /// Queries, keys and values of [`Memory::store`], ready but stored nowhere: for ranks that exchange them first.
     pub fn ready(&self, [q, k, v]: [&Tensor; 3], weights: [&Tensor; 2], eps: f64, rope: &Rope) -> Result<[Tensor; 3]> {
         #[cfg(feature = "cuda")]
+        if self.mean.is_some() {
+            return Err(Error::Input("a memory of centred values takes them as they come".into()));
+        }
+        #[cfg(feature = "cuda")]
         if self.fused(q, rope.head()) {
             let empty = || cuda::empty(q.device(), q.shape(), self.k.dtype());
             let out = [empty()?, empty()?, empty()?];
@@ -227,7 +264,7 @@ impl Memory {
         self.k.slice_set(k, 0, row)?;
         #[cfg(feature = "cuda")]
         if let (true, Some(units)) = (self.transposed, &self.units) {
-            return cuda::attention::store_transposed(v, &self.v, None, row, units);
+            return cuda::attention::store_transposed(v, &self.v, None, row, units, self.mean.as_ref());
         }
         Ok(self.v.slice_set(v, 0, row)?)
     }
@@ -294,7 +331,7 @@ impl Memory {
             let y = if self.transposed {
                 let valid =
                     valid.ok_or_else(|| Error::Input("transposed values are attended to with a slot".into()))?;
-                cuda::attention::attention_transposed(q, &self.k, &self.v, heads, &valid)?
+                cuda::attention::attention_transposed(q, &self.k, &self.v, heads, &valid, self.mean.as_ref())?
             } else {
                 cuda::attention::attention(q, &self.k, &self.v, heads, 1, valid.as_ref(), self.units.as_ref())?
             };
@@ -334,7 +371,7 @@ impl Memory {
             cuda::rows::Lane { unit: self.units.as_ref(), ..lane(v, None, false, &self.v, true) },
         ];
         let lanes = if let (true, Some(units)) = (self.transposed, &self.units) {
-            cuda::attention::store_transposed(v, &self.v, Some(offset), 0, units)?;
+            cuda::attention::store_transposed(v, &self.v, Some(offset), 0, units, self.mean.as_ref())?;
             &lanes[..2]
         } else {
             &lanes[..]
@@ -345,7 +382,7 @@ impl Memory {
 
     fn place_fused(&self, x: &Tensor, rope: Option<&Rope>, target: &Tensor, row: usize) -> Result<()> {
         if let (true, Some(units)) = (self.transposed && target.id() == self.v.id(), &self.units) {
-            return cuda::attention::store_transposed(x, target, None, row, units);
+            return cuda::attention::store_transposed(x, target, None, row, units, self.mean.as_ref());
         }
         let out = target.narrow(0, row, x.dim(0)?)?;
         let unit = if rope.is_none() && target.id() == self.v.id() { self.units.as_ref() } else { None };

@@ -481,7 +481,12 @@ impl Dit {
         let mut layers = Vec::with_capacity(blocks.len());
         for (block, kept) in self.blocks[blocks.clone()].iter().zip(&state.conditioning[blocks.clone()]) {
             let memory = block.kept().own.memory(kept, (conditioning + rows, columns), HEADROOM)?;
-            layers.push(if self.parks { memory } else { memory.transposed(self.config.head())? });
+            // Where ranks share a block, values are stored as others made them ready.
+            layers.push(match (self.parks, &state.share) {
+                (true, _) => memory,
+                (false, Some(_)) => memory.transposed(self.config.head())?,
+                (false, None) => memory.transposed(self.config.head())?.centred(&kept.v)?,
+            });
         }
         Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows, written: 0..0 })
     }

@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int dim = heads * HEAD, head = p.unit / plan.tiles_q;
         const int row = p.unit % plan.tiles_q * GROUPS * ROWS + group * ROWS + thread / 32 * 16;
         if (p.part < 0) {
-            Form::store(o, x.sum, out, row, queries, dim, head * HEAD);
+            Form::store(o, x.sum, values, out, row, queries, dim, head * HEAD);
             continue;
         }
         float *part = parts + (size_t)((blockIdx.x * 2 + p.part) * GROUPS + group) * PART + thread;
@@ -311,15 +311,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 // Puts split units together (`joined`).
 template <class Form>
 __global__ void __launch_bounds__(128)
-    join(typename Form::Element *out, int queries, int room, int heads, const uint32_t *keys, float scale, const float *parts,
-         int grid) {
+    join(const __grid_constant__ typename Form::Values values, typename Form::Element *out, int queries, int room, int heads,
+         const uint32_t *keys, float scale, const float *parts, int grid) {
     Plan<Form::TILE> plan;
     plan.make(heads, queries, valid_of(keys, room), grid);
     float o[64], sum[2];
     const int unit = joined(plan, parts, scale, o, sum);
     if (unit < 0) return;
     const int row = (unit % plan.tiles_q * GROUPS + blockIdx.y) * ROWS + threadIdx.x / 32 * 16;
-    Form::store(o, sum, out, row, queries, heads * HEAD, unit / plan.tiles_q * HEAD);
+    Form::store(o, sum, values, out, row, queries, heads * HEAD, unit / plan.tiles_q * HEAD);
 }
 
 // Rows of queries and keys `q_pitch` and `k_pitch` bytes apart, the result's without gaps; *keys of `room` count, one at
@@ -343,7 +343,8 @@ int launch(const void *q, uint64_t q_pitch, const void *k, uint64_t k_pitch, con
     attend<Form><<<grid, THREADS, shared, (cudaStream_t)stream>>>(q_map, k_map, values, to, queries, room, heads, keys, scale,
                                                                   parts);
     if (auto e = cudaGetLastError()) return e;
-    join<Form><<<dim3(grid - 1, GROUPS), 128, 0, (cudaStream_t)stream>>>(to, queries, room, heads, keys, scale, parts, grid);
+    join<Form><<<dim3(grid - 1, GROUPS), 128, 0, (cudaStream_t)stream>>>(values, to, queries, room, heads, keys, scale, parts,
+                                                                         grid);
     LQ_LAUNCHED();
 }
 

@@ -24,6 +24,7 @@ unsafe extern "C" {
         q: u64,
         k: u64,
         v: u64,
+        mean: u64,
         out: u64,
         queries: i32,
         room: i32,
@@ -58,6 +59,7 @@ unsafe extern "C" {
         offset: u64,
         row: i32,
         unit: u64,
+        mean: u64,
         rows: i32,
         width: i32,
         stream: *mut c_void,
@@ -214,10 +216,18 @@ pub fn attention_rows(
 
 /// Queries `[n, dim]` over keys `[room, dim]` and values `[dim, room]` that [`store_transposed`] wrote, e4m3, heads of 128
 /// side by side; like the queries, values in their unit. Room is a multiple of 16. `valid`: u32 `[2]` on the card, of which
-/// the second says how many keys count, one at least; keys and values behind them are read, and must not be NaN.
-pub fn attention_transposed(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, valid: &Tensor) -> Result<Tensor> {
+/// the second says how many keys count, one at least; keys and values behind them are read, and must not be NaN. `mean`: what
+/// was taken from the values when they were stored.
+pub fn attention_transposed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    valid: &Tensor,
+    mean: Option<&Tensor>,
+) -> Result<Tensor> {
     let ((queries, dim), (room, width)) = (q.dims2()?, k.dims2()?);
-    let fit = dim == heads * 128 && width == dim && v.dims() == [dim, room] && room % 16 == 0;
+    let fit = dim == heads * 128 && width == dim && v.dims() == [dim, room] && room % 16 == 0 && means_fit(mean, dim);
     if !fit || [q, k, v].iter().any(|t| t.dtype() != DType::F8E4M3) || valid.dims() != [2] {
         return Err(Error::Input(format!(
             "attention of {:?} {:?} with {heads} heads over keys {:?} and transposed values {:?}",
@@ -236,6 +246,7 @@ pub fn attention_transposed(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, va
             address(q)?,
             address(k)?,
             address(v)?,
+            mean.map_or(Ok(0), address)?,
             address(&out)?,
             queries as i32,
             room as i32,
@@ -250,14 +261,27 @@ pub fn attention_transposed(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, va
     Ok(out)
 }
 
+/// Whether these are means of `width` channels.
+fn means_fit(mean: Option<&Tensor>, width: usize) -> bool {
+    mean.is_none_or(|m| m.dims() == [width] && m.dtype() == DType::F32)
+}
+
 /// Stores values `[rows, width]` (rows may stand apart; bf16, or e4m3 in `units` already) as keys `row` (and what `offset`, a
 /// u32 on the card, says when the kernel runs) and on of `out` `[width, room]`, e4m3 in `units`. The order within is that of
 /// the copies and products of [`attention_transposed`]: by head, 16 keys, channel, and then keys, key 8h + 2c + b of the 16
-/// at 4c + 2h + b.
-pub fn store_transposed(v: &Tensor, out: &Tensor, offset: Option<&Tensor>, row: usize, units: &Units) -> Result<()> {
+/// at 4c + 2h + b. `mean`: what is taken from bf16 values first, f32 `[width]` in `units`.
+pub fn store_transposed(
+    v: &Tensor,
+    out: &Tensor,
+    offset: Option<&Tensor>,
+    row: usize,
+    units: &Units,
+    mean: Option<&Tensor>,
+) -> Result<()> {
     let ((rows, width), (target, room)) = (v.dims2()?, out.dims2()?);
     let (input, stride) = rows_address(v)?;
-    let types = matches!(v.dtype(), DType::BF16 | DType::F8E4M3) && out.dtype() == DType::F8E4M3;
+    let types = v.dtype() == DType::BF16 || (v.dtype() == DType::F8E4M3 && mean.is_none());
+    let types = types && out.dtype() == DType::F8E4M3 && means_fit(mean, width);
     if !types || target != width || width % 128 != 0 || stride % 8 != 0 || room % 16 != 0 || row + rows > room {
         return Err(Error::Input(format!(
             "values {:?} {:?} from row {row} on, transposed into {:?}",
@@ -278,6 +302,7 @@ pub fn store_transposed(v: &Tensor, out: &Tensor, offset: Option<&Tensor>, row: 
             offset.map_or(Ok(0), address)?,
             row as i32,
             units.value()?,
+            mean.map_or(Ok(0), address)?,
             rows as i32,
             width as i32,
             c.stream(),

@@ -40,8 +40,8 @@ struct Form {
 #pragma unroll
         for (int j = 0; j < TILE / 16; j++) product16(o, p + 4 * j, v + j * (16 * 128 / 16));
     }
-    __device__ static __forceinline__ void store(const float *o, const float (&sum)[2], __nv_bfloat16 *out, int row, int queries,
-                                                 int dim, int column) {
+    __device__ static __forceinline__ void store(const float *o, const float (&sum)[2], const Values &, __nv_bfloat16 *out,
+                                                 int row, int queries, int dim, int column) {
         const int lane = threadIdx.x & 31;
 #pragma unroll
         for (int r = 0; r < 2; r++) {

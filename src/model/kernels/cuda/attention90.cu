@@ -5,9 +5,12 @@
 // are stored in the order in which the accumulators of q·kᵀ lie in registers, so softmax values become the next product's
 // operand without any exchange.
 //
+// A step of e4m3 products cuts its 32 addends off some 13 bits below the sum, so where values have a mean, sums over many
+// keys come out small. Weights sum to one: what is about that mean is taken from the values when they are stored, and added
+// to the results.
+//
 // Softmax values are rounded to e4m3; their sum is taken before rounding, in f32. (Sums by eight columns of ones in the
-// second product are faster and wrong: a step of e4m3 products cuts its 32 addends off some 13 bits below the sum.
-// Exponentials by a polynomial beside the special function unit's are slower.)
+// second product are faster, and wrong for the same reason. Exponentials by a polynomial beside the special function unit's are slower.)
 #include "attention.cuh"
 
 namespace lq::attention90 {
@@ -26,15 +29,19 @@ __device__ __forceinline__ uint32_t pack(float a, float b, float c, float d) {
 
 struct Form {
     using Element = uint8_t;
-    using Values = const uint8_t *; // as `lq_store_transposed` leaves them
+    struct Values {
+        const uint8_t *at; // as `lq_store_transposed` leaves them
+        const float *mean; // of each channel, taken from them, in their unit; or none
+    };
     static constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_UINT8;
     static constexpr int TILE = 96, STAGES = 8;
     static constexpr float STRETCH = 7.f, LAZY = 1.75f; // up to 2^8.75 < 448
 
-    __device__ static __forceinline__ void copy_values(void *to, Values values, int head, int first, int room, uint64_t *full) {
+    __device__ static __forceinline__ void copy_values(void *to, const Values &values, int head, int first, int room,
+                                                       uint64_t *full) {
         const int bytes = min(TILE, room - first) * HEAD;
         barrier_expect(full, bytes);
-        copy_run(to, values + ((size_t)head * room + first) * HEAD, bytes, full);
+        copy_run(to, values.at + ((size_t)head * room + first) * HEAD, bytes, full);
     }
     __device__ static __forceinline__ uint32_t values_at(const void *v) { return blocks_at(v); }
     template <int ADD> __device__ static __forceinline__ void score(float (&s)[TILE / 2], uint32_t q, uint32_t k) {
@@ -51,9 +58,10 @@ struct Form {
 #pragma unroll
         for (int j = 0; j < TILE / 32; j++) product(o, p + 4 * j, v + j * (32 * HEAD / 16));
     }
-    __device__ static __forceinline__ void store(const float *o, const float (&sum)[2], uint8_t *out, int row, int queries, int dim,
-                                                 int column) {
+    __device__ static __forceinline__ void store(const float *o, const float (&sum)[2], const Values &values, uint8_t *out,
+                                                 int row, int queries, int dim, int column) {
         const int lane = threadIdx.x & 31;
+        const float *mean = values.mean ? values.mean + column + 2 * (lane & 3) : nullptr;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float inverse = 1.f / sum[r];
@@ -65,7 +73,13 @@ struct Form {
                 // Neighbours exchange halves so that each writes four bytes: even threads of a pair the first block of eight
                 // columns, odd threads the second.
                 const float *e = o + 8 * j + 2 * r;
-                uint32_t w = pack(e[0] * inverse, e[1] * inverse, e[4] * inverse, e[5] * inverse);
+                float2 a = {0.f, 0.f}, b = {0.f, 0.f};
+                if (mean) {
+                    a = *reinterpret_cast<const float2 *>(mean + 16 * j);
+                    b = *reinterpret_cast<const float2 *>(mean + 16 * j + 8);
+                }
+                uint32_t w = pack(__fmaf_rn(e[0], inverse, a.x), __fmaf_rn(e[1], inverse, a.y),
+                                  __fmaf_rn(e[4], inverse, b.x), __fmaf_rn(e[5], inverse, b.y));
                 const uint32_t other = __shfl_xor_sync(~0u, w, 1);
                 w = odd ? (other >> 16) | (w & 0xffff0000u) : (w & 0xffffu) | (other << 16);
                 if (at < queries) *reinterpret_cast<uint32_t *>(to + 16 * j) = w;
@@ -74,24 +88,26 @@ struct Form {
     }
 };
 
-// Eight neighbours in e4m3; those that are so already are in the right unit.
-__device__ __forceinline__ uint2 stored8(const __nv_bfloat16 *p, float factor) {
+// Eight neighbours in e4m3; those that are so already are in the right unit, and nothing is taken from them.
+__device__ __forceinline__ uint2 stored8(const __nv_bfloat16 *p, float factor, const float (&mean)[8]) {
     float v[8];
     load8(p, v);
 #pragma unroll
-    for (float &f : v) f *= factor;
+    for (int i = 0; i < 8; i++) v[i] = __fmaf_rn(v[i], factor, -mean[i]);
     uint2 e;
     store8(reinterpret_cast<__nv_fp8_e4m3 *>(&e), v);
     return e;
 }
-__device__ __forceinline__ uint2 stored8(const __nv_fp8_e4m3 *p, float) { return *reinterpret_cast<const uint2 *>(p); }
+__device__ __forceinline__ uint2 stored8(const __nv_fp8_e4m3 *p, float, const float (&)[8]) {
+    return *reinterpret_cast<const uint2 *>(p);
+}
 
-// Values `[rows, width]` (rows `stride` apart) as e4m3 from key row + *offset on, in the order in which they are copied and
-// multiplied: by head, 16 keys, 8 channels; then a channel's 16 keys, key 8h + 2c + b of them at 4c + 2h + b. A block:
-// 128 keys of the result, 64 channels.
+// Values `[rows, width]` (rows `stride` apart), less `mean` (by channel, in units; or none), as e4m3 from key row + *offset
+// on, in the order in which they are copied and multiplied: by head, 16 keys, 8 channels; then a channel's 16 keys, key
+// 8h + 2c + b of them at 4c + 2h + b. A block: 128 keys of the result, 64 channels.
 template <class In>
 __global__ void __launch_bounds__(256) store_transposed(const In *v, int stride, uint8_t *out, int room, const int *offset,
-                                                        int row, const float *unit, int rows) {
+                                                        int row, const float *unit, const float *mean, int rows) {
     __shared__ uint32_t tile[64][33]; // [channel][four keys]
     const int slot = row + (offset ? *offset : 0), first = (slot & ~127) + blockIdx.x * 128, channel = blockIdx.y * 64;
     if (first >= slot + rows) return;
@@ -99,10 +115,15 @@ __global__ void __launch_bounds__(256) store_transposed(const In *v, int stride,
     const int t = threadIdx.x, c8 = t & 7, word = t >> 3; // word: which four keys
     const int key = first + (word / 4) * 16 + (word & 3) * 2;
     uint2 e[4];
+    float less[8] = {};
+    if (mean)
+#pragma unroll
+        for (int i = 0; i < 8; i++) less[i] = mean[channel + c8 * 8 + i];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = key + (i >> 1) * 8 + (i & 1) - slot;
-        e[i] = row >= 0 && row < rows ? stored8(v + (size_t)row * stride + channel + c8 * 8, factor) : make_uint2(0, 0);
+        e[i] = row >= 0 && row < rows ? stored8(v + (size_t)row * stride + channel + c8 * 8, factor, less)
+                                     : make_uint2(0, 0);
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -134,22 +155,23 @@ using namespace lq::attention90;
 
 extern "C" {
 
-// Queries and keys `[rows, heads · 128]`, values for `room` keys from lq_store_transposed, all e4m3; for the others see
-// `launch`.
-int lq_attention90(const void *q, const void *k, const void *v, void *out, int queries, int room, int heads,
+// Queries and keys `[rows, heads · 128]`, values for `room` keys from lq_store_transposed with the same `mean`, all e4m3;
+// for the others see `launch`.
+int lq_attention90(const void *q, const void *k, const void *v, const float *mean, void *out, int queries, int room, int heads,
                    const uint32_t *keys, float *parts, uint64_t bytes, void *stream) {
     if (room % 16) return cudaErrorInvalidValue;
     const uint64_t pitch = heads * HEAD;
-    return launch<Form>(q, pitch, k, pitch, (const uint8_t *)v, out, queries, room, heads, keys, parts, bytes, stream);
+    return launch<Form>(q, pitch, k, pitch, {(const uint8_t *)v, mean}, out, queries, room, heads, keys, parts, bytes, stream);
 }
 
-// `kind`: BF16, or E4M3 where values are in their unit already.
+// `kind`: BF16, or E4M3 where values are in their unit already and have no `mean`.
 int lq_store_transposed(int kind, const void *v, int stride, void *out, int room, const int *offset, int row,
-                        const float *unit, int rows, int width, void *stream) {
-    if (rows < 1 || room % 16 || width % HEAD || stride % 8) return cudaErrorInvalidValue;
+                        const float *unit, const float *mean, int rows, int width, void *stream) {
+    if ((mean && kind != BF16) || rows < 1 || room % 16 || width % HEAD || stride % 8) return cudaErrorInvalidValue;
     const auto go = [&](auto *v) {
         const dim3 grid((rows + 127) / 128 + 1, width / 64);
-        store_transposed<<<grid, 256, 0, (cudaStream_t)stream>>>(v, stride, (uint8_t *)out, room, offset, row, unit, rows);
+        store_transposed<<<grid, 256, 0, (cudaStream_t)stream>>>(v, stride, (uint8_t *)out, room, offset, row, unit, mean,
+                                                                 rows);
     };
     if (kind == BF16) go((const __nv_bfloat16 *)v);
     else go((const __nv_fp8_e4m3 *)v);

@@ -8,7 +8,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <map>
 #include <mutex>
@@ -29,10 +28,6 @@ struct Shape {
     int64_t bytes() const { return wide ? 4 : 2; }
     int64_t frames_out(int64_t frames) const { return (frames - kt) / stride_t + 1; }
     int64_t side(int64_t n) const { return (n + before + behind - ks) / stride_s + 1; }
-    // Multiplications and additions.
-    double work(int64_t frames) const {
-        return 2. * cin * cout * kt * ks * ks * frames_out(frames) * side(height) * side(width);
-    }
 };
 
 using Key = decltype(Shape().key(0));
@@ -96,15 +91,14 @@ void fill(void *at, size_t bytes, cudaStream_t stream) {
         cudaMemcpyAsync((char *)at + done, at, std::min(done, bytes - done), cudaMemcpyDeviceToDevice, stream);
 }
 
-// Of cuDNN's list the first few are timed; all of it where a convolution does so much work (.1 ms on an H200), as long as
-// that takes no more than so many seconds: some engines are compiled only when they are built.
+// Of engines without tensor cores the first few of cuDNN's list are timed: one of them takes a second for a large picture.
 constexpr int FIRST = 6;
-constexpr double MUCH = 5e10, PATIENCE = .5;
 
-// The name of the fastest engine that was timed; empty when none can be built.
-std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_t most_room) {
+// The name of the fastest engine: of all with tensor cores, or of cuDNN's shortlist. Empty when none can be built.
+std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_t most_room, bool tensor_cores) {
     auto graph = convolution(s, frames);
     if (!prepare(handle, *graph)) return "";
+    if (tensor_cores) graph->select_numeric_notes({fe::NumericalNote_t::TENSOR_CORE});
     const size_t in = frames * s.height * s.width * s.cin * s.bytes();
     const size_t weights = s.cout * s.cin * s.kt * s.ks * s.ks * s.bytes();
     const size_t out = s.frames_out(frames) * s.side(s.height) * s.side(s.width) * s.cout * s.bytes();
@@ -119,10 +113,8 @@ std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_
     cudaEventCreate(&end);
     std::string best;
     float least = 1e30f;
-    using Clock = std::chrono::steady_clock;
-    const auto until = Clock::now() + std::chrono::duration<double>(s.work(frames) < MUCH ? 0. : PATIENCE);
     const int64_t count = graph->get_execution_plan_count();
-    for (int64_t i = 0, tried = 0; i < count && (tried < FIRST || Clock::now() < until); i++) {
+    for (int64_t i = 0, tried = 0; i < count && (tensor_cores || tried < FIRST); i++) {
         if (graph->build_plan_at_index(handle, i).is_bad()) continue;
         if (graph->get_workspace_size_plan_at_index(i) > most_room) continue;
         tried++;
@@ -173,7 +165,11 @@ void *lq_convolution_plan(void *handle_, const int64_t *numbers, int64_t frames,
     {
         std::lock_guard<std::mutex> guard(lock);
         auto found = chosen.find(s.key(device));
-        if (found == chosen.end()) found = chosen.emplace(s.key(device), fastest(handle, s, reference, most_room)).first;
+        if (found == chosen.end()) {
+            name = s.wide ? "" : fastest(handle, s, reference, most_room, true);
+            if (name.empty()) name = fastest(handle, s, reference, most_room, false);
+            found = chosen.emplace(s.key(device), name).first;
+        }
         name = found->second;
     }
     auto graph = convolution(s, frames);
