@@ -111,7 +111,8 @@ impl Memory {
     /// The same, still empty, with each channel's mean over values like these `[n, dim]` left out of what is stored, if it
     /// is transposed. Whatever the means are, attention is the same: weights sum to one. But sums of e4m3 products over many
     /// keys come out small where values have a mean (`attention90.cu`). Such a memory takes values as they come from their
-    /// product ([`Memory::store`], [`Memory::place`]), not from [`Memory::ready`].
+    /// product ([`Memory::store`], [`Memory::place`]), not from [`Memory::ready`]. Results come in units that are spread
+    /// ([`Unit::spread`]), for a mean of many values is alike in all rows.
     pub fn centred(self, values: &Tensor) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if let (true, Some(unit)) = (self.transposed, &self.unit) {
@@ -271,8 +272,11 @@ impl Memory {
 
     /// Rows that [`Memory::attend`] gave in e4m3, cut or put together since, with their units.
     pub fn scaled(&self, stored: Tensor) -> Result<Rows> {
+        let n = stored.dim(0)?;
         Ok(match &self.unit {
-            Some(unit) => Rows::Scaled { units: unit.of_rows(stored.dim(0)?)?, stored },
+            #[cfg(feature = "cuda")]
+            Some(unit) if self.mean.is_some() => Rows::Scaled { units: unit.spread(n)?.0, stored },
+            Some(unit) => Rows::Scaled { units: unit.of_rows(n)?, stored },
             None => Rows::Plain(stored),
         })
     }
@@ -331,7 +335,12 @@ impl Memory {
             let y = if self.transposed {
                 let valid =
                     valid.ok_or_else(|| Error::Input("transposed values are attended to with a slot".into()))?;
-                cuda::attention::attention_transposed(q, &self.k, &self.v, heads, &valid, self.mean.as_ref())?
+                let centre = match (&self.mean, &self.unit) {
+                    (Some(mean), Some(unit)) => Some((mean, unit.spread(q.dim(0)?)?.1)),
+                    _ => None,
+                };
+                let centre = centre.as_ref().map(|(mean, factors)| (*mean, factors));
+                cuda::attention::attention_transposed(q, &self.k, &self.v, heads, &valid, centre)?
             } else {
                 cuda::attention::attention(q, &self.k, &self.v, heads, 1, valid.as_ref(), self.units.as_ref())?
             };

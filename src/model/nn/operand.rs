@@ -28,6 +28,8 @@ pub struct Unit {
     inverse: Tensor,
     /// Vectors of it by length.
     rows: Arc<Mutex<HashMap<usize, Tensor>>>,
+    /// [`Unit::spread`] by length.
+    spread: Arc<Mutex<HashMap<usize, (Tensor, Tensor)>>>,
 }
 
 impl Unit {
@@ -39,7 +41,7 @@ impl Unit {
 
     /// Of this value, f32 `[1]`.
     pub fn new(value: Tensor) -> Result<Self> {
-        Ok(Self { inverse: value.recip()?, value, rows: Arc::default() })
+        Ok(Self { inverse: value.recip()?, value, rows: Arc::default(), spread: Arc::default() })
     }
 
     /// f32 `[1]`.
@@ -63,10 +65,26 @@ impl Unit {
         Ok(units)
     }
 
+    /// A unit for each of `n` rows, f32 `[n]`, up to an octave above the value and spread evenly between, and what their
+    /// numbers are multiplied by when they are stored, value / unit; made when first asked for. Where rows are alike, one
+    /// unit would round them all the same way: what sums and means over rows cannot take out again.
+    pub fn spread(&self, n: usize) -> Result<(Tensor, Tensor)> {
+        let mut spread = self.spread.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(both) = spread.get(&n) {
+            return Ok(both.clone());
+        }
+        // Multiples of the golden section leave no gap anywhere.
+        let factors: Vec<f32> = (0..n).map(|i| (-(i as f64 * 0.618_033_988_749_895).fract()).exp2() as f32).collect();
+        let factors = Tensor::from_vec(factors, n, self.value.device())?;
+        let units = factors.recip()?.broadcast_mul(&self.value)?;
+        spread.insert(n, (units.clone(), factors.clone()));
+        Ok((units, factors))
+    }
+
     /// The same on another device.
     pub fn moved(&self, device: &Device) -> Result<Self> {
         let (value, inverse) = (self.value.to_device(device)?, self.inverse.to_device(device)?);
-        Ok(Self { value, inverse, rows: Arc::default() })
+        Ok(Self { value, inverse, rows: Arc::default(), spread: Arc::default() })
     }
 }
 

@@ -25,6 +25,7 @@ unsafe extern "C" {
         k: u64,
         v: u64,
         mean: u64,
+        factors: u64,
         out: u64,
         queries: i32,
         room: i32,
@@ -216,18 +217,20 @@ pub fn attention_rows(
 
 /// Queries `[n, dim]` over keys `[room, dim]` and values `[dim, room]` that [`store_transposed`] wrote, e4m3, heads of 128
 /// side by side; like the queries, values in their unit. Room is a multiple of 16. `valid`: u32 `[2]` on the card, of which
-/// the second says how many keys count, one at least; keys and values behind them are read, and must not be NaN. `mean`: what
-/// was taken from the values when they were stored.
+/// the second says how many keys count, one at least; keys and values behind them are read, and must not be NaN. `centre`:
+/// what was taken from the values when they were stored, and what each row of the result is multiplied by (f32 `[n]`).
 pub fn attention_transposed(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     heads: usize,
     valid: &Tensor,
-    mean: Option<&Tensor>,
+    centre: Option<(&Tensor, &Tensor)>,
 ) -> Result<Tensor> {
     let ((queries, dim), (room, width)) = (q.dims2()?, k.dims2()?);
-    let fit = dim == heads * 128 && width == dim && v.dims() == [dim, room] && room % 16 == 0 && means_fit(mean, dim);
+    let fit = dim == heads * 128 && width == dim && v.dims() == [dim, room] && room % 16 == 0;
+    let (mean, factors) = centre.unzip();
+    let fit = fit && vector(mean, dim) && vector(factors, queries);
     if !fit || [q, k, v].iter().any(|t| t.dtype() != DType::F8E4M3) || valid.dims() != [2] {
         return Err(Error::Input(format!(
             "attention of {:?} {:?} with {heads} heads over keys {:?} and transposed values {:?}",
@@ -247,6 +250,7 @@ pub fn attention_transposed(
             address(k)?,
             address(v)?,
             mean.map_or(Ok(0), address)?,
+            factors.map_or(Ok(0), address)?,
             address(&out)?,
             queries as i32,
             room as i32,
@@ -261,9 +265,9 @@ pub fn attention_transposed(
     Ok(out)
 }
 
-/// Whether these are means of `width` channels.
-fn means_fit(mean: Option<&Tensor>, width: usize) -> bool {
-    mean.is_none_or(|m| m.dims() == [width] && m.dtype() == DType::F32)
+/// Whether these, if there are any, are `n` numbers in f32.
+fn vector(x: Option<&Tensor>, n: usize) -> bool {
+    x.is_none_or(|x| x.dims() == [n] && x.dtype() == DType::F32)
 }
 
 /// Stores values `[rows, width]` (rows may stand apart; bf16, or e4m3 in `units` already) as keys `row` (and what `offset`, a
@@ -281,7 +285,7 @@ pub fn store_transposed(
     let ((rows, width), (target, room)) = (v.dims2()?, out.dims2()?);
     let (input, stride) = rows_address(v)?;
     let types = v.dtype() == DType::BF16 || (v.dtype() == DType::F8E4M3 && mean.is_none());
-    let types = types && out.dtype() == DType::F8E4M3 && means_fit(mean, width);
+    let types = types && out.dtype() == DType::F8E4M3 && vector(mean, width);
     if !types || target != width || width % 128 != 0 || stride % 8 != 0 || room % 16 != 0 || row + rows > room {
         return Err(Error::Input(format!(
             "values {:?} {:?} from row {row} on, transposed into {:?}",

@@ -7,10 +7,12 @@
 //
 // A step of e4m3 products cuts its 32 addends off some 13 bits below the sum, so where values have a mean, sums over many
 // keys come out small. Weights sum to one: what is about that mean is taken from the values when they are stored, and added
-// to the results.
+// to the results. And where keys are many, results are alike in all rows: they would all be rounded the same way, and what
+// is wrong in all tokens does not average out later. So each row has a unit of its own, spread over an octave.
 //
 // Softmax values are rounded to e4m3; their sum is taken before rounding, in f32. (Sums by eight columns of ones in the
-// second product are faster, and wrong for the same reason. Exponentials by a polynomial beside the special function unit's are slower.)
+// second product are faster, and small for the same reason. Exponentials by a polynomial beside the special function unit's
+// are slower.)
 #include "attention.cuh"
 
 namespace lq::attention90 {
@@ -32,6 +34,7 @@ struct Form {
     struct Values {
         const uint8_t *at; // as `lq_store_transposed` leaves them
         const float *mean; // of each channel, taken from them, in their unit; or none
+        const float *rows; // what each row of the result is multiplied by; or none
     };
     static constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_UINT8;
     static constexpr int TILE = 96, STAGES = 8;
@@ -64,8 +67,8 @@ struct Form {
         const float *mean = values.mean ? values.mean + column + 2 * (lane & 3) : nullptr;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float inverse = 1.f / sum[r];
             const int at = row + lane / 4 + 8 * r;
+            const float factor = values.rows && at < queries ? values.rows[at] : 1.f, inverse = factor / sum[r];
             const bool odd = lane & 1;
             uint8_t *to = out + (size_t)at * dim + column + (odd ? 8 : 0) + (lane & 2) * 2;
 #pragma unroll
@@ -78,8 +81,8 @@ struct Form {
                     a = *reinterpret_cast<const float2 *>(mean + 16 * j);
                     b = *reinterpret_cast<const float2 *>(mean + 16 * j + 8);
                 }
-                uint32_t w = pack(__fmaf_rn(e[0], inverse, a.x), __fmaf_rn(e[1], inverse, a.y),
-                                  __fmaf_rn(e[4], inverse, b.x), __fmaf_rn(e[5], inverse, b.y));
+                uint32_t w = pack(__fmaf_rn(e[0], inverse, a.x * factor), __fmaf_rn(e[1], inverse, a.y * factor),
+                                  __fmaf_rn(e[4], inverse, b.x * factor), __fmaf_rn(e[5], inverse, b.y * factor));
                 const uint32_t other = __shfl_xor_sync(~0u, w, 1);
                 w = odd ? (other >> 16) | (w & 0xffff0000u) : (w & 0xffffu) | (other << 16);
                 if (at < queries) *reinterpret_cast<uint32_t *>(to + 16 * j) = w;
@@ -156,12 +159,12 @@ using namespace lq::attention90;
 extern "C" {
 
 // Queries and keys `[rows, heads · 128]`, values for `room` keys from lq_store_transposed with the same `mean`, all e4m3;
-// for the others see `launch`.
-int lq_attention90(const void *q, const void *k, const void *v, const float *mean, void *out, int queries, int room, int heads,
-                   const uint32_t *keys, float *parts, uint64_t bytes, void *stream) {
+// rows of the result are multiplied by `factors`, if any; for the others see `launch`.
+int lq_attention90(const void *q, const void *k, const void *v, const float *mean, const float *factors, void *out,
+                   int queries, int room, int heads, const uint32_t *keys, float *parts, uint64_t bytes, void *stream) {
     if (room % 16) return cudaErrorInvalidValue;
     const uint64_t pitch = heads * HEAD;
-    return launch<Form>(q, pitch, k, pitch, {(const uint8_t *)v, mean}, out, queries, room, heads, keys, parts, bytes, stream);
+    return launch<Form>(q, pitch, k, pitch, {(const uint8_t *)v, mean, factors}, out, queries, room, heads, keys, parts, bytes, stream);
 }
 
 // `kind`: BF16, or E4M3 where values are in their unit already and have no `mean`.

@@ -1,8 +1,8 @@
 // Convolutions over video and the products of the video autoencoder's attention, by cuDNN; channels last.
 //
 // A convolution over 1 frame and one over 12 must round alike, or streaming would not equal one pass bit for bit. So the
-// engine is chosen once for a layer and a picture size, by timing cuDNN's list on a block of `reference` frames, and every
-// other number of frames runs on the engine of the same name.
+// engine is chosen once for a layer and a picture size, by timing cuDNN's list on a block of `reference` frames and looking
+// at what becomes of a frame alone, and every other number of frames runs on the engine of the same name.
 #include "cudnn.hpp"
 
 #include <cuda_runtime.h>
@@ -91,51 +91,6 @@ void fill(void *at, size_t bytes, cudaStream_t stream) {
         cudaMemcpyAsync((char *)at + done, at, std::min(done, bytes - done), cudaMemcpyDeviceToDevice, stream);
 }
 
-// Of engines without tensor cores the first few of cuDNN's list are timed: one of them takes a second for a large picture.
-constexpr int FIRST = 6;
-
-// The name of the fastest engine: of all with tensor cores, or of cuDNN's shortlist. Empty when none can be built.
-std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_t most_room, bool tensor_cores) {
-    auto graph = convolution(s, frames);
-    if (!prepare(handle, *graph)) return "";
-    if (tensor_cores) graph->select_numeric_notes({fe::NumericalNote_t::TENSOR_CORE});
-    const size_t in = frames * s.height * s.width * s.cin * s.bytes();
-    const size_t weights = s.cout * s.cin * s.kt * s.ks * s.ks * s.bytes();
-    const size_t out = s.frames_out(frames) * s.side(s.height) * s.side(s.width) * s.cout * s.bytes();
-    Room x(in), w(weights), y(out), room(most_room);
-    cudaStream_t stream = nullptr;
-    cudnnGetStream(handle, &stream);
-    std::unordered_map<int64_t, void *> operands{{1, x.at}, {2, w.at}, {3, y.at}};
-    if (!x.at || !w.at || !y.at || !room.at) return "";
-    fill(x.at, in, stream), fill(w.at, weights, stream);
-    cudaEvent_t begin, end;
-    cudaEventCreate(&begin);
-    cudaEventCreate(&end);
-    std::string best;
-    float least = 1e30f;
-    const int64_t count = graph->get_execution_plan_count();
-    for (int64_t i = 0, tried = 0; i < count && (tensor_cores || tried < FIRST); i++) {
-        if (graph->build_plan_at_index(handle, i).is_bad()) continue;
-        if (graph->get_workspace_size_plan_at_index(i) > most_room) continue;
-        tried++;
-        float time = 1e30f;
-        for (int run = 0; run < 4 && (run < 2 || time < 2 * least); run++) {
-            cudaEventRecord(begin, stream);
-            if (graph->execute_plan_at_index(handle, operands, room.at, i).is_bad()) break;
-            cudaEventRecord(end, stream);
-            if (cudaEventSynchronize(end) != cudaSuccess) break;
-            float now = 1e30f;
-            cudaEventElapsedTime(&now, begin, end);
-            if (run > 0) time = std::min(time, now); // the first may bring the kernel to the card
-        }
-        std::string name;
-        if (time < least && graph->get_plan_name_at_index(i, name).is_good()) least = time, best = name;
-    }
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    return best;
-}
-
 // Appends the plan of this name, `eng62_k2=4_k13=0`: an engine and its knobs.
 bool append(fe::graph::Graph &graph, const std::string &name) {
     long engine, value;
@@ -145,6 +100,99 @@ bool append(fe::graph::Graph &graph, const std::string &name) {
     for (auto at = name.c_str() + length; sscanf(at, "_k%d=%ld%n", &type, &value, &length) == 2; at += length)
         knobs[fe::convert_from_backend_knob_type((cudnnBackendKnobType_t)type)] = value;
     return graph.create_execution_plan(engine, knobs).is_good();
+}
+
+// Builds the plan of this name: from cuDNN's list, or made after the name, because other numbers of frames have other lists.
+// Its index, or -1.
+int64_t build(cudnnHandle_t handle, fe::graph::Graph &graph, const std::string &name, int64_t most_room) {
+    const auto fits = [&](int64_t i) {
+        return graph.build_plan_at_index(handle, i).is_good() && graph.get_workspace_size_plan_at_index(i) <= most_room;
+    };
+    const int64_t listed = graph.get_execution_plan_count();
+    for (int64_t i = 0; i < listed; i++) {
+        std::string its;
+        if (graph.get_plan_name_at_index(i, its).is_good() && its == name && fits(i)) return i;
+    }
+    return append(graph, name) && listed < graph.get_execution_plan_count() && fits(listed) ? listed : -1;
+}
+
+// Memory of the card for one choice.
+struct Operands {
+    size_t in, weights, out; // bytes: of a frame, of the kernel, of a frame of the result
+    Room x, w, y, alone, room;
+
+    Operands(const Shape &s, int64_t frames, int64_t most_room)
+        : in(s.height * s.width * s.cin * s.bytes()), weights(s.cout * s.cin * s.kt * s.ks * s.ks * s.bytes()),
+          out(s.side(s.height) * s.side(s.width) * s.cout * s.bytes()), x(frames * in), w(weights),
+          y(s.frames_out(frames) * out), alone(out), room(most_room) {}
+    bool there() const { return x.at && w.at && y.at && alone.at && room.at; }
+};
+
+// Whether an engine gives the last frame the same bits alone as among `frames`, as far as the beginning of it tells.
+bool rounds_alike(cudnnHandle_t handle, cudaStream_t stream, const Shape &s, int64_t frames, const std::string &name,
+                  const Operands &o, int64_t most_room) {
+    const int64_t last = s.frames_out(frames) - 1;
+    if (last == 0) return true;
+    auto run = [&](int64_t n, char *x, void *y) {
+        auto graph = convolution(s, n);
+        if (!prepare(handle, *graph)) return false;
+        const int64_t i = build(handle, *graph, name, most_room);
+        std::unordered_map<int64_t, void *> operands{{1, x}, {2, o.w.at}, {3, y}};
+        return i >= 0 && graph->execute_plan_at_index(handle, operands, o.room.at, i).is_good();
+    };
+    if (!run(frames, (char *)o.x.at, o.y.at)) return false;
+    if (!run(s.kt, (char *)o.x.at + last * s.stride_t * o.in, o.alone.at)) return false;
+    std::vector<char> among(std::min<size_t>(o.out, 4 << 20)), alone(among.size());
+    cudaMemcpyAsync(among.data(), (char *)o.y.at + last * o.out, among.size(), cudaMemcpyDeviceToHost, stream);
+    cudaMemcpyAsync(alone.data(), o.alone.at, alone.size(), cudaMemcpyDeviceToHost, stream);
+    return cudaStreamSynchronize(stream) == cudaSuccess && among == alone;
+}
+
+// Of engines without tensor cores the first few of cuDNN's list are timed: one of them takes a second for a large picture.
+constexpr int FIRST = 6;
+
+// The name of the fastest engine that rounds alike, or of the fastest: of all with tensor cores, or of cuDNN's shortlist.
+// Empty when none can be built.
+std::string fastest(cudnnHandle_t handle, const Shape &s, int64_t frames, int64_t most_room, bool tensor_cores) {
+    auto graph = convolution(s, frames);
+    if (!prepare(handle, *graph)) return "";
+    if (tensor_cores) graph->select_numeric_notes({fe::NumericalNote_t::TENSOR_CORE});
+    const Operands o(s, frames, most_room);
+    if (!o.there()) return "";
+    cudaStream_t stream = nullptr;
+    cudnnGetStream(handle, &stream);
+    std::unordered_map<int64_t, void *> operands{{1, o.x.at}, {2, o.w.at}, {3, o.y.at}};
+    fill(o.x.at, frames * o.in, stream), fill(o.w.at, o.weights, stream);
+    cudaEvent_t begin, end;
+    cudaEventCreate(&begin);
+    cudaEventCreate(&end);
+    std::vector<std::pair<float, std::string>> timed;
+    float least = 1e30f;
+    const int64_t count = graph->get_execution_plan_count();
+    for (int64_t i = 0, tried = 0; i < count && (tensor_cores || tried < FIRST); i++) {
+        if (graph->build_plan_at_index(handle, i).is_bad()) continue;
+        if (graph->get_workspace_size_plan_at_index(i) > most_room) continue;
+        tried++;
+        float time = 1e30f;
+        for (int run = 0; run < 4 && (run < 2 || time < 2 * least); run++) {
+            cudaEventRecord(begin, stream);
+            if (graph->execute_plan_at_index(handle, operands, o.room.at, i).is_bad()) break;
+            cudaEventRecord(end, stream);
+            if (cudaEventSynchronize(end) != cudaSuccess) break;
+            float now = 1e30f;
+            cudaEventElapsedTime(&now, begin, end);
+            if (run > 0) time = std::min(time, now); // the first may bring the kernel to the card
+        }
+        least = std::min(least, time);
+        std::string name;
+        if (time < 1e30f && graph->get_plan_name_at_index(i, name).is_good()) timed.emplace_back(time, name);
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    std::sort(timed.begin(), timed.end());
+    for (const auto &[time, name] : timed)
+        if (rounds_alike(handle, stream, s, frames, name, o, most_room)) return name;
+    return timed.empty() ? "" : timed[0].second;
 }
 
 } // namespace
@@ -174,19 +222,13 @@ void *lq_convolution_plan(void *handle_, const int64_t *numbers, int64_t frames,
     }
     auto graph = convolution(s, frames);
     if (!prepare(handle, *graph)) return nullptr;
-    for (int pass = 0; pass < 3; pass++) {
-        // First by name from cuDNN's list, then made after the name: other numbers of frames have other lists. The last pass
-        // takes what works: a result that may round differently is better than none.
-        int64_t i = pass == 1 ? graph->get_execution_plan_count() : 0;
-        if (pass == 1 && !append(*graph, name)) continue;
-        for (; i < graph->get_execution_plan_count(); i++) {
-            std::string its;
-            if (pass == 0 && (graph->get_plan_name_at_index(i, its).is_bad() || its != name)) continue;
-            if (graph->build_plan_at_index(handle, i).is_bad()) continue;
-            const int64_t workspace = graph->get_workspace_size_plan_at_index(i);
-            if (workspace > most_room) continue;
-            return new Plan{std::move(graph), workspace};
-        }
+    int64_t at = build(handle, *graph, name, most_room);
+    // What works is better than nothing, even if it rounds differently.
+    for (int64_t i = 0; at < 0 && i < graph->get_execution_plan_count(); i++)
+        if (graph->build_plan_at_index(handle, i).is_good() && graph->get_workspace_size_plan_at_index(i) <= most_room) at = i;
+    if (at >= 0) {
+        const int64_t workspace = graph->get_workspace_size_plan_at_index(at);
+        return new Plan{std::move(graph), workspace};
     }
     error() = "no engine for this convolution";
     return nullptr;
