@@ -142,8 +142,21 @@ impl Attention {
     /// Stores the tokens' keys and values at the slot and returns what the tokens, and everything before, tell them:
     /// attention over the memory, before the output projection. Where ranks share it, each brings some of the tokens and
     /// remembers some of the heads: tokens are gathered and heads scattered before the attention, and back after it.
-    pub fn remember(&self, y: &Rows, rope: &Rope, memory: &Memory, slot: &Slot, share: Option<&Share>) -> Result<Rows> {
+    /// `first`: the values the memory begins with, if these are the first tokens that come after them; the memory's means
+    /// are then theirs, for there will be most of their kind.
+    pub fn remember(
+        &self,
+        y: &Rows,
+        rope: &Rope,
+        memory: &Memory,
+        slot: &Slot,
+        share: Option<&Share>,
+        first: Option<&Tensor>,
+    ) -> Result<Rows> {
         let p = self.project(y)?;
+        if first.is_some() {
+            memory.centre(&p.v, first)?;
+        }
         let (parts, weights) = ([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k]);
         match share {
             None => {
@@ -187,7 +200,8 @@ impl Attention {
         let p = self.project(y)?;
         if self.fp8 {
             let rows = p.q.dim(0)?;
-            let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?.transposed(rope.head())?.centred(&p.v)?;
+            let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?.transposed(rope.head())?.centred()?;
+            memory.centre(&p.v, None)?;
             let slot = Slot { at: 0, keys: rows, card: None }.on(p.q.device(), rows)?;
             let q = memory.store([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k], self.eps, rope, &slot)?;
             return memory.attend(&q, self.heads, Some(&slot));

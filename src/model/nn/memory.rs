@@ -108,22 +108,35 @@ impl Memory {
         Ok(self)
     }
 
-    /// The same, still empty, with each channel's mean over values like these `[n, dim]` left out of what is stored, if it
-    /// is transposed. Whatever the means are, attention is the same: weights sum to one. But sums of e4m3 products over many
-    /// keys come out small where values have a mean (`attention90.cu`). Such a memory takes values as they come from their
-    /// product ([`Memory::store`], [`Memory::place`]), not from [`Memory::ready`]. Results come in units that are spread
+    /// The same, still empty, with a mean for each channel left out of values that are stored, if they lie transposed.
+    /// Whatever the means are, attention is the same: weights sum to one. But sums of e4m3 products over many keys come out
+    /// small where values have a mean (`attention90.cu`). Such a memory takes values as they come from their product
+    /// ([`Memory::store`], [`Memory::place`]), not from [`Memory::ready`]. Results come in units that are spread
     /// ([`Unit::spread`]), for a mean of many values is alike in all rows.
-    pub fn centred(self, values: &Tensor) -> Result<Self> {
+    pub fn centred(self) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if let (true, Some(unit)) = (self.transposed, &self.unit) {
+        if self.transposed {
+            let mean = Tensor::zeros(self.k.dim(1)?, DType::F32, self.k.device())?;
+            return Ok(Self { mean: Some(mean), ..self });
+        }
+        Ok(self)
+    }
+
+    /// Takes the means of values like these `[n, dim]` from what is stored from now on. `before`: all values that are stored
+    /// already, from row 0 on; they are stored again.
+    pub fn centre(&self, values: &Tensor, before: Option<&Tensor>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let (Some(mean), Some(unit)) = (&self.mean, &self.unit) {
             let n = values.dim(0)?.min(SAMPLE);
             let some = values.narrow(0, 0, n)?.contiguous()?;
             let sums = Tensor::ones((1, n), some.dtype(), some.device())?.matmul(&some)?;
             let means = (sums.squeeze(0)?.to_dtype(DType::F32)? / n as f64)?;
-            return Ok(Self { mean: Some(means.broadcast_mul(unit.inverse())?), ..self });
+            // In place: a recorded graph reads it there.
+            mean.slice_set(&means.broadcast_mul(unit.inverse())?, 0, 0)?;
+            return before.map_or(Ok(()), |v| self.place_values(v, 0));
         }
-        let _ = values;
-        Ok(self)
+        let _ = (values, before);
+        Ok(())
     }
 
     /// Keys and values that are ready as they are.

@@ -88,6 +88,8 @@ struct Ring {
     rows: usize,
     /// Rows that the last step wrote.
     written: Range<usize>,
+    /// Whether no step has run.
+    fresh: bool,
 }
 
 impl Ring {
@@ -339,16 +341,17 @@ impl Dit {
         ring.written = slot.at..slot.at + frames * n;
         self.condition(&state.conditioning, ring, groups, others, share)?;
 
-        let text = state.text.as_deref();
+        let (text, fresh) = (state.text.as_deref(), ring.fresh);
         let through = |x: Tensor, rope: &Rope, slot: &Slot, audio: &BlockAudio, trace: &mut Trace| -> Result<Tensor> {
             let mut x = Residual::new(x);
             for (i, memory) in blocks.clone().zip(&ring.layers) {
                 let text = text.and_then(|t| t.blocks.get(i));
+                let first = state.conditioning.get(i).filter(|_| fresh).map(|kept| &kept.v);
                 trace.within(|| format!("blocks.{i}"));
                 self.blocks[i]
                     .bring(&self.device)?
                     .forward(&mut x, &timing.blocks[i], &runs, text, trace, |a, y| {
-                        a.remember(y, rope, memory, slot, share)
+                        a.remember(y, rope, memory, slot, share, first)
                     })
                     .at(|| format!("block {i}"))?;
                 trace.outside();
@@ -363,6 +366,7 @@ impl Dit {
             }
             x.into_tokens()
         };
+        ring.fresh = false;
         if matches!(self.device, Device::Cpu) {
             return through(tokens, &rope, &slot, audio, trace);
         }
@@ -485,9 +489,9 @@ impl Dit {
             layers.push(match (self.parks, &state.share) {
                 (true, _) => memory,
                 (false, Some(_)) => memory.transposed(self.config.head())?,
-                (false, None) => memory.transposed(self.config.head())?.centred(&kept.v)?,
+                (false, None) => memory.transposed(self.config.head())?.centred()?,
             });
         }
-        Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows, written: 0..0 })
+        Ok(Ring { blocks, layers, replay: Replay::default(), conditioning: None, rows, written: 0..0, fresh: true })
     }
 }

@@ -164,7 +164,8 @@ int lq_attention90(const void *q, const void *k, const void *v, const float *mea
                    int queries, int room, int heads, const uint32_t *keys, float *parts, uint64_t bytes, void *stream) {
     if (room % 16) return cudaErrorInvalidValue;
     const uint64_t pitch = heads * HEAD;
-    return launch<Form>(q, pitch, k, pitch, {(const uint8_t *)v, mean, factors}, out, queries, room, heads, keys, parts, bytes, stream);
+    const Form::Values values{(const uint8_t *)v, mean, factors};
+    return launch<Form>(q, pitch, k, pitch, values, out, queries, room, heads, keys, parts, bytes, stream);
 }
 
 // `kind`: BF16, or E4M3 where values are in their unit already and have no `mean`.

@@ -26,7 +26,9 @@ fn flat(x: &Tensor) -> Vec<f64> {
 fn memories(values: &Tensor, room: usize, headroom: f64) -> [Memory; 3] {
     let new = || Memory::new(values, (room, values.dims()[1]), true, headroom).unwrap();
     let transposed = || new().transposed(HEAD).unwrap();
-    [new(), transposed(), transposed().centred(values).unwrap()]
+    let centred = transposed().centred().unwrap();
+    centred.centre(values, None).unwrap();
+    [new(), transposed(), centred]
 }
 
 /// Ready queries, and the same as numbers.
