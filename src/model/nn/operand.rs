@@ -136,3 +136,24 @@ impl Rows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows that follow each other, as many as one likes, have units all over the octave above the value.
+    #[test]
+    fn units_of_rows_are_spread_evenly_over_an_octave() {
+        let unit = Unit::new(Tensor::new(&[0.3f32], &Device::Cpu).unwrap()).unwrap();
+        let (units, factors) = unit.spread(3168).unwrap();
+        let (units, factors) = (units.to_vec1::<f32>().unwrap(), factors.to_vec1::<f32>().unwrap());
+        assert!(units.iter().zip(&factors).all(|(u, f)| (u * f / 0.3 - 1.0).abs() < 1e-6));
+        for few in units.chunks_exact(64) {
+            let mut octaves: Vec<f32> = few.iter().map(|u| (u / 0.3).log2()).collect();
+            octaves.sort_by(f32::total_cmp);
+            assert!(octaves[0] > -1e-6 && octaves[63] < 1.0);
+            let edges = [&[0.0], &octaves[..], &[1.0]].concat();
+            assert!(edges.windows(2).all(|w| w[1] - w[0] < 3.0 / 64.0), "{octaves:?}");
+        }
+    }
+}

@@ -6,7 +6,7 @@
 //! | `weights.cu`, [`weights`] | softmax weights over known keys |
 //! | [`gemm`] | matrix products by cuBLASLt: bf16 with epilogues, e4m3 with a scale per row and per channel or one for each operand |
 //! | `cudnn.cpp`, [`attention`] | scaled dot-product attention by cuDNN: bf16 and e4m3 |
-//! | `attention16.cu`, `attention90.cu` | the same on Hopper, in bf16, and in e4m3 over values that lie transposed |
+//! | `attention.cuh`, `attention16.cu`, `attention90.cu` | the same on Hopper, in bf16, and in e4m3 over values that lie transposed |
 //! | `vae.cu`, `narrow.cu`, `vae.cpp`, [`vae`] | the video autoencoder: convolutions by cuDNN, the last, and the passes between |
 //! | `nccl` | what several cards send each other |
 //! | [`graph`] | a sequence of launches recorded once and replayed |

@@ -174,7 +174,7 @@ fn card_convolutions_agree_with_f64() {
 
 #[test]
 fn card_large_convolutions_round_alike_whole_and_frame_by_frame() {
-    // So much work that all of cuDNN's list is timed; other numbers of frames have other lists.
+    // Other numbers of frames have other lists of engines.
     let (t, h, w, c) = (3, 79, 83, 384);
     let ((kernel, k64), (bias, _), (x, x64)) = (bf16(&[c, c, 1, 3, 3]), f32s(&[c]), bf16(&[t, h, w, c]));
     let conv = Convolution::new(&kernel, &bias, (1, 1), (1, 1)).unwrap();
