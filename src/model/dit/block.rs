@@ -200,7 +200,8 @@ impl Attention {
         let p = self.project(y)?;
         if self.fp8 {
             let rows = p.q.dim(0)?;
-            let memory = Memory::new(&p.v, p.v.dims2()?, true, 1.0)?.transposed(rope.head())?.centred()?;
+            // A value less its mean is twice the largest value at most.
+            let memory = Memory::new(&p.v, p.v.dims2()?, true, 2.0)?.transposed(rope.head())?.centred()?;
             memory.centre(&p.v, None)?;
             let slot = Slot { at: 0, keys: rows, card: None }.on(p.q.device(), rows)?;
             let q = memory.store([&p.q, &p.k, &p.v], [&self.norm_q, &self.norm_k], self.eps, rope, &slot)?;
